@@ -1,0 +1,37 @@
+"""TAFS-GRPO for flow-matching text-to-image pipelines: few-step alignment as a TRL-style trainer.
+
+Names are imported on first use, so that `import trl_tafs` loads neither diffusers nor open_clip.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "TAFSGRPOConfig": "trl_tafs.config",
+    "TAFSGRPOTrainer": "trl_tafs.trainer",
+    "TAFSStableDiffusion3Pipeline": "trl_tafs.pipelines.stable_diffusion_3",
+    "AnnealedFlowMatchScheduler": "trl_tafs.pipelines.base",
+    "TAFSPipelineMixin": "trl_tafs.pipelines.base",
+    "REWARDS": "trl_tafs.rewards",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from trl_tafs.config import TAFSGRPOConfig
+    from trl_tafs.pipelines.base import AnnealedFlowMatchScheduler, TAFSPipelineMixin
+    from trl_tafs.pipelines.stable_diffusion_3 import TAFSStableDiffusion3Pipeline
+    from trl_tafs.rewards import REWARDS
+    from trl_tafs.trainer import TAFSGRPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'trl_tafs' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,370 @@
+"""The model card of an adapter: its facts, the code that samples it, and what may not be published."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import getpass
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import ModelCard
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
+CURVE_FILE = "images/reward_curve.png"
+SETTINGS_FILE = "training_settings.json"
+FAMILY_TAGS = {
+    "StableDiffusion3Pipeline": ["sd3", "sd3-diffusers"],
+    "FluxPipeline": ["flux", "flux-diffusers"],
+    "Flux2Pipeline": ["flux2", "flux2-diffusers"],
+    "QwenImagePipeline": ["qwen-image", "qwen-image-diffusers"],
+    "SanaPipeline": ["sana", "sana-diffusers"],
+}
+LIBRARIES = ("trl_tafs", "trl", "diffusers", "transformers", "peft", "accelerate", "torch")
+
+
+def library_versions() -> dict[str, str]:
+    """The installed version of each library that an adapter depends on."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout, or not needed by this run
+            continue
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card of an adapter says; `training`, `rewards` and `metrics` are scrubbed on the way in."""
+
+    pipeline_class: str  # diffusers' class that loads it, "StableDiffusion3Pipeline"
+    num_steps: int  # N
+    levels_unshifted: Sequence[float]  # (N,) as the user passes them, `sigmas`
+    levels: Sequence[float]  # (N,) as the model saw them, after the scheduler's shift
+    height: int
+    width: int
+    guidance_scale: float = 1.0
+    max_sequence_length: int | None = None  # tokens of a prompt, where it isn't the pipeline's default
+    torch_dtype: str = "float32"  # the base model's
+    base_model: str | None = None  # "org/name", None if it isn't on the Hub
+    base_name: str = "base model"  # what the card calls it
+    base_license: str | None = None  # the Hub's identifier, None if unknown
+    base_license_name: str | None = None  # where the identifier is "other"
+    base_license_link: str | None = None
+    repo_id: str | None = None  # where the adapter is going, None for this folder
+    prompts: Sequence[str] = ()  # the first one is the example's
+    training: Mapping[str, Any] = field(default_factory=dict)
+    rewards: Mapping[str, float] = field(default_factory=dict)  # name to weight
+    reward_curve: Sequence[tuple[int, float]] = ()  # (epoch, mean reward)
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # name to a number, or to numbers by column
+    pictures: Sequence[tuple[str, str | None, str]] = ()  # (prompt, before, after), "images/<name>.png"
+    versions: Mapping[str, str] = field(default_factory=library_versions)
+
+    def __post_init__(self):  # noqa: D105
+        if not self.num_steps == len(self.levels) == len(self.levels_unshifted):
+            raise ValueError(
+                f"{self.num_steps} steps need as many levels (without the final 0); levels has "
+                f"{len(self.levels)}, levels_unshifted {len(self.levels_unshifted)}"
+            )
+        for path in (path for _, *paths in self.pictures for path in paths if path is not None):
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise ValueError(f"picture {path!r} isn't relative to the card; use 'images/<name>.png'")
+        for name in ("training", "rewards", "metrics"):
+            object.__setattr__(self, name, scrub(getattr(self, name)))
+
+
+def base_model_facts(pipeline: DiffusionPipeline) -> dict[str, str | None]:
+    """The `base_*` fields of `CardFacts`, of the model that the pipeline was loaded from.
+
+    A folder is named by its last component, unless it is a snapshot in the Hub's cache; the licence is that of
+    its own card. A licence that cannot be read is None, and a warning says so.
+    """
+    source = str(pipeline.config.get("_name_or_path") or "")
+    folder = Path(source).resolve() if source and Path(source).is_dir() else None
+    if folder is not None:
+        cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", folder.as_posix() + "/")
+        repo_id = "/".join(cached.groups()) if cached else None
+    else:
+        repo_id = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None
+    data = _base_card_data(folder, repo_id)
+    link = data.get("license_link")
+    if link and "://" not in link:
+        link = f"https://huggingface.co/{repo_id}/blob/main/{link}" if repo_id else None
+    return {
+        "base_model": repo_id,
+        "base_name": repo_id or (folder.name if folder else type(pipeline).__name__),
+        "base_license": data.get("license"),
+        "base_license_name": data.get("license_name"),
+        "base_license_link": link,
+    }
+
+
+def _base_card_data(folder: Path | None, repo_id: str | None) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    readme = folder / "README.md" if folder is not None else None
+    try:
+        if readme is not None and readme.is_file():
+            return ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+        if repo_id is not None:
+            return ModelCard.load(repo_id, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError) as error:  # the network, or a card that isn't YAML
+        logger.warning(
+            "no licence from the card of %s (%s); add it to the adapter's", repo_id or readme, error
+        )
+    return {}
+
+
+def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None = None) -> str:
+    """Python that samples the adapter in plain diffusers and writes image.png.
+
+    `base` and `adapter`, where given, replace the repositories: folders of this machine, to run it here.
+    """
+    base = base or facts.base_model or facts.base_name
+    adapter = adapter or facts.repo_id or "."
+    where = "" if facts.base_model else "  # the folder of the base model"
+    tokens = f"\n    max_sequence_length={facts.max_sequence_length}," if facts.max_sequence_length else ""
+    prompt = facts.prompts[0] if facts.prompts else "a photo of a cat"
+    return f"""\
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, {facts.pipeline_class}
+
+pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}, torch_dtype=torch.{facts.torch_dtype}){where}
+pipe.load_lora_weights({_quoted(adapter)})
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained({_quoted(adapter)}, subfolder="scheduler")
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+torch.manual_seed(0)  # the first noise and the re-noising
+image = pipe(
+    {_quoted(prompt)},
+    num_inference_steps={facts.num_steps},
+    sigmas={[float(level) for level in facts.levels_unshifted]},
+    guidance_scale={float(facts.guidance_scale)},
+    height={facts.height},
+    width={facts.width},{tokens}
+).images[0]
+image.save("image.png")"""
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def create_model_card(facts: CardFacts) -> ModelCard:
+    """The card: metadata that the Hub accepts, and the text of templates/model_card.md."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    other = facts.base_license == "other"
+    data = ModelCardData(
+        library_name="diffusers",
+        base_model=facts.base_model,
+        base_model_relation="adapter" if facts.base_model else None,
+        license=facts.base_license,
+        license_name=facts.base_license_name if other else None,
+        license_link=facts.base_license_link if other else None,
+        pipeline_tag="text-to-image",
+        tags=[
+            *("text-to-image", "lora", "diffusers", "diffusers-training", "template:sd-lora"),
+            *("trl", "tafs-grpo", *FAMILY_TAGS.get(facts.pipeline_class, [])),
+        ],
+        widget=[{"text": prompt, "output": {"url": after}} for prompt, _, after in facts.pictures] or None,
+    )
+    name = facts.base_name
+    base = f"[{name}](https://huggingface.co/{facts.base_model})" if facts.base_model else name
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        facts=facts,
+        title=(facts.repo_id or f"{name}-tafs-lora").split("/")[-1],
+        base=base,
+        usage=usage_code(facts),
+        versions=", ".join(f"{name} {version}" for name, version in facts.versions.items()),
+        licence=_licence(facts, base),
+        **_tables(facts),
+    )
+
+
+def _tables(facts: CardFacts) -> dict[str, str]:
+    """The template's tables, each "" where there is nothing to show."""
+    metrics = [(k, row if isinstance(row, Mapping) else {"value": row}) for k, row in facts.metrics.items()]
+    columns = list(dict.fromkeys(column for _, row in metrics for column in row))
+    pictures = [
+        (prompt, f"![before]({before})" if before else "", f"![after]({after})")
+        for prompt, before, after in facts.pictures
+    ]
+    return {
+        "levels": _table(
+            ["step", "passed", "seen by the model"],
+            zip(range(1, facts.num_steps + 1), facts.levels_unshifted, facts.levels, strict=True),
+        ),
+        "pictures": _table(["prompt", "before", "after"], pictures),
+        "metrics": _table(
+            ["", *columns], [[name, *(row.get(column, "") for column in columns)] for name, row in metrics]
+        ),
+        "rewards": _table(["reward", "weight"], facts.rewards.items()),
+        "training": _table(["setting", "value"], [(k, f"`{v}`") for k, v in facts.training.items()]),
+        "curve": _curve(facts.reward_curve),
+    }
+
+
+def _curve(curve: Sequence[tuple[int, float]]) -> str:
+    if curve and importlib.util.find_spec("matplotlib"):
+        return f"![mean reward by epoch]({CURVE_FILE})"
+    last = len(curve) - 1  # otherwise, at most 10 of the epochs, evenly spaced
+    picked = sorted({round(i * last / 9) for i in range(10)}) if curve else []
+    return _table(["epoch", "reward"], [curve[i] for i in picked])
+
+
+def _table(header: Sequence[Any], rows) -> str:
+    """Markdown, "" without rows; a cell's own bars and line breaks don't break it."""
+
+    def shown(cell):
+        text = f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+        return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+    cells = [[shown(cell) for cell in row] for row in (header, *rows)]
+    if len(cells) == 1:
+        return ""
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def _licence(facts: CardFacts, base: str) -> str:
+    if facts.base_license is None:
+        return f"The licence of {base} applies to what is made with it; read it there."
+    name = facts.base_license_name or facts.base_license
+    name = f"[{name}]({facts.base_license_link})" if facts.base_license_link else name
+    return f"That of {base}: {name}."
+
+
+def write_model_card(facts: CardFacts, folder: str | os.PathLike) -> Path:
+    """Write README.md, the scrubbed training_settings.json, and the reward curve if matplotlib is there."""
+    folder = Path(folder)
+    if facts.reward_curve and importlib.util.find_spec("matplotlib"):
+        _write(folder / CURVE_FILE, _plot(facts.reward_curve))
+    _write(folder / SETTINGS_FILE, json.dumps(facts.training, indent=2).encode())
+    _write(folder / "README.md", str(create_model_card(facts)).encode())
+    return folder / "README.md"
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def _plot(curve: Sequence[tuple[int, float]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*curve, strict=True))
+    axes.set(xlabel="epoch", ylabel="mean reward")
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+# What `scrub` leaves out by key, and takes out of values.
+_PRIVATE_KEY = re.compile(
+    r"(?:^|_)(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|private|secret)_?key|auth\w*"
+    r"|user(?:_?name)?|entity|e?mail|host(?:_?name)?)(?:$|_)"
+)
+_SECRET = re.compile(
+    r"\b(?:hf|api_org)_\w{8,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bsk-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|\bwandb_v\d_\w+|\beyJ[\w-]+\.[\w-]+\.[\w-]+|(?i:\bbearer) \S+|(?<=://)[^/\s@]+@|\b[\w.+-]+@[\w-]+\.[\w.]+"
+)
+_HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # a W&B key, or the hash of a commit
+_HOME = re.compile(r"(?:/home/|/Users/|\\Users\\|~)([\w.-]+)")
+_PATH_ALONE = re.compile(r"(?:file:|~|/|\\\\|[A-Za-z]:[\\/])\S*.*", re.DOTALL)
+_PATH = re.compile(
+    r"(?:file:/*|(?<![\w/.:~\\])[A-Za-z]:(?=\\)|(?<!\w)~\w*|(?<![\w/.~\\]))[/\\](?!/)[^\s'\",;()\[\]{}<>|]+"
+)
+_NOBODY = {"root", "user", "users", "home", "admin", "ubuntu", "nobody", "localhost", "runner"}
+_REMOVED = "[removed]"
+
+
+def scrub(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they may be published: JSON values without secrets, absolute paths, user and host names.
+
+    Keys that speak of secrets or people are dropped. In strings, at any depth, secrets (also those in
+    environment variables of such names), this machine's name, its user and those of any home directory become
+    "[removed]", and a path becomes its last component.
+    """
+    plain = _plain(settings)
+    names = {*_HOME.findall(json.dumps(plain).replace("\\\\", "\\")), *_identities()}
+    names = {name for name in names if len(name) > 2 and name.lower() not in _NOBODY}
+    people = [rf"(?<![^\W_]){re.escape(name)}(?![^\W_])" for name in sorted(names, key=len, reverse=True)]
+    secrets = [v for k, v in os.environ.items() if len(v) >= 8 and _PRIVATE_KEY.search(k.lower())]
+    secrets = [re.escape(secret) for secret in sorted(secrets, key=len, reverse=True)]
+    return _scrubbed(plain, "", secrets, re.compile("|".join(people) or r"(?!)", re.IGNORECASE))
+
+
+def _identities() -> set[str]:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user need have no name
+        user = ""
+    return {user, Path.home().name, socket.gethostname(), socket.gethostname().split(".")[0]}
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it; what JSON hasn't becomes its name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    text = str(value)
+    return type(value).__name__ if " object at 0x" in text else text
+
+
+def _scrubbed(value: Any, key: str, secrets: list[str], people: re.Pattern) -> Any:
+    if isinstance(value, dict):
+        return {
+            _scrubbed(name, "", secrets, people): _scrubbed(item, name, secrets, people)
+            for name, item in value.items()
+            if not _PRIVATE_KEY.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_").lower())
+        }
+    if isinstance(value, list):
+        return [_scrubbed(item, key, secrets, people) for item in value]
+    if not isinstance(value, str):
+        return value
+    for secret in (*secrets, _SECRET):
+        value = re.sub(secret, _REMOVED, value)
+    if not key.endswith(("revision", "commit", "sha")):
+        value = _HEX_KEY.sub(_REMOVED, value)
+    if _PATH_ALONE.fullmatch(value):
+        value = _last_component(value)
+    return people.sub(_REMOVED, _PATH.sub(lambda path: _last_component(path[0]), value))
+
+
+def _last_component(path: str) -> str:
+    name = re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
+    return _REMOVED if name.startswith("~") or not name else name

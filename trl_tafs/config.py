@@ -1,0 +1,281 @@
+"""`TAFSGRPOConfig`: DDPOConfig's fields with DDPOTrainer's meaning, GRPOConfig's names, and what TAFS adds."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+_DICT_FIELDS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs")
+
+
+def _default_exp_name() -> str:
+    return os.path.splitext(os.path.basename(sys.argv[0] or "tafs"))[0] or "tafs"
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with its help text; a list or dict default is copied for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class TAFSGRPOConfig:
+    r"""Configuration of [`TAFSGRPOTrainer`]; read from the command line and YAML by `trl.TrlParser`.
+
+    Defaults are the paper's where it gives them (N = 4 steps, groups of 48, AdamW 3e-4 / 1e-4, LoRA 32 / 64,
+    512 px). See `docs/configuration.md` for the whole list with the reasons.
+    """
+
+    # Run ------------------------------------------------------------------------------------------------------
+    exp_name: str = field(
+        default_factory=_default_exp_name,
+        metadata={"help": "Name of the experiment (by default the script's): the run's folder and the tracker's run."},
+    )
+    run_name: str = option("", "Name of this run; empty: `exp_name`. Everything is written to `logdir/run_name`.")
+    seed: int = option(0, "Seed of all noise, prompts, shuffles and of the LoRA's initial weights.")
+    log_with: str | None = option(None, "Tracker of Accelerate: tensorboard, wandb, trackio or all.")
+    tracker_kwargs: dict | str | None = option(None, "Keyword arguments of the tracker's init, by tracker (JSON).")
+    accelerator_kwargs: dict | str | None = option(None, "Keyword arguments of `Accelerator` (JSON).")
+    project_kwargs: dict | str | None = option(
+        None, "Keyword arguments of Accelerate's ProjectConfiguration (JSON): project_dir, logging_dir, total_limit."
+    )
+    tracker_project_name: str = option("trl", "Project name that the tracker shows.")
+    logdir: str = option("logs", "Folder below which a run's folder lies, unless project_kwargs names a project_dir.")
+    num_epochs: int = option(100, "Epochs; one is one iteration of Algorithm 1. The paper trains 1500.")
+    save_freq: int = option(1, "Epochs between checkpoints; 0: only at the end.")
+    num_checkpoint_limit: int = option(5, "Checkpoints kept; the oldest goes first. The best one is kept apart.")
+    mixed_precision: str = option("bf16", "no, fp16 or bf16. Trained LoRA weights are float32 always.")
+    allow_tf32: bool = option(True, "TF32 matrix products on Ampere and later.")
+    resume_from: str = option("", "Checkpoint to continue from, or `latest` for the newest of this run.")
+    disable_tqdm: bool = option(False, "No progress bars.")
+
+    # Sampling -------------------------------------------------------------------------------------------------
+    sample_num_steps: int = option(4, "N, denoising steps of a rollout (paper: 4).")
+    sample_eta: float = option(
+        1.0, "Share of the noise that is drawn afresh, in (0, 1]: 1 is annealing, towards 0 the Euler ODE (Flow-CPS)."
+    )
+    sample_guidance_scale: float = option(
+        1.0, "Classifier-free guidance in rollout and training alike; 1 (off): a few-step policy needs half the work."
+    )
+    sample_batch_size: int = option(8, "Images a process draws at once.")
+    sample_num_batches_per_epoch: int = option(12, "Batches a process draws each epoch: 96 images, two groups of 48.")
+    sample_kernel: str = option(
+        "annealed", "What an action is: annealed (the next noisy state) or clean (the explored clean image)."
+    )
+    sample_kappa: float = option(0.5, "Clean kernel: exploration of the clean image, std = kappa x level.")
+    num_perturbations: int = option(
+        1, "Clean kernel: explorations M of one state; they cost decodes and rewards, and no denoiser evaluation."
+    )
+    clean_baseline: str = option("state", "Clean kernel: state (the state's own value is the baseline) or group.")
+    num_generations: int | None = option(
+        None, "G, images of a prompt (paper: 48). None: 48, or the largest divisor of the epoch's images below it."
+    )
+    height: int | None = option(None, "Pixels. None: 512 (paper), or the model's own size where that is smaller.")
+    width: int | None = option(None, "Pixels, as height.")
+    max_sequence_length: int | None = option(None, "Tokens of a prompt. None: the family's default.")
+    negative_prompts: str | None = option("", "Negative prompt, where guidance is on.")
+    offload_text_encoders: bool = option(
+        False, "Keep text encoders on the CPU except while they encode: 11 GB less for SD3.5's T5-XXL in bf16."
+    )
+
+    # Rewards --------------------------------------------------------------------------------------------------
+    reward_weights: list[float] | None = option(None, "Weight of each reward; None: 1 each.")
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize", "sum_then_normalize, or normalize_then_sum (each reward by itself first; GDPO)."
+    )
+    scale_rewards: str = option(
+        "group", "Divide by the deviation of the group (paper, Eq. 9), of the whole batch, or by none."
+    )
+    async_reward_computation: bool = option(False, "Score in threads while the next batch is drawn.")
+    max_workers: int = option(2, "Threads of async_reward_computation.")
+    reward_max_retries: int = option(2, "How often a reward that raises is called again before the run stops.")
+    reward_retry_delay: float = option(1.0, "Seconds before the first retry; doubled each time.")
+
+    # Credit ---------------------------------------------------------------------------------------------------
+    step_credit: str = option(
+        "step",
+        "Which rewards an action answers for: step (Eq. 10), sum (Alg. 1, line 18), reward_to_go, gain, or terminal "
+        "(w/o Step Adv.).",
+    )
+    num_advantage_steps: int | None = option(None, "Only the last so many steps' rewards are used (Table 5).")
+    train_adv_clip_max: float = option(5.0, "Advantages are clipped to +- this.")
+    per_prompt_stat_tracking: bool = option(False, "DDPO's running statistics of a prompt instead of the group's.")
+    per_prompt_stat_tracking_buffer_size: int = option(16, "Rewards kept a prompt.")
+    per_prompt_stat_tracking_min_count: int = option(16, "Rewards needed before a prompt's own statistics are used.")
+
+    # Training -------------------------------------------------------------------------------------------------
+    objective: str = option("clipped", "clipped: GRPO's surrogate (Eq. 10).")
+    train_batch_size: int = option(8, "Rows (image, step) of one forward and backward pass.")
+    train_gradient_accumulation_steps: int | None = option(
+        None, "Batches of train_batch_size images an optimizer step; None: one optimizer step an inner epoch."
+    )
+    train_num_inner_epochs: int = option(1, "Passes over an epoch's rollouts.")
+    train_timestep_fraction: float = option(1.0, "Share of the trained steps of each image, drawn at random.")
+    train_cfg: bool = option(False, "Guidance in training: must be on if and only if sample_guidance_scale > 1.")
+    train_learning_rate: float = option(3e-4, "AdamW's (paper: 3e-4).")
+    train_lr_scheduler_type: str = option("constant", "Any name of diffusers' or transformers' get_scheduler.")
+    train_lr_warmup_steps: int = option(0, "Optimizer steps of warm-up.")
+    train_adam_beta1: float = option(0.9, "AdamW's beta1.")
+    train_adam_beta2: float = option(0.999, "AdamW's beta2.")
+    train_adam_weight_decay: float = option(1e-4, "AdamW's weight decay (paper: 1e-4).")
+    train_adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    train_use_8bit_adam: bool = option(False, "bitsandbytes' 8-bit AdamW.")
+    train_max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    train_clip_range: float | None = option(
+        None,
+        "Clip range of the ratio, in the units of train_log_prob_reduction. None: .025 in sqrt units at any "
+        "resolution (.2 in sum units at D = 64).",
+    )
+    train_log_prob_reduction: str = option(
+        "sqrt", "Log-probabilities are the mean over latent elements (DDPO), their sum, or the sum over sqrt(D)."
+    )
+    train_level_weighting: str = option(
+        "gaussian", "gaussian: the density as it is; uniform: without its 1/(2 sigma^2), faster at some fidelity."
+    )
+    beta: float = option(0.0, "Weight of the KL to the base without the adapter (paper: none).")
+    train_gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
+    train_use_ema: bool = option(False, "Evaluate and save an exponential average of the adapter.")
+    train_ema_decay: float = option(0.99, "Its decay an optimizer step.")
+
+    # LoRA -----------------------------------------------------------------------------------------------------
+    lora_rank: int = option(32, "Rank (paper: 32).")
+    lora_alpha: int = option(64, "Alpha (paper: 64).")
+    lora_target_modules: list[str] | None = option(None, "None: the family's attention projections.")
+    adapter_name_or_path: str | None = option(None, "A LoRA in diffusers' format, local or on the Hub, to continue.")
+
+    # Evaluation and pictures ----------------------------------------------------------------------------------
+    eval_freq: int = option(0, "Epochs between evaluations on the held-out prompts, and before the first; 0: none.")
+    eval_num_steps: list[int] = option([4, 8], "Step counts to evaluate.")
+    eval_samplers: list[str] = option(["annealed", "ode"], "Samplers to evaluate: annealed, ode.")
+    eval_images_per_prompt: int = option(1, "Images of each held-out prompt; their noise is the same each time.")
+    eval_batch_size: int | None = option(None, "Images drawn at once; None: sample_batch_size.")
+    metric_for_best_model: str | None = option(
+        None, "Evaluated metric by which the best checkpoint is kept, e.g. eval/annealed_4/pickscore."
+    )
+    greater_is_better: bool = option(True, "Direction of metric_for_best_model.")
+    early_stopping_patience: int | None = option(None, "Stop after so many evaluations without a better one.")
+    sample_grid_freq: int = option(10, "Epochs between sample grids (PNG: a row a prompt, a column a step); 0: none.")
+    sample_grid_rows: int = option(6, "Images in a sample grid.")
+
+    # Hub ------------------------------------------------------------------------------------------------------
+    push_to_hub: bool = option(False, "Push the adapter when training ends.")
+    hub_model_id: str | None = option(None, "Repository to push to; None: `run_name` below your user name.")
+    hub_private_repo: bool | None = option(None, "Create it as a private one.")
+
+    def __post_init__(self) -> None:
+        for name in _DICT_FIELDS:
+            setattr(self, name, _decode_dict(name, getattr(self, name)))
+        self.run_name = self.run_name or self.exp_name
+        self._check_choices()
+        self._check_ranges()
+        self._check_combinations()
+
+    @property
+    def project_dir(self) -> str:
+        """Where the run writes everything."""
+        return self.project_kwargs.get("project_dir") or os.path.join(self.logdir, self.run_name)
+
+    @property
+    def num_trained_steps(self) -> int:
+        """S, the steps of an image that carry an action: N - 1 for both kernels."""
+        return self.sample_num_steps - 1
+
+    @property
+    def num_replayed_steps(self) -> int:
+        """Of these, how many are replayed: `train_timestep_fraction` of them, at least one."""
+        return max(1, int(self.num_trained_steps * self.train_timestep_fraction))
+
+    def _check_choices(self) -> None:
+        choices = {
+            "mixed_precision": ("no", "fp16", "bf16"),
+            "sample_kernel": ("annealed", "clean"),
+            "clean_baseline": ("state", "group"),
+            "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+            "scale_rewards": ("group", "batch", "none"),
+            "step_credit": ("step", "sum", "reward_to_go", "gain", "terminal"),
+            "objective": ("clipped",),
+            "train_log_prob_reduction": ("mean", "sum", "sqrt"),
+            "train_level_weighting": ("gaussian", "uniform"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+        for sampler in self.eval_samplers:
+            if sampler not in ("annealed", "ode"):
+                raise ValueError(f"eval_samplers has {sampler!r}; use annealed and ode")
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "sample_num_steps": 2,
+            "sample_batch_size": 1,
+            "sample_num_batches_per_epoch": 1,
+            "num_perturbations": 1,
+            "train_batch_size": 1,
+            "train_num_inner_epochs": 1,
+            "num_epochs": 0,
+            "save_freq": 0,
+            "eval_freq": 0,
+            "num_checkpoint_limit": 1,
+            "reward_max_retries": 0,
+            "max_workers": 1,
+            "lora_rank": 1,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        positive = ("sample_kappa", "train_learning_rate", "train_adv_clip_max", "train_max_grad_norm")
+        for name in (*positive, *(("train_clip_range",) if self.train_clip_range is not None else ())):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("sample_eta", "train_timestep_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must lie in (0, 1]"
+                    + (" (at 0 the sampler is an ODE, without a density to train)" if name == "sample_eta" else "")
+                )
+        if self.beta < 0:
+            raise ValueError(f"beta is {self.beta}; the KL's weight can't be negative")
+        if self.num_advantage_steps is not None and not 1 <= self.num_advantage_steps <= self.num_trained_steps:
+            raise ValueError(
+                f"num_advantage_steps is {self.num_advantage_steps}; with sample_num_steps={self.sample_num_steps} "
+                f"it can be 1 to {self.num_trained_steps}"
+            )
+
+    def _check_combinations(self) -> None:
+        if (self.sample_guidance_scale > 1) != self.train_cfg:
+            raise ValueError(
+                f"sample_guidance_scale={self.sample_guidance_scale} with train_cfg={self.train_cfg}: rollout and "
+                "training must use the same guidance, or the ratio isn't 1 on policy; use sample_guidance_scale=1 "
+                "with train_cfg=False, or a scale above 1 with train_cfg=True"
+            )
+        if self.num_perturbations > 1 and self.sample_kernel != "clean":
+            raise ValueError(f"num_perturbations={self.num_perturbations} needs sample_kernel='clean'")
+        own_baseline = self.sample_kernel == "clean" and (self.clean_baseline == "state" or self.num_perturbations > 1)
+        if own_baseline and self.per_prompt_stat_tracking:
+            raise ValueError("per_prompt_stat_tracking replaces the baseline; use it with clean_baseline='group'")
+        if self.num_perturbations > 1 and self.step_credit not in ("step", "terminal"):
+            raise ValueError(
+                f"step_credit={self.step_credit!r} sums over the trajectory, which only the first of the "
+                f"{self.num_perturbations} perturbations continues; use step_credit='step'"
+            )
+        if self.early_stopping_patience is not None and not (self.eval_freq and self.metric_for_best_model):
+            raise ValueError("early_stopping_patience needs eval_freq above 0 and a metric_for_best_model")
+        if self.metric_for_best_model is not None and not self.eval_freq:
+            raise ValueError("metric_for_best_model needs eval_freq above 0")
+
+
+def _decode_dict(name: str, value: dict | str | None) -> dict[str, Any]:
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} isn't JSON ({error}): {value!r}; write it as '{{\"key\": value}}'") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r}")
+    return value

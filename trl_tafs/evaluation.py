@@ -1,0 +1,113 @@
+"""Evaluation on held-out prompts with held-out rewards: fixed noise, several step counts, both samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_tafs.kernels import Annealed, Kernel, Ode
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.prompts import row_to_prompt
+from trl_tafs.rewards.scoring import RewardSet
+from trl_tafs.rollout import SampleNoise, Velocity, sample
+from trl_tafs.types import Conditioning
+
+SAMPLERS: dict[str, Kernel] = {"annealed": Annealed(), "ode": Ode()}
+Encode = Callable[[Sequence[str]], Conditioning]
+EVAL_EPOCH = -1  # the key of evaluation's noise: no training epoch has it
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How images are drawn for evaluation."""
+
+    height: int
+    width: int
+    batch_size: int
+    seed: int
+    storage_dtype: torch.dtype
+    device: torch.device
+
+
+def sample_images(
+    pipeline: TAFSPipelineMixin,
+    encode: Encode,
+    velocity: Velocity,
+    setting: Setting,
+    prompts: Sequence[str],
+    sample_ids: Sequence[int],
+    *,
+    sampler: str = "annealed",
+    num_steps: int = 4,
+) -> Tensor:
+    """Draw one image a prompt, (B, 3, H, W) on the CPU; image i's noise is keyed by `sample_ids[i]`.
+
+    Batches have one shape, the last one padded, so that an image doesn't depend on its neighbours' number.
+    """
+    device = setting.device
+    levels = pipeline.rollout_levels(num_steps, setting.height, setting.width).to(device)
+    shape = pipeline.latent_shape(setting.height, setting.width)
+    images = []
+    for start in range(0, len(sample_ids), setting.batch_size):
+        rows = list(range(start, min(start + setting.batch_size, len(sample_ids))))
+        padded = rows + [rows[-1]] * (setting.batch_size - len(rows))
+        noise = SampleNoise(setting.seed, EVAL_EPOCH, tuple(sample_ids[i] for i in padded), device)
+        final = sample(
+            velocity,
+            SAMPLERS[sampler],
+            encode([prompts[i] for i in padded]),
+            levels,
+            noise("initial", 0, shape),
+            noise,
+            setting.storage_dtype,
+        )
+        images.append(pipeline.decode_latents(final)[: len(rows)].cpu())
+    return torch.cat(images)
+
+
+class Evaluator:
+    """Held-out prompts and rewards, and how to run them on all processes together.
+
+    Args:
+        prompts: a sequence or dataset of prompts.
+        rewards: the judges.
+        images_per_prompt: images of each prompt.
+    """
+
+    def __init__(self, prompts: Any, rewards: RewardSet, images_per_prompt: int = 1) -> None:
+        pairs = [row_to_prompt(prompts[i]) for i in range(len(prompts))]
+        if not pairs:
+            raise ValueError("eval_prompts is empty; give at least one held-out prompt")
+        self.items = [pair for pair in pairs for _ in range(images_per_prompt)]
+        self.rewards = rewards
+
+    def __call__(
+        self,
+        pipeline: TAFSPipelineMixin,
+        accelerator: Any,
+        encode: Encode,
+        velocity: Velocity,
+        setting: Setting,
+        samplers: Sequence[str],
+        step_counts: Sequence[int],
+    ) -> dict[str, float]:
+        """`eval/<sampler>_<steps>/<reward>` for every combination: the means over all images with a verdict."""
+        world, rank = accelerator.num_processes, accelerator.process_index
+        share = -(-len(self.items) // world)
+        mine = [i % len(self.items) for i in range(rank * share, (rank + 1) * share)]  # padded: equal work everywhere
+        prompts, metadata = [self.items[i][0] for i in mine], [self.items[i][1] for i in mine]
+        results = {}
+        for sampler in samplers:
+            for num_steps in step_counts:
+                images = sample_images(
+                    pipeline, encode, velocity, setting, prompts, mine, sampler=sampler, num_steps=num_steps
+                )
+                values = self.rewards(images, prompts, metadata).values.to(accelerator.device)
+                everyone = accelerator.gather(values)[: len(self.items)]
+                for name, mean in zip(self.rewards.names, everyone.nanmean(dim=0).tolist(), strict=True):
+                    results[f"eval/{sampler}_{num_steps}/{name}"] = mean
+        return results

@@ -1,0 +1,141 @@
+"""One epoch's experience: roll out, decode, score, a batch at a time; kept on disk when a reward fails."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_tafs.conditioning import PromptEncoder
+from trl_tafs.kernels import Kernel
+from trl_tafs.metrics import Stopwatch
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.rewards.scoring import RewardSet, Scores
+from trl_tafs.rollout import SampleNoise, Velocity, rollout
+from trl_tafs.types import PromptBatch, Rollout
+
+
+@dataclass
+class Part:
+    """One sampled batch: its prompts, its rollout, and its rewards once they are there."""
+
+    batch: PromptBatch
+    rollout: Rollout
+    images: Tensor | None = None  # (B, 3, H, W), what the sampler returned; on the CPU, where a hook wants it
+    scores: Tensor | None = None  # (B, Q, K, R)
+    metadata: Any = None  # what the rewards said beside
+
+    def payload(self) -> dict[str, Any]:
+        """Tensors and plain values, for a file."""
+        fields = {f.name: getattr(self.rollout, f.name).cpu() for f in dataclasses.fields(self.rollout)}
+        return {"rollout": fields, "scores": self.scores}
+
+
+@dataclass
+class Collector:
+    """Algorithm 1, lines 5 to 17, for the batches of one process."""
+
+    pipeline: TAFSPipelineMixin
+    kernel: Kernel
+    encode: PromptEncoder
+    rewards: RewardSet
+    velocity: Velocity
+    levels: Tensor  # (N + 1,) on the device
+    latent_shape: tuple[int, ...]
+    scored_steps: range
+    reduction: str
+    storage_dtype: torch.dtype
+    decode_batch_size: int
+    keep_images: bool
+    executor: ThreadPoolExecutor | None
+    stopwatch: Stopwatch
+
+    def roll_out(self, batch: PromptBatch, seed: int, epoch: int) -> Part:
+        """Sample one batch of trajectories."""
+        noise = SampleNoise(seed, epoch, tuple(batch.sample_ids.tolist()), self.levels.device)
+        trajectories = rollout(
+            self.velocity,
+            self.kernel,
+            self.encode(batch.prompts),
+            self.levels,
+            noise("initial", 0, self.latent_shape),
+            noise,
+            storage_dtype=self.storage_dtype,
+            reduction=self.reduction,
+            scored_steps=self.scored_steps,
+        )
+        return Part(batch, trajectories)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, *) to images (B, 3, H, W) on the CPU, `decode_batch_size` at a time."""
+        return torch.cat([self.pipeline.decode_latents(chunk).cpu() for chunk in latents.split(self.decode_batch_size)])
+
+    def score(self, part: Part) -> Future:
+        """Decode a part's scored latents and have them scored: a future of its `Scores`."""
+        batch, steps, kinds = part.rollout.scored.shape[:3]
+        with self.stopwatch("decode"):
+            images = self.decode(part.rollout.scored.flatten(0, 2))
+            if self.keep_images:
+                part.images = self.decode(part.rollout.final)
+        prompts = [prompt for prompt in part.batch.prompts for _ in range(steps * kinds)]
+        metadata = [entry for entry in part.batch.metadata for _ in range(steps * kinds)]
+        if self.executor is not None:
+            return self.executor.submit(self.rewards, images, prompts, metadata)
+        future: Future = Future()
+        with self.stopwatch("reward"):
+            try:
+                future.set_result(self.rewards(images, prompts, metadata))
+            except Exception as error:  # handed on through the future, as the executor does
+                future.set_exception(error)
+        return future
+
+    def collect(
+        self,
+        batches: Sequence[PromptBatch],
+        seed: int,
+        epoch: int,
+        kept: Sequence[dict[str, Any]] = (),
+        progress: Callable[[str], None] = lambda stage: None,
+    ) -> tuple[list[Part], Exception | None]:
+        """All of a process's parts, and the first fault of a reward: what came before it is in the parts.
+
+        `kept` are payloads of an earlier try at this epoch, used instead of sampling and scoring again.
+        """
+        parts, futures = [], []
+        for i, batch in enumerate(batches):
+            if i < len(kept):
+                part = self._restore(batch, kept[i])
+            else:
+                with self.stopwatch("rollout"):
+                    part = self.roll_out(batch, seed, epoch)
+            parts.append(part)
+            progress("rollout")
+            futures.append(None if part.scores is not None else self.score(part))
+            if futures[-1] is not None and futures[-1].done() and futures[-1].exception() is not None:
+                break
+        fault = None
+        for part, future in zip(parts, futures, strict=True):
+            with self.stopwatch("reward"):
+                error = None if future is None else future.exception()
+            fault = fault or error
+            if future is not None and error is None:
+                self._attach(part, future.result())
+            progress("reward")
+        return parts, fault
+
+    def _attach(self, part: Part, scores: Scores) -> None:
+        part.scores = scores.values.reshape(*part.rollout.scored.shape[:3], -1)
+        part.metadata = scores.metadata
+
+    def _restore(self, batch: PromptBatch, payload: dict[str, Any]) -> Part:
+        device = self.levels.device
+        fields = {name: value.to(device) for name, value in payload["rollout"].items()}
+        part = Part(batch, Rollout(**fields), scores=payload["scores"], metadata={})
+        if self.keep_images:
+            part.images = self.decode(part.rollout.final)
+        return part

@@ -1,0 +1,165 @@
+"""What a run tells: a local JSON-lines log that is always written, averages of metrics, and sample grids."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.tracking import GeneralTracker
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class LocalTracker(GeneralTracker):
+    """`metrics.jsonl` in the run's folder, one object a line; images as PNG beside it.
+
+    A line has `step`, `time` (seconds since the epoch) and the values. A disk that is full costs the line and
+    a warning, never the run.
+    """
+
+    name = "local"
+    requires_logging_directory = False
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+
+    @property
+    def tracker(self) -> Path:
+        """The log's path."""
+        return self.folder / "metrics.jsonl"
+
+    def store_init_configuration(self, values: dict) -> None:
+        """Write the run's configuration to `config.json`."""
+        self._write(self.folder / "config.json", json.dumps(values, indent=2, default=str), "w")
+
+    def log(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
+        """Append the numbers among `values`; NaN is written as null."""
+        line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        for key, value in values.items():
+            value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            if isinstance(value, (bool, int, float, str)):
+                line[key] = None if isinstance(value, float) and not math.isfinite(value) else value
+        self._write(self.tracker, json.dumps(line) + "\n", "a")
+
+    def log_images(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
+        """Save each image tensor (1, 3, H, W) or (3, H, W) in [0, 1] as `images/<step>_<title>.png`."""
+        for title, image in values.items():
+            name = re.sub(r"[^\w.-]+", "_", str(title)).strip("_")
+            save_png(tensor_to_image(torch.as_tensor(image).squeeze(0)), self.folder / "images" / f"{step:06d}_{name}.png")
+
+    def rewind(self, epoch: int) -> None:
+        """Drop the lines of `epoch` and later: they are about to be written again."""
+        if self.tracker.exists():
+            lines = self.tracker.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line).get("epoch", -1) < epoch]
+            self._write(self.tracker, "".join(line + "\n" for line in kept), "w")
+
+    def _write(self, path: Path, text: str, mode: str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open(mode) as file:
+                file.write(text)
+        except OSError as error:
+            warnings.warn(f"{path} could not be written ({error}); the run goes on without it", stacklevel=3)
+
+
+class MeanMetrics:
+    """Sums metric dicts on their device; `pop` gives their means and starts anew. No host copy before that."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add one dict of scalars, () each."""
+        for name, value in metrics.items():
+            self.totals[name] = self.totals[name] + value if name in self.totals else value.detach().clone()
+        self.count += 1
+
+    def pop(self) -> dict[str, Tensor]:
+        """The means since the last `pop`."""
+        means = {name: total / max(self.count, 1) for name, total in self.totals.items()}
+        self.totals, self.count = {}, 0
+        return means
+
+
+class Stopwatch:
+    """Seconds spent in named stretches."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time a stretch; `with stopwatch("rollout"):`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def pop(self) -> dict[str, float]:
+        """`time/<name>` of each stretch since the last `pop`."""
+        seconds, self.seconds = self.seconds, {}
+        return {f"time/{name}": value for name, value in seconds.items()}
+
+
+def tensor_to_image(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] to a PIL image; below 64 pixels it is enlarged, pixel by pixel."""
+    from PIL import Image
+
+    factor = max(1, math.ceil(64 / max(image.shape[-2:])))
+    pixels = (image.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+    pixels = pixels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def sample_grid(images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str = "") -> Image.Image:
+    """A labelled picture: one row a prompt, one column a step, so that the annealing can be seen.
+
+    Args:
+        images: (P, C, 3, H, W) in [0, 1].
+        rows: P labels, at the left.
+        columns: C labels, on top.
+        title: above all.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(12)
+    tiles = [[tensor_to_image(image) for image in row] for row in images]
+    width, height = tiles[0][0].size
+    left = 12 + max(int(font.getlength(label[:48])) for label in rows)
+    top = 40 if title else 22
+    canvas = Image.new("RGB", (left + len(columns) * (width + 4), top + len(rows) * (height + 4)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((4, 3), title, fill="black", font=font)
+    for c, label in enumerate(columns):
+        draw.text((left + c * (width + 4), top - 18), label, fill="black", font=font)
+    for r, label in enumerate(rows):
+        draw.text((4, top + r * (height + 4) + height // 2 - 7), label[:48], fill="black", font=font)
+        for c, tile in enumerate(tiles[r]):
+            canvas.paste(tile, (left + c * (width + 4), top + r * (height + 4)))
+    return canvas
+
+
+def save_png(image: Image.Image, path: str | os.PathLike) -> None:
+    """Write a PNG, making its folder; a full disk costs the picture and a warning."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be written ({error}); the run goes on without it", stacklevel=2)

@@ -1,0 +1,198 @@
+"""The policy: a pipeline's denoiser with a trained LoRA, its reference, its optimizer and its average."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.hub import check_adapter_fits, read_adapter
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.rollout import noise_seed
+
+DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: torch.device) -> None:
+    """Freeze the base, put it on the device, and cast it to the dtype of `mixed_precision`.
+
+    The VAE keeps its dtype: several decode to black in float16.
+    """
+    dtype = DTYPES[config.mixed_precision]
+    for name, module in pipeline.components.items():
+        if not isinstance(module, nn.Module):
+            continue
+        module.requires_grad_(False)
+        module.eval()  # rollout and replay alike: no dropout anywhere
+        if name.startswith("text_encoder") and config.offload_text_encoders:
+            continue
+        module.to(device)
+        if dtype is not None and name != "vae":
+            module.to(dtype)
+    if config.train_gradient_checkpointing:
+        pipeline.denoiser.enable_gradient_checkpointing()
+
+
+def attach_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: Any | None) -> tuple[str, Any]:
+    """Put the trained LoRA on the denoiser; returns the adapter's name and its `LoraConfig`.
+
+    It is, in this order: the one adapter that the pipeline came with; `config.adapter_name_or_path`; the user's
+    `lora_config`; or a new one of `lora_rank` on the family's default modules.
+    """
+    denoiser = pipeline.denoiser
+    attached = dict(getattr(denoiser, "peft_config", {}))
+    if attached:
+        if len(attached) > 1 or lora_config is not None or config.adapter_name_or_path:
+            raise ValueError(
+                f"the pipeline already carries the adapters {', '.join(attached)}; fuse or unload them, or bring exactly "
+                "one and neither a LoraConfig nor adapter_name_or_path, to train that one on"
+            )
+        name, lora_config = next(iter(attached.items()))
+        _check_dropout(lora_config)
+        denoiser.set_adapter(name)
+    else:
+        name = "default"
+        lora_config = _add_lora(pipeline, config, lora_config)
+    for parameter_name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_("lora_" in parameter_name and f".{name}." in f"{parameter_name}.")
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return name, lora_config
+
+
+def _add_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: Any | None) -> Any:
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    denoiser, weights = pipeline.denoiser, None
+    if config.adapter_name_or_path:
+        if lora_config is not None:
+            raise ValueError("give either a LoraConfig or adapter_name_or_path, whose own configuration is used")
+        weights, lora_config = read_adapter(config.adapter_name_or_path, denoiser=pipeline.denoiser_name)
+        check_adapter_fits(weights, denoiser)
+    elif lora_config is None:
+        lora_config = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=0.0,
+            init_lora_weights="gaussian",
+            target_modules=list(config.lora_target_modules or pipeline.lora_target_modules),
+        )
+    _check_dropout(lora_config)
+    state = torch.get_rng_state()
+    torch.manual_seed(noise_seed(config.seed, "lora"))  # the same on every process, whatever came before
+    try:
+        denoiser.add_adapter(lora_config)
+    except ValueError as error:
+        names = sorted({n.rpartition(".")[2] for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(f"the LoRA can't be attached to {type(denoiser).__name__}: {error} Its linear layers end in: "
+                         f"{', '.join(names)}") from error
+    finally:
+        torch.set_rng_state(state)
+    if weights is not None:
+        set_peft_model_state_dict(denoiser, weights, adapter_name="default")
+    return lora_config
+
+
+def _check_dropout(lora_config: Any) -> None:
+    if getattr(lora_config, "lora_dropout", 0.0):
+        raise ValueError(
+            f"lora_dropout is {lora_config.lora_dropout}: rollout and training must be the same policy, or the ratio "
+            "isn't 1 on policy; use lora_dropout=0.0"
+        )
+
+
+@contextmanager
+def adapter_disabled(denoiser: nn.Module) -> Iterator[None]:
+    """The base policy inside: the reference of the KL, at no memory of its own."""
+    denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        denoiser.enable_adapters()
+
+
+def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
+    """The LoRA's, in order."""
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def adapter_state_dict(denoiser: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The LoRA's weights as PEFT names them, copied to the CPU."""
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
+    return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TAFSGRPOConfig) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' with 8-bit state."""
+    if config.train_use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ImportError("train_use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    else:
+        optimizer_class = torch.optim.AdamW
+    return optimizer_class(
+        parameters,
+        lr=config.train_learning_rate,
+        betas=(config.train_adam_beta1, config.train_adam_beta2),
+        weight_decay=config.train_adam_weight_decay,
+        eps=config.train_adam_epsilon,
+    )
+
+
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: TAFSGRPOConfig, total_steps: int) -> Any:
+    """Diffusers' `get_scheduler`, over `total_steps` optimizer steps."""
+    from diffusers.optimization import get_scheduler
+
+    if config.train_lr_warmup_steps > total_steps > 0:
+        warnings.warn(
+            f"train_lr_warmup_steps is {config.train_lr_warmup_steps}, and the run has {total_steps} optimizer steps",
+            stacklevel=2,
+        )
+    return get_scheduler(
+        config.train_lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=config.train_lr_warmup_steps,
+        num_training_steps=total_steps,
+    )
+
+
+class AdapterAverage:
+    """An exponential moving average of the trained parameters, by diffusers' EMAModel."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        from diffusers.training_utils import EMAModel
+
+        self.parameters = parameters
+        self.ema = EMAModel(parameters, decay=decay)
+
+    def update(self) -> None:
+        """After an optimizer step."""
+        self.ema.step(self.parameters)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The denoiser carries the average inside."""
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return self.ema.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.ema.load_state_dict(state)
+        self.ema.to(self.parameters[0].device)

@@ -1,0 +1,96 @@
+"""Where prompts come from. An epoch's prompts are a pure function of (seed, epoch)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from trl_tafs.rollout import noise_seed
+from trl_tafs.types import PromptBatch
+
+PromptFunction = Callable[[], tuple[str, dict[str, Any]]]
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's global generators seeded inside, and left as they were outside."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class PromptSource:
+    """Prompts with metadata, from a function, a dataset with a `prompt` column, or a sequence.
+
+    A function is called once a group, with the global generators seeded by (seed, epoch). A dataset is walked
+    through in a new order each pass; its other columns are the metadata.
+    """
+
+    def __init__(self, source: PromptFunction | Any, seed: int = 0) -> None:
+        self.seed = seed
+        self.function = source if callable(source) else None
+        self.rows = None if callable(source) else _as_rows(source)
+        if self.rows is not None and len(self.rows) == 0:
+            raise ValueError("the prompt dataset is empty; it needs at least one row")
+
+    def groups(self, epoch: int, num_groups: int) -> list[tuple[str, dict[str, Any]]]:
+        """The (prompt, metadata) of each of an epoch's groups."""
+        if self.function is not None:
+            with seeded_globals(noise_seed(self.seed, epoch, "prompts")):
+                return [check_prompt(self.function(), "the prompt function") for _ in range(num_groups)]
+        first = epoch * num_groups
+        return [self._row(position) for position in range(first, first + num_groups)]
+
+    def batch(self, epoch: int, num_groups: int, group_size: int) -> PromptBatch:
+        """The images of an epoch: `num_groups` prompts, `group_size` images each, in order."""
+        groups = self.groups(epoch, num_groups)
+        return PromptBatch(
+            prompts=tuple(prompt for prompt, _ in groups for _ in range(group_size)),
+            metadata=tuple(metadata for _, metadata in groups for _ in range(group_size)),
+            group_ids=torch.arange(num_groups).repeat_interleave(group_size),
+            sample_ids=torch.arange(num_groups * group_size),
+        )
+
+    def _row(self, position: int) -> tuple[str, dict[str, Any]]:
+        sweep, offset = divmod(position, len(self.rows))
+        order = np.random.default_rng(noise_seed(self.seed, sweep, "order")).permutation(len(self.rows))
+        return row_to_prompt(self.rows[int(order[offset])])
+
+
+def _as_rows(source: Any) -> Sequence[Any]:
+    columns = getattr(source, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(f"the prompt dataset has no column 'prompt', only {columns}; rename one")
+    if isinstance(source, str) or not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+        raise ValueError(
+            f"prompts come from a function, a dataset or a list of prompts, got {type(source).__name__}: {source!r}"
+        )
+    return source
+
+
+def row_to_prompt(row: Any) -> tuple[str, dict[str, Any]]:
+    """A dataset's row, a (prompt, metadata) pair or a bare prompt, as (prompt, metadata)."""
+    if isinstance(row, Mapping):
+        return check_prompt((row.get("prompt"), {k: v for k, v in row.items() if k != "prompt"}), "the prompt dataset")
+    return check_prompt((row, {}) if isinstance(row, str) else row, "the prompt list")
+
+
+def check_prompt(item: Any, origin: str) -> tuple[str, dict[str, Any]]:
+    """(prompt, metadata), or an error that shows what came instead."""
+    if isinstance(item, tuple) and len(item) == 2:
+        prompt, metadata = item
+        if isinstance(prompt, str) and (metadata is None or isinstance(metadata, Mapping)):
+            return str(prompt), dict(metadata or {})
+    raise ValueError(f"{origin} gave {item!r}; it must give (prompt: str, metadata: dict)")

@@ -1,0 +1,34 @@
+"""DDPO's smoke-test rewards: the size of the image as a JPEG (Black et al. 2023, section 5)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def jpeg_size(images: Tensor, quality: int = 95) -> Tensor:
+    """Kilobytes (1000) of each image (B, 3, H, W) in [0, 1] as a JPEG: (B,)."""
+    pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy().transpose(0, 2, 3, 1)
+    return torch.tensor([_encoded(image, quality) / 1000 for image in pixels])
+
+
+def _encoded(image: np.ndarray, quality: int) -> int:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=quality)
+    return buffer.tell()
+
+
+def jpeg_incompressibility(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+    """The size itself: detail and noise are rewarded."""
+    return jpeg_size(images)
+
+
+def jpeg_compressibility(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+    """Minus the size: smooth images are rewarded."""
+    return -jpeg_size(images)

@@ -1,0 +1,161 @@
+"""Calling rewards: names, weights, checks, retries; and finding them by name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RewardFunction = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
+
+REWARDS = {
+    "clip_score": "trl_tafs.rewards.clip_score:ClipScore",
+    "jpeg_compressibility": "trl_tafs.rewards.jpeg:jpeg_compressibility",
+    "jpeg_incompressibility": "trl_tafs.rewards.jpeg:jpeg_incompressibility",
+}
+
+
+class RewardError(RuntimeError):
+    """A reward that raised or returned what can't be used; says which one, on which prompts."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one call of all rewards gave."""
+
+    values: Tensor  # (B, R) float32, NaN where there is no verdict
+    metadata: Any  # of a single reward what it returned, of several a dict by name
+
+
+class RewardSet:
+    """One or several rewards with names and weights.
+
+    Args:
+        rewards: a callable, a list of them, or a dict of name to callable or (callable, weight).
+        weights: one a reward, in order; overrides those in the dict.
+        max_retries: calls after the first one that raises.
+        retry_delay: seconds before the first retry, doubled each time.
+    """
+
+    def __init__(
+        self, rewards: Any, weights: Sequence[float] | None = None, *, max_retries: int = 0, retry_delay: float = 1.0
+    ) -> None:
+        named = _named(rewards)
+        self.names = tuple(named)
+        self.functions = tuple(function for function, _ in named.values())
+        if weights is not None and len(weights) != len(named):
+            raise ValueError(f"{len(weights)} reward_weights for {len(named)} rewards ({', '.join(named)}); give one each")
+        chosen = [weight for _, weight in named.values()] if weights is None else list(weights)
+        self.weights = torch.tensor(chosen, dtype=torch.float32)
+        self.max_retries, self.retry_delay = max_retries, retry_delay
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        """Score B images (B, 3, H, W) by every reward.
+
+        Raises:
+            RewardError: a reward raised `max_retries` + 1 times, or returned the wrong number of values.
+        """
+        columns, extra = [], {}
+        for name, function in zip(self.names, self.functions, strict=True):
+            result = self._call(name, function, images, prompts, metadata)
+            values, extra[name] = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+            columns.append(as_rewards(name, values, len(prompts)))
+        return Scores(torch.stack(columns, dim=1), extra if len(extra) > 1 else extra[self.names[0]])
+
+    def _call(self, name: str, function: RewardFunction, images: Tensor, prompts: Any, metadata: Any) -> Any:
+        for attempt in range(self.max_retries + 1):
+            try:
+                return function(images, prompts, metadata)
+            except Exception as error:  # a reward is the user's code: whatever it raises is retried, then reported
+                if attempt == self.max_retries:
+                    shown = ", ".join(repr(prompt) for prompt in dict.fromkeys(prompts))[:300]
+                    raise RewardError(
+                        f"reward {name!r} raised {type(error).__name__}: {error} ({attempt + 1} calls; {len(prompts)} "
+                        f"images of the prompts {shown})"
+                    ) from error
+                warnings.warn(f"reward {name!r} raised {type(error).__name__}: {error}; it is retried", stacklevel=2)
+                time.sleep(self.retry_delay * 2**attempt)
+
+
+def as_rewards(name: str, values: Any, expected: int) -> Tensor:
+    """What a reward returned as (B,) float32 on the CPU; None becomes NaN. Any other length is an error."""
+    if isinstance(values, Tensor):
+        rewards = values.detach().float().cpu()
+    else:
+        try:
+            items = values.tolist() if hasattr(values, "tolist") else list(values)
+            rewards = torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"reward {name!r} returned {type(values).__name__} {str(values)[:80]!r}; it must return {expected} numbers"
+            ) from error
+    if rewards.shape == (expected, 1):
+        rewards = rewards[:, 0]
+    if rewards.shape != (expected,):
+        raise RewardError(
+            f"reward {name!r} returned shape {tuple(rewards.shape)} for {expected} images; it must return one number an "
+            "image (None or NaN for no verdict)"
+        )
+    if rewards.isinf().any():
+        raise RewardError(f"reward {name!r} returned an infinite value; bound it, or return None for no verdict")
+    return rewards
+
+
+def _named(rewards: Any) -> dict[str, tuple[RewardFunction, float]]:
+    if isinstance(rewards, Mapping):
+        pairs = {n: r if isinstance(r, tuple) else (r, 1.0) for n, r in rewards.items()}
+    else:
+        pairs = {}
+        for function in rewards if isinstance(rewards, (list, tuple)) else [rewards]:
+            name = base = getattr(function, "__name__", type(function).__name__).strip("<>_") or "reward"
+            while name in pairs:
+                name = f"{base}_{int(name[len(base) + 1 :] or 1) + 1}"
+            pairs[name] = (function, 1.0)
+    if not pairs:
+        raise ValueError("no reward given; pass a callable, a list or a dict of them")
+    for name, (function, _) in pairs.items():
+        if not callable(function):
+            raise ValueError(f"reward {name!r} is {function!r}, not a callable (images, prompts, prompt_metadata)")
+    return pairs
+
+
+def load_reward(name: str) -> RewardFunction:
+    """A reward by its name in `REWARDS`, or by a dotted path of one's own, `package.module:name`.
+
+    A class, or a function without required arguments, is called to make the reward.
+    """
+    path = REWARDS.get(name, name)
+    module_name, _, attribute = path.partition(":")
+    if not attribute:
+        raise ValueError(f"no reward {name!r}; use one of {', '.join(REWARDS)}, or your own as 'module:function'")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r} can't be imported: {error}") from error
+    return function() if isinstance(function, type) else function
+
+
+def parse_rewards(specifications: Sequence[str]) -> dict[str, tuple[RewardFunction, float]]:
+    """`["pickscore=1.0", "my_module:sharpness=0.5"]` to a dict of name to (reward, weight)."""
+    rewards = {}
+    for item in specifications:
+        name, _, weight = item.partition("=")
+        try:
+            value = float(weight) if weight else 1.0
+        except ValueError as error:
+            raise ValueError(f"--reward {item!r}: {weight!r} is no number; write NAME=WEIGHT") from error
+        label = name.rpartition(":")[2]
+        if label in rewards:
+            raise ValueError(f"--reward names {label!r} twice; give it one weight")
+        rewards[label] = (load_reward(name), value)
+    return rewards

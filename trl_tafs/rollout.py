@@ -1,0 +1,174 @@
+"""Rollout and replay over any velocity function. Torch alone: no diffusers, no model.
+
+A velocity function is `velocity(x, level, conditioning) -> v`: x (B, *) in the storage dtype, level (B,) float32,
+v (B, *) float32. It must give the same result for the same row in rollout and in replay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl_tafs.kernels import Kernel, Transition, clean_estimate
+from trl_tafs.types import Conditioning, Rollout, Transitions
+
+Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
+Noise = Callable[[str, int, tuple[int, ...]], Tensor]
+
+
+def noise_seed(*key: int | str) -> int:
+    """A 63-bit seed from (seed, epoch, sample, stream, step): unrelated keys give unrelated streams."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return struct.unpack("<Q", digest)[0] >> 1
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """Noise that belongs to a sample: every draw has a generator keyed by (seed, epoch, sample, stream, step).
+
+    It is drawn on the CPU, so that it is the same for any device, batch size and number of processes.
+    """
+
+    seed: int
+    epoch: int
+    sample_ids: tuple[int, ...]
+    device: torch.device | str = "cpu"
+
+    def __call__(self, stream: str, step: int, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (B, *shape), float32, B the number of sample ids."""
+        rows = []
+        for sample in self.sample_ids:
+            generator = torch.Generator().manual_seed(noise_seed(self.seed, self.epoch, sample, stream, step))
+            rows.append(torch.randn(shape, generator=generator))
+        return torch.stack(rows).to(self.device)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the sampler, as it was taken."""
+
+    index: int  # n, 0-based
+    state: Tensor  # (B, *) storage dtype
+    clean: Tensor  # (B, *) float32
+    transition: Transition | None  # at trained steps
+    actions: Tensor | None  # (B, M, *) storage dtype, at trained steps
+    next_state: Tensor  # (B, *) storage dtype
+
+
+def sample_steps(
+    velocity: Velocity,
+    kernel: Kernel,
+    conditioning: Conditioning,
+    levels: Tensor,
+    x: Tensor,
+    noise: Noise,
+    storage_dtype: torch.dtype = torch.float32,
+) -> Iterator[Step]:
+    """Walk the sampler from `x` (B, *) at `levels[0]` down to 0, a `Step` at a time.
+
+    An action is rounded to `storage_dtype` first and scored second, so that replay sees what was scored.
+    """
+    num_steps = len(levels) - 1
+    trained = kernel.trained_steps(num_steps)
+    x = x.to(storage_dtype)
+    for n in range(num_steps):
+        s, s_next = levels[n], levels[n + 1]
+        state, v = x.float(), velocity(x, levels[n].expand(len(x)), conditioning).float()
+        transition, actions = None, None
+        if n in trained:
+            transition = kernel.transition(state, v, s, s_next)
+            draw = noise("action", n, (kernel.num_actions, *x.shape[1:]))
+            actions = transition.sample(draw).to(storage_dtype)
+        first = None if actions is None else actions[:, 0].float()
+        renoise = kernel.renoises and n + 1 < num_steps
+        fresh = noise("state", n, tuple(x.shape[1:])) if renoise else torch.zeros_like(state)
+        following = kernel.next_state(state, v, s, s_next, first, fresh).to(storage_dtype)
+        yield Step(n, x, clean_estimate(state, v, s), transition, actions, following)
+        x = following
+
+
+@torch.no_grad()
+def sample(
+    velocity: Velocity,
+    kernel: Kernel,
+    conditioning: Conditioning,
+    levels: Tensor,
+    x: Tensor,
+    noise: Noise,
+    storage_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What the sampler returns from initial noise `x`: (B, *), storage dtype. Nothing is kept on the way."""
+    for step in sample_steps(velocity, kernel, conditioning, levels, x, noise, storage_dtype):
+        x = step.next_state
+    return x
+
+
+@torch.no_grad()
+def rollout(
+    velocity: Velocity,
+    kernel: Kernel,
+    conditioning: Conditioning,
+    levels: Tensor,
+    x: Tensor,
+    noise: Noise,
+    *,
+    storage_dtype: torch.dtype = torch.float32,
+    reduction: str = "sum",
+    scored_steps: range | None = None,
+) -> Rollout:
+    """Sample B trajectories and keep what training needs (Algorithm 1, lines 5 to 17).
+
+    Args:
+        velocity: the policy, with its guidance.
+        kernel: what an action is.
+        conditioning: of B rows.
+        levels: (N + 1,), from `schedules.with_zero`, on the device of `x`.
+        x: (B, *) initial noise.
+        noise: `noise(stream, step, shape) -> (B, *shape)`.
+        storage_dtype: in which states and actions are kept, that of the denoiser.
+        reduction: of the log-probabilities.
+        scored_steps: the steps, 0-based, whose clean images will be scored; by default those that the kernel's
+            actions answer for (n = 2..N of the paper).
+    """
+    trained = kernel.trained_steps(len(levels) - 1)
+    scored_steps = default_scored_steps(kernel, len(levels) - 1) if scored_steps is None else scored_steps
+    states, actions, log_probs, clean, scored = [], [], [], [], []
+    for step in sample_steps(velocity, kernel, conditioning, levels, x, noise, storage_dtype):
+        clean.append(step.clean)
+        if step.transition is not None:
+            states.append(step.state)
+            actions.append(step.actions)
+            log_probs.append(step.transition.log_prob(step.actions, reduction))
+        if step.index in scored_steps:
+            explored = kernel.reward_lag == 0 and step.actions is not None
+            images = [step.actions.float()] if explored else [step.clean.unsqueeze(1)]
+            if kernel.scores_mean and explored:
+                images.append(step.clean.unsqueeze(1))
+            scored.append(torch.cat(images, dim=1))
+    return Rollout(
+        levels=levels,
+        steps=torch.tensor(list(trained), dtype=torch.int64),
+        states=torch.stack(states, dim=1),
+        actions=torch.stack(actions, dim=1),
+        log_probs=torch.stack(log_probs, dim=1),
+        clean=torch.stack(clean, dim=1),
+        scored=torch.stack(scored, dim=1),
+        final=step.next_state.float(),
+    )
+
+
+def default_scored_steps(kernel: Kernel, num_steps: int) -> range:
+    """The steps whose clean images the kernel's actions answer for, 0-based."""
+    trained = kernel.trained_steps(num_steps)
+    return range(trained.start + kernel.reward_lag, trained.stop + kernel.reward_lag)
+
+
+def replay(velocity: Velocity, kernel: Kernel, rows: Transitions, conditioning: Conditioning) -> Transition:
+    """The distribution that the present policy gives to the rows' actions, with gradient (T rows, T conditionings)."""
+    v = velocity(rows.state, rows.level, conditioning).float()
+    return kernel.transition(rows.state.float(), v, rows.level, rows.next_level)

@@ -1,0 +1,48 @@
+"""Noise levels, and the only conversion between a level and a model's timestep.
+
+A level `s` in [0, 1] is the share of noise: `x_s = (1 - s) x_0 + s eps` (rectified flow, diffusers' convention).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def uniform_levels(num_steps: int) -> Tensor:
+    r"""The paper's uniform division of the trajectory, `tau = T / N` (section 3.3).
+
+    Args:
+        num_steps: `N`, at least 1.
+
+    Returns:
+        (N,) float32: `1, (N - 1) / N, ..., 1 / N`, before any shift.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; sampling takes at least 1 step")
+    return torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float32)
+
+
+def shift_levels(levels: Tensor, shift: float) -> Tensor:
+    r"""Static resolution shift of SD3 (Esser et al. 2024, Eq. 23): `s' = c s / (1 + (c - 1) s)`."""
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
+def shift_levels_exponential(levels: Tensor, mu: float) -> Tensor:
+    r"""FLUX's dynamic shift, `s' = e^mu / (e^mu + 1/s - 1)`; equal to `shift_levels` with `c = e^mu`."""
+    return math.exp(mu) / (math.exp(mu) + (1 / levels - 1))
+
+
+def with_zero(levels: Tensor) -> Tensor:
+    """Append `s_{N+1} = 0`, where sampling ends: (N,) -> (N + 1,). Levels must fall strictly."""
+    levels = torch.cat([levels, levels.new_zeros(1)])
+    if not bool((levels[1:] < levels[:-1]).all()):
+        raise ValueError(f"levels must fall strictly towards 0, got {[round(s, 5) for s in levels.tolist()]}")
+    return levels
+
+
+def level_to_timestep(level: Tensor, num_train_timesteps: int = 1000) -> Tensor:
+    """What the denoiser is told: `t = 1000 s`, float32, the same product that diffusers' scheduler takes."""
+    return level * num_train_timesteps

@@ -1,0 +1,566 @@
+"""`TAFSGRPOTrainer`: owns the objects of a run and the order in which they act. No formula inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from trl_tafs import checkpoint, hub, policy
+from trl_tafs.advantages import Advantages, Credit, PerPromptStatTracker, combine_rewards, group_mean_std
+from trl_tafs.conditioning import PromptEncoder
+from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.evaluation import Evaluator, Setting
+from trl_tafs.experience import Collector, Part
+from trl_tafs.groups import plan_epoch
+from trl_tafs.kernels import KERNELS, Kernel
+from trl_tafs.losses import clip_range_for
+from trl_tafs.metrics import LocalTracker, MeanMetrics, Stopwatch
+from trl_tafs.objectives import OBJECTIVES
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.prompts import PromptSource
+from trl_tafs.report import RunReport
+from trl_tafs.rewards.scoring import RewardError, RewardSet
+from trl_tafs.rollout import default_scored_steps, noise_seed
+from trl_tafs.types import Conditioning, LossOutput, PromptBatch, RewardTable, Transitions
+
+
+def make_accelerator(config: TAFSGRPOConfig, accumulation: Callable[[int], int]) -> tuple[Accelerator, LocalTracker]:
+    """The `Accelerator` of a run, with the local log beside the trackers asked for."""
+    project = {k: v for k, v in config.project_kwargs.items() if k not in ("automatic_checkpoint_naming", "total_limit")}
+    project = {"logging_dir": config.project_dir, **project, "project_dir": config.project_dir}
+    local = LocalTracker(config.project_dir)
+    accelerator = Accelerator(
+        log_with=[local] if config.log_with is None else [local, config.log_with],
+        mixed_precision=config.mixed_precision,
+        project_config=ProjectConfiguration(**project),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        **config.accelerator_kwargs,
+    )
+    accelerator.gradient_accumulation_steps = accumulation(accelerator.num_processes)
+    return accelerator, local
+
+
+class TAFSGRPOTrainer:
+    """TAFS-GRPO on a flow-matching pipeline, by the conventions of TRL's DDPOTrainer.
+
+    Args:
+        config: see [`TAFSGRPOConfig`].
+        reward_function: `(images, prompts, prompt_metadata) -> (rewards, reward_metadata)` or rewards alone, images
+            (B, 3, H, W) float32 in [0, 1]; or a list of such callables, or a dict of name to callable or (callable,
+            weight). None or NaN means "no verdict".
+        prompt_function: `() -> (prompt, metadata)`, called once a group; or a dataset with a `prompt` column.
+        sd_pipeline: a TAFS pipeline, such as `TAFSStableDiffusion3Pipeline.from_pretrained(...)`.
+        image_samples_hook: `([[images, prompts, prompt_metadata, rewards, reward_metadata], ...], global_step,
+            tracker)`, called each epoch on the main process.
+        peft_config: a `LoraConfig` instead of the default one.
+        eval_prompts: held-out prompts, for `eval_freq`.
+        eval_reward_function: held-out rewards, as `reward_function`; by default the training ones.
+    """
+
+    _tag_names = ("trl", "tafs-grpo")
+
+    def __init__(
+        self,
+        config: TAFSGRPOConfig,
+        reward_function: Any,
+        prompt_function: Any,
+        sd_pipeline: TAFSPipelineMixin,
+        image_samples_hook: Callable[..., Any] | None = None,
+        *,
+        peft_config: Any | None = None,
+        eval_prompts: Any | None = None,
+        eval_reward_function: Any | None = None,
+    ) -> None:
+        if not isinstance(sd_pipeline, TAFSPipelineMixin):
+            raise TypeError(
+                f"sd_pipeline is a {type(sd_pipeline).__name__}, without rollout hooks; load it as a TAFS pipeline, such "
+                "as TAFSStableDiffusion3Pipeline.from_pretrained(...)"
+            )
+        self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
+        default_height, default_width = sd_pipeline.default_size()
+        self.height, self.width = config.height or default_height, config.width or default_width
+        sd_pipeline.check_size(self.height, self.width)
+        self.prompts = PromptSource(prompt_function, config.seed)
+        self.rewards = self._reward_set(reward_function, config.reward_weights)
+        self.evaluator = self._make_evaluator(eval_prompts, eval_reward_function)
+
+        self.accelerator, self.local_tracker = make_accelerator(
+            config, lambda world: plan_epoch(config, world).micro_batches_per_update
+        )
+        self.plan = plan_epoch(config, self.accelerator.num_processes)
+        set_seed(config.seed, device_specific=True)
+        if config.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        self._make_policy(peft_config)
+        self._make_algorithm()
+        self.report = RunReport(self)
+        self.first_epoch, self.global_step = 0, 0
+        self.best_metric: float | None = None
+        self.evaluations_without_gain = 0
+        self.executor = ThreadPoolExecutor(config.max_workers) if config.async_reward_computation else None
+        self.collector = self._make_collector()
+        trackers = {**config.tracker_kwargs}
+        for tracker in ("wandb", "trackio"):
+            if config.log_with in (tracker, "all"):
+                trackers.setdefault(tracker, {}).setdefault("name", config.run_name)
+        self.accelerator.init_trackers(
+            config.tracker_project_name, config=self.report.settings(), init_kwargs=trackers
+        )
+        if config.resume_from:
+            self._resume()
+
+    # Making the parts -----------------------------------------------------------------------------------------
+
+    def _reward_set(self, rewards: Any, weights: Sequence[float] | None = None) -> RewardSet:
+        retries, delay = self.config.reward_max_retries, self.config.reward_retry_delay
+        return RewardSet(rewards, weights, max_retries=retries, retry_delay=delay)
+
+    def _make_evaluator(self, prompts: Any, rewards: Any) -> Evaluator | None:
+        if prompts is None:
+            if self.config.eval_freq:
+                raise ValueError(f"eval_freq is {self.config.eval_freq}, and there are no eval_prompts to evaluate on")
+            return None
+        judges = self.rewards if rewards is None else self._reward_set(rewards)
+        return Evaluator(prompts, judges, self.config.eval_images_per_prompt)
+
+    def _make_policy(self, peft_config: Any | None) -> None:
+        """LoRA, optimizer, learning-rate schedule and average, on the device."""
+        config, pipeline = self.config, self.sd_pipeline
+        policy.prepare_base(pipeline, config, self.accelerator.device)
+        self.adapter_name, self.lora_config = policy.attach_lora(pipeline, config, peft_config)
+        self.storage_dtype = pipeline.storage_dtype
+        parameters = policy.trainable_parameters(pipeline.denoiser)
+        optimizer = policy.make_optimizer(parameters, config)
+        updates = config.num_epochs * config.train_num_inner_epochs * self.plan.updates_per_inner_epoch
+        self.lr_scheduler = policy.make_lr_scheduler(optimizer, config, updates)
+        self.model, self.optimizer = self.accelerator.prepare(pipeline.denoiser, optimizer)
+        self.accelerator.register_for_checkpointing(self.lr_scheduler)
+        self.parameters = parameters
+        self.average = policy.AdapterAverage(parameters, config.train_ema_decay) if config.train_use_ema else None
+        if self.average is not None:
+            self.accelerator.register_for_checkpointing(self.average)
+        self.accelerator.register_save_state_pre_hook(self._save_adapter_hook)
+        self.accelerator.register_load_state_pre_hook(self._load_adapter_hook)
+        self.encode = PromptEncoder(
+            pipeline,
+            self.accelerator.device,
+            guidance_scale=config.sample_guidance_scale,
+            negative_prompt=config.negative_prompts,
+            max_sequence_length=config.max_sequence_length,
+            offload=config.offload_text_encoders,
+        )
+
+    def _make_algorithm(self) -> None:
+        """Kernel, credit, advantages and objective: each chosen once, here."""
+        config = self.config
+        options = {
+            "annealed": {"eta": config.sample_eta},
+            "clean": {
+                "kappa": config.sample_kappa,
+                "num_actions": config.num_perturbations,
+                "baseline": config.clean_baseline,
+            },
+        }
+        self.kernel: Kernel = KERNELS[config.sample_kernel](**options[config.sample_kernel])
+        self.levels = self.sd_pipeline.rollout_levels(config.sample_num_steps, self.height, self.width)
+        self.levels = self.levels.to(self.accelerator.device)
+        self.latent_shape = self.sd_pipeline.latent_shape(self.height, self.width)
+        self.credit = Credit(config.step_credit, config.num_advantage_steps)
+        buffer, least = config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
+        self.stat_tracker = PerPromptStatTracker(buffer, least) if config.per_prompt_stat_tracking else None
+        if self.stat_tracker is not None:
+            self.accelerator.register_for_checkpointing(self.stat_tracker)
+        self.advantages = Advantages(
+            credit=self.credit,
+            scale=config.scale_rewards,
+            aggregation=config.multi_objective_aggregation,
+            own_baseline=self.kernel.scores_mean or self.kernel.num_actions > 1,
+            drop_mean=self.kernel.scores_mean,
+            clip=config.train_adv_clip_max,
+            tracker=self.stat_tracker,
+        )
+        default_range = clip_range_for(config.train_log_prob_reduction, torch.Size(self.latent_shape).numel())
+        self.clip_range = config.train_clip_range or default_range
+        self.objective = OBJECTIVES[config.objective](
+            kernel=self.kernel,
+            clip_range=self.clip_range,
+            reduction=config.train_log_prob_reduction,
+            level_weighting=config.train_level_weighting,
+            beta=config.beta,
+        )
+
+    def _make_collector(self) -> Collector:
+        config = self.config
+        return Collector(
+            pipeline=self.sd_pipeline,
+            kernel=self.kernel,
+            encode=self.encode,
+            rewards=self.rewards,
+            velocity=self.velocity,
+            levels=self.levels,
+            latent_shape=self.latent_shape,
+            scored_steps=self.credit.scored_steps(default_scored_steps(self.kernel, config.sample_num_steps)),
+            reduction=config.train_log_prob_reduction,
+            storage_dtype=self.storage_dtype,
+            decode_batch_size=config.sample_batch_size,
+            keep_images=self.image_samples_callback is not None,
+            executor=self.executor,
+            stopwatch=self.report.stopwatch,
+        )
+
+    # The policy -----------------------------------------------------------------------------------------------
+
+    def velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
+        """The present policy, through the prepared (DDP) model, in rollout and replay alike."""
+        return self.sd_pipeline.velocity(x, level, conditioning, self.model)
+
+    def reference_velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
+        """The base without the adapter."""
+        with policy.adapter_disabled(self.sd_pipeline.denoiser):
+            return self.sd_pipeline.velocity(x, level, conditioning)
+
+    # Algorithm 1 ----------------------------------------------------------------------------------------------
+
+    def train(self, epochs: int | None = None) -> None:
+        """Train until `epochs` (by default `config.num_epochs`) epochs are done, counted from the run's beginning."""
+        last = self.config.num_epochs if epochs is None else epochs
+        self._preflight()
+        if self.config.eval_freq and self.first_epoch == 0:
+            self.evaluate(epoch=0)
+        for epoch in tqdm(range(self.first_epoch, last), desc="epochs", disable=self._silent()):
+            self.global_step = self.step(epoch, self.global_step)
+            self.first_epoch = epoch + 1
+            if self.config.save_freq and (epoch + 1) % self.config.save_freq == 0:
+                self.save_checkpoint()
+            if self.config.eval_freq and (epoch + 1) % self.config.eval_freq == 0 and self.evaluate(epoch + 1):
+                break
+        self._finish()
+
+    def step(self, epoch: int, global_step: int) -> int:
+        """One iteration of Algorithm 1: prompts, rollouts, rewards, advantages, updates.
+
+        Returns:
+            The number of optimizer steps done so far.
+        """
+        prompts = self.prompts.batch(epoch, self.plan.num_groups, self.plan.group_size)
+        parts = self._collect(self._local(prompts), epoch, global_step)
+        table = self._gather_rewards(parts)
+        advantages = self._local(self._assign_credit(table, prompts, epoch, global_step))
+        self._show_samples(parts, table, epoch, global_step)
+        global_step = self._update(parts, advantages, epoch, global_step)
+        self.report.log_timing(epoch, global_step)
+        if self.accelerator.is_main_process:
+            checkpoint.drop_pending(self.config.project_dir)
+        return global_step
+
+    def _local(self, rows: Any) -> Any:
+        """This process's slice of an epoch's images."""
+        start = self.accelerator.process_index * self.plan.local_images
+        return rows[start : start + self.plan.local_images]
+
+    def _batches(self, prompts: PromptBatch) -> list[PromptBatch]:
+        size = self.config.sample_batch_size
+        return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+    def _collect(self, prompts: PromptBatch, epoch: int, global_step: int) -> list[Part]:
+        """Roll out and score this process's images; on a fault all processes keep theirs and stop together."""
+        rank, folder = self.accelerator.process_index, self.config.project_dir
+        kept = checkpoint.load_pending(folder, epoch, rank)
+        identity = {"epoch": epoch, "global_step": global_step, "prompts": list(prompts.prompts)}
+        if kept is not None and kept["identity"] != identity:
+            kept = None
+        batches = self._batches(prompts)
+        bar = partial(tqdm, total=len(batches), leave=False, position=1, disable=self._silent())
+        bars = {"rollout": bar(desc="rollout"), "reward": bar(desc="reward")}
+        parts, fault = self.collector.collect(
+            batches, self.config.seed, epoch, kept["parts"] if kept else (), lambda stage: bars[stage].update()
+        )
+        for progress in bars.values():
+            progress.close()
+        if not checkpoint.any_process(self.accelerator, fault is not None):
+            return parts
+        payload = {"identity": identity, "parts": [part.payload() for part in parts]}
+        path = checkpoint.save_pending(folder, epoch, rank, payload)
+        self.save_checkpoint()
+        reason = fault or "a reward failed on another process"
+        raise RewardError(
+            f"epoch {epoch}, step {global_step}: {reason}. The epoch's {len(parts)} rollouts are kept in {path}; "
+            "resume_from='latest' goes on from them"
+        ) from fault
+
+    def _gather_rewards(self, parts: Sequence[Part]) -> RewardTable:
+        """All processes' rewards, (B, Q, K, R), in the order of the sample ids."""
+        local = torch.cat([part.scores for part in parts]).to(self.accelerator.device)
+        values = self.accelerator.gather(local).cpu()
+        if values.isnan().all():
+            raise RewardError(
+                f"the rewards ({', '.join(self.rewards.names)}) gave no verdict (None or NaN) for any of the epoch's "
+                f"{values[..., 0].numel()} images; check them on one image first"
+            )
+        return RewardTable(values, self.rewards.names, self.rewards.weights)
+
+    def _assign_credit(self, table: RewardTable, prompts: PromptBatch, epoch: int, global_step: int) -> Tensor:
+        """Advantages of all images, (B, S, M); logs what the rewards were."""
+        advantages = self.advantages(table, prompts.group_ids, prompts.prompts, self.config.num_trained_steps)
+        combined = combine_rewards(table, prompts.group_ids)
+        self.report.log_rewards(
+            table, combined, group_mean_std(combined, prompts.group_ids)[1], self.collector.scored_steps, epoch, global_step
+        )
+        return advantages
+
+    def _update(self, parts: Sequence[Part], advantages: Tensor, epoch: int, global_step: int) -> int:
+        """Inner epochs over the rollouts: replay, loss, backward, optimizer steps; one reduction and log line each."""
+        device = self.accelerator.device
+        sizes = [len(part.batch) for part in parts]
+        rows = [self.objective.rows(p.rollout, a) for p, a in zip(parts, advantages.split(sizes), strict=True)]
+        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        rows = [dataclasses.replace(r, sample=r.sample + o) for r, o in zip(rows, offsets, strict=True)]
+        rows = Transitions.cat([r.to(device) for r in rows])
+        prompts = [prompt for part in parts for prompt in part.batch.prompts]
+        metrics, inner_epochs = MeanMetrics(), self.config.train_num_inner_epochs
+        total = inner_epochs * self.plan.updates_per_inner_epoch * self.plan.micro_batches_per_update
+        progress = tqdm(total=total, desc="update", leave=False, position=1, disable=self._silent())
+        with self.report.stopwatch("update"):
+            for inner_epoch in range(inner_epochs):
+                for index, dead in self._micro_batches(rows, epoch, inner_epoch):
+                    micro = rows[index]
+                    with self.accelerator.accumulate(self.model):
+                        if not dead or self.accelerator.sync_gradients:
+                            conditioning = self.encode([prompts[i] for i in micro.sample.tolist()])
+                            output = self.compute_loss(micro, conditioning)
+                            self.accelerator.backward(output.loss)
+                            metrics.add(output.metrics | {"loss": output.loss})
+                        self._optimizer_step(metrics)
+                    progress.update()
+                    if self.accelerator.sync_gradients:
+                        self.report.log_update(metrics, epoch, inner_epoch, global_step)
+                        global_step += 1
+        progress.close()
+        return global_step
+
+    def _optimizer_step(self, metrics: MeanMetrics) -> None:
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.train_max_grad_norm)
+            self.report.grad_norm = norm
+        self.optimizer.step()
+        if self.accelerator.sync_gradients:
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.lr_scheduler.step()
+                if self.average is not None:
+                    self.average.update()
+        self.optimizer.zero_grad()
+
+    def _micro_batches(self, rows: Transitions, epoch: int, inner_epoch: int) -> Iterator[tuple[Tensor, bool]]:
+        """Row indices of each micro-batch, and whether nothing in it can move the policy.
+
+        Images are shuffled, each with `train_timestep_fraction` of its steps. What carries no advantage (a group
+        without variance, no verdict) comes first in an optimizer step, where whole micro-batches of it are skipped.
+        """
+        config, device = self.config, rows.sample.device
+        steps = config.num_trained_steps
+        key = noise_seed(config.seed, epoch, self.accelerator.process_index, "shuffle", inner_epoch)
+        generator = torch.Generator().manual_seed(key)
+        images = torch.randperm(self.plan.local_images, generator=generator)
+        chosen = torch.rand(len(images), steps, generator=generator).argsort(1)[:, : config.num_replayed_steps]
+        idle = ((rows.advantage == 0).all(1) & (config.beta == 0)).cpu()
+        for update in images.split(self.plan.images_per_update):
+            index = (update[:, None] * steps + chosen[update]).flatten()
+            index = index[idle[index].int().argsort(descending=True, stable=True)]
+            for micro in index.split(config.train_batch_size):
+                yield micro.to(device), bool(idle[micro].all())
+
+    # DDPOTrainer's hooks --------------------------------------------------------------------------------------
+
+    def compute_rewards(self, prompt_image_pairs: Sequence[tuple], is_async: bool = False) -> list[tuple[Tensor, Any]]:
+        """Score `(images, prompts, prompt_metadata)` batches: a (rewards, reward_metadata) each.
+
+        Rewards are the weighted sum of all reward functions, (B,).
+        """
+
+        def score(pair: tuple) -> tuple[Tensor, Any]:
+            scores = self.rewards(*pair[:3])
+            return (scores.values * self.rewards.weights).sum(1), scores.metadata
+
+        if is_async and self.executor is not None:
+            return list(self.executor.map(score, prompt_image_pairs))
+        return [score(pair) for pair in prompt_image_pairs]
+
+    def compute_loss(self, rows: Transitions, conditioning: Conditioning) -> LossOutput:
+        """The objective on one micro-batch."""
+        return self.objective(self.velocity, rows, conditioning, self.reference_velocity)
+
+    def calculate_loss(self, rows: Transitions, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+        """As DDPOTrainer's: `(loss, approx_kl, clipfrac)` of one micro-batch."""
+        output = self.compute_loss(rows, conditioning)
+        return output.loss, output.metrics["approx_kl"], output.metrics["clipfrac"]
+
+    def loss(self, advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
+        """DDPOTrainer's formula, by the same function that trains."""
+        from trl_tafs.losses import clipped_surrogate
+
+        return clipped_surrogate(ratio.log(), torch.zeros_like(ratio), advantages, clip_range).loss
+
+    # Looking on -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, epoch: int) -> bool:
+        """Evaluate on the held-out prompts, log, keep the best; returns whether it is time to stop."""
+        if self.evaluator is None:
+            raise ValueError("there are no eval_prompts to evaluate on; pass them to the trainer")
+        config = self.config
+        with self.report.stopwatch("evaluate"), self.averaged_adapter(), torch.no_grad():
+            results = self.evaluator(
+                self.sd_pipeline, self.accelerator, self.encode, self.velocity, self.setting(), config.eval_samplers,
+                config.eval_num_steps,
+            )
+        self.accelerator.log(results | {"epoch": epoch}, step=self.global_step)
+        self.report.evaluations.append({"epoch": epoch} | results)
+        return self._keep_best(results, epoch)
+
+    def setting(self) -> Setting:
+        """How evaluation and card pictures are drawn."""
+        size = self.config.eval_batch_size or self.config.sample_batch_size
+        return Setting(
+            self.height, self.width, size, self.config.seed, self.storage_dtype, self.accelerator.device
+        )
+
+    def _keep_best(self, results: dict[str, float], epoch: int) -> bool:
+        name = self.config.metric_for_best_model
+        if name is None:
+            return False
+        if name not in results:
+            raise ValueError(f"metric_for_best_model is {name!r}; evaluated are {', '.join(results)}")
+        sign = 1.0 if self.config.greater_is_better else -1.0
+        if self.best_metric is None or sign * results[name] > sign * self.best_metric:
+            self.best_metric, self.evaluations_without_gain = results[name], 0
+            self.report.save_best(epoch, name, results[name])
+        else:
+            self.evaluations_without_gain += 1
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.evaluations_without_gain >= patience
+
+    def _show_samples(self, parts: Sequence[Part], table: RewardTable, epoch: int, global_step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.report.save_grid(parts, epoch)
+        if self.image_samples_callback is None:
+            return
+        final = combine_rewards(table, torch.zeros(len(table.values), dtype=torch.int64))[:, -1, 0]
+        rows, start = [], 0
+        for part in parts:
+            rewards = final[start : start + len(part.batch)]
+            rows.append([part.images, part.batch.prompts, part.batch.metadata, rewards, part.metadata])
+            start += len(part.batch)
+        trackers = [t for t in self.accelerator.trackers if t is not self.local_tracker]
+        self.image_samples_callback(rows, global_step, trackers[0] if trackers else self.local_tracker)
+
+    def _silent(self) -> bool:
+        return self.config.disable_tqdm or not self.accelerator.is_local_main_process
+
+    def _preflight(self) -> None:
+        """One prompt and one call of each reward before anything is spent."""
+        prompt, metadata = self.prompts.groups(self.first_epoch, 1)[0]
+        self.encode([prompt])
+        images = torch.rand(2, 3, self.height, self.width, generator=torch.Generator().manual_seed(0))
+        self.rewards(images, [prompt] * 2, [metadata] * 2)
+        if self.first_epoch == 0 and self.config.eval_freq == 0 and self.evaluator is not None:
+            warnings.warn("eval_prompts were given, and eval_freq is 0: nothing will be evaluated", stacklevel=3)
+
+    # Saving ---------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where checkpoints lie."""
+        return Path(self.config.project_dir) / "checkpoints"
+
+    def averaged_adapter(self) -> Any:
+        """A context in which the denoiser carries what is evaluated and saved: the EMA, where there is one."""
+        from contextlib import nullcontext
+
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def save_checkpoint(self) -> Path | None:
+        """Write a checkpoint of everything that moves, at the end of an epoch; None where the disk failed."""
+
+        def write(path: Path) -> None:
+            self.accelerator.save_state(str(path))
+            if self.accelerator.is_main_process:
+                checkpoint.write_state(path, self.report.state())
+
+        limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
+        with self.report.stopwatch("save"):
+            return checkpoint.write_checkpoint(self.checkpoint_dir, self.first_epoch, self.accelerator, write, limit)
+
+    def _save_adapter_hook(self, models: list, weights: list, output_dir: str) -> None:
+        if self.accelerator.is_main_process:
+            hub.save_adapter(
+                self.sd_pipeline, output_dir, lora_config=self.lora_config, adapter_name=self.adapter_name
+            )
+        weights.clear()
+
+    def _load_adapter_hook(self, models: list, input_dir: str) -> None:
+        from peft import set_peft_model_state_dict
+
+        weights, _ = hub.read_adapter(input_dir, denoiser=self.sd_pipeline.denoiser_name)
+        hub.check_adapter_fits(weights, self.sd_pipeline.denoiser)
+        set_peft_model_state_dict(self.sd_pipeline.denoiser, weights, adapter_name=self.adapter_name)
+        models.clear()
+
+    def _resume(self) -> None:
+        path = checkpoint.find_checkpoint(self.config.resume_from, self.checkpoint_dir)
+        self.accelerator.load_state(str(path))
+        self.report.load_state(checkpoint.read_state(path))
+        if self.accelerator.is_main_process:
+            self.local_tracker.rewind(self.first_epoch)
+        self.accelerator.print(f"resumed from {path}: epoch {self.first_epoch}, step {self.global_step}")
+
+    def save_pretrained(self, save_directory: str | os.PathLike | None = None, *, repo_id: str | None = None) -> Path:
+        """Write the adapter as plain diffusers loads it, with scheduler, model card and pictures.
+
+        By default to `<run>/adapter`. Every process may call it; the main one writes.
+        """
+        folder = Path(save_directory or Path(self.config.project_dir) / "adapter")
+        if self.accelerator.is_main_process:
+            with self.averaged_adapter():
+                hub.save_adapter(self.sd_pipeline, folder, lora_config=self.lora_config, adapter_name=self.adapter_name)
+                self.report.draw_card_pictures(folder)
+            self.report.write_card(folder, repo_id)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    save_model = save_pretrained
+
+    def create_model_card(self, path: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
+        """Write README.md, training settings and pictures into `path`, by default `<run>/adapter`."""
+        folder = Path(path or Path(self.config.project_dir) / "adapter")
+        return self.report.write_card(folder, repo_id) if self.accelerator.is_main_process else None
+
+    def push_to_hub(self, repo_id: str | None = None, *, token: str | None = None, **kwargs: Any) -> Any:
+        """Save, then push the adapter to `repo_id` (by default `hub_model_id`, or the run's name below your user's)."""
+        repo_id = repo_id or self.config.hub_model_id or self.config.run_name
+        folder = self.save_pretrained(repo_id=repo_id)
+        if not self.accelerator.is_main_process:
+            return None
+        private = kwargs.pop("private", self.config.hub_private_repo)
+        return hub.push_folder(folder, repo_id, private=private, token=token, **kwargs)
+
+    def _finish(self) -> None:
+        """The last checkpoint, the adapter, the push."""
+        done = checkpoint.checkpoints(self.checkpoint_dir)
+        if not done or int(done[-1].name.rpartition("_")[2]) != self.first_epoch:
+            self.save_checkpoint()
+        self.save_pretrained()
+        if self.config.push_to_hub:
+            self.push_to_hub()
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,142 @@
+"""The objects that travel between the stages of one iteration.
+
+Sizes, everywhere: `B` samples, `N` sampling steps, `S` trained steps, `Q` scored steps, `M` actions a state,
+`K` scored images a state, `R` rewards, `*` the latent's own shape, whose number of elements is `D`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+def map_tensors(item: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `fn` to every tensor of a (nested) dataclass of this module; everything else stays as it is."""
+    if isinstance(item, Tensor):
+        return fn(item)
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        changes = {f.name: map_tensors(getattr(item, f.name), fn) for f in dataclasses.fields(item)}
+        return dataclasses.replace(item, **changes)
+    return item
+
+
+class Rows:
+    """A dataclass whose tensors share their first axis: it can be indexed, repeated and moved as one."""
+
+    def __getitem__(self, index: Any) -> Self:
+        return map_tensors(self, lambda tensor: tensor[index])
+
+    def repeat_interleave(self, times: int) -> Self:
+        """Each row `times` times in a row: (B, ...) -> (B * times, ...)."""
+        return map_tensors(self, lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `Tensor.to`, on every tensor."""
+        return map_tensors(self, lambda tensor: tensor.to(*args, **kwargs))
+
+    @classmethod
+    def cat(cls, items: list[Self]) -> Self:
+        """Concatenate along the rows; what is no tensor is taken from the first item."""
+        first = items[0]
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(first):  # type: ignore[arg-type]
+            values = [getattr(item, field.name) for item in items]
+            if isinstance(values[0], Tensor):
+                changes[field.name] = torch.cat(values)
+            elif isinstance(values[0], Rows):
+                changes[field.name] = type(values[0]).cat(values)
+        return dataclasses.replace(first, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """What is to be drawn: one entry an image. Images with the same group id share their prompt."""
+
+    prompts: tuple[str, ...]  # B
+    metadata: tuple[dict[str, Any], ...]  # B
+    group_ids: Tensor  # (B,) int64
+    sample_ids: Tensor  # (B,) int64, the image's number in its epoch: the key of its noise
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: slice) -> PromptBatch:
+        return PromptBatch(
+            self.prompts[rows], self.metadata[rows], self.group_ids[rows], self.sample_ids[rows]
+        )
+
+
+@dataclass(frozen=True)
+class Embeddings(Rows):
+    """Encoded prompts, as the denoiser takes them."""
+
+    text: Tensor  # (B, L, C)
+    pooled: Tensor | None = None  # (B, P)
+    mask: Tensor | None = None  # (B, L)
+
+
+@dataclass(frozen=True)
+class Conditioning(Rows):
+    """All that a velocity depends on besides state and level, guidance included.
+
+    Rollout and replay are given the same object, so that they can't differ in their guidance.
+    """
+
+    positive: Embeddings
+    negative: Embeddings | None = None  # None: no classifier-free guidance
+    guidance_scale: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.positive.text)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled trajectories of B images over N steps."""
+
+    levels: Tensor  # (N + 1,) float32, 1 > ... > 0
+    steps: Tensor  # (S,) int64, the trained steps, 0-based
+    states: Tensor  # (B, S, *) x_n at the trained steps, storage dtype
+    actions: Tensor  # (B, S, M, *) storage dtype
+    log_probs: Tensor  # (B, S, M) float32, in the units of the reduction that was asked for
+    clean: Tensor  # (B, N, *) float32, the clean estimate of every step
+    scored: Tensor  # (B, Q, K, *) float32, the clean latents that are to be decoded and scored
+    final: Tensor  # (B, *) what the sampler returns
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """Rewards of the scored images; NaN where a reward gave no verdict."""
+
+    values: Tensor  # (B, Q, K, R) float32
+    names: tuple[str, ...]  # R
+    weights: Tensor  # (R,) float32
+
+
+@dataclass(frozen=True)
+class Transitions(Rows):
+    """Rows of the clipped objective: one action set of one state at one step. T = B * S rows."""
+
+    state: Tensor  # (T, *)
+    action: Tensor  # (T, M, *)
+    level: Tensor  # (T,) float32
+    next_level: Tensor  # (T,) float32
+    old_log_prob: Tensor  # (T, M) float32
+    advantage: Tensor  # (T, M) float32
+    sample: Tensor  # (T,) int64, the row's image: which conditioning belongs to it
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss to be minimised and what is worth a look, detached, one value each."""
+
+    loss: Tensor  # ()
+    metrics: dict[str, Tensor]
