@@ -1,0 +1,217 @@
+"""The main job on the embedded default: train a 4-step generator of handwritten digits, and show what it gained.
+
+    python examples/digits/quickstart.py            # or: make quickstart
+
+The policy is a LoRA on the pipeline in `pipeline/`, sampled in 4 annealed steps without guidance; the reward is a
+classifier, no gradient of which is used. Judged by it, by a classifier trained on other data, and by an OCR engine
+that nobody here trained. Writes `runs/quickstart/`: summary.json, grids, curve, the adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from digits_data import DIGIT_WORDS, prompt_for
+from digits_judges import DigitReward, HeldOutJudge, OCRJudge, diversity, fidelity
+from pretrain import train_flow
+
+from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline
+from trl_tafs.card import usage_code
+from trl_tafs.conditioning import PromptEncoder
+from trl_tafs.evaluation import Setting, sample_images
+from trl_tafs.kernels import Annealed
+from trl_tafs.metrics import sample_grid, save_png
+from trl_tafs.rollout import SampleNoise, sample_steps
+
+PIPELINE = Path(__file__).resolve().parent / "pipeline"
+PROMPTS = [prompt_for(digit) for digit in range(10)]
+STEP_COUNTS = (2, 4, 8)
+COLUMNS = ("reward", "held_out", "ocr", "fidelity", "diversity")
+GUIDANCE = 3.0
+
+
+class Panel:
+    """All judges on one fixed set of prompts and noise."""
+
+    def __init__(self, images_per_digit: int, seed: int) -> None:
+        self.labels = torch.arange(10).repeat_interleave(images_per_digit)
+        self.prompts = [PROMPTS[label] for label in self.labels]
+        self.judges = {"reward": DigitReward(), "held_out": HeldOutJudge(), "ocr": OCRJudge()}
+        self.setting = Setting(8, 8, len(self.labels), seed, torch.float32, torch.device("cpu"))
+
+    def row(self, pipeline, sampler: str, num_steps: int, guidance: float = 1.0) -> dict[str, float]:
+        """Accuracy by each judge, Frechet distance and diversity of one sampler's images."""
+        encode = PromptEncoder(pipeline, torch.device("cpu"), guidance_scale=guidance)
+        ids = range(len(self.labels))
+        images = sample_images(
+            pipeline, encode, pipeline.velocity, self.setting, self.prompts, ids, sampler=sampler, num_steps=num_steps
+        )
+        values = {name: judge.accuracy(images, self.prompts) for name, judge in self.judges.items()}
+        values |= {"fidelity": fidelity(images, self.labels), "diversity": diversity(images, self.labels)}
+        return {name: round(values[name], 4) for name in COLUMNS}
+
+    def table(self, pipeline) -> dict[str, dict[str, dict[str, float]]]:
+        """Both samplers at every step count."""
+        return {s: {str(n): self.row(pipeline, s, n) for n in STEP_COUNTS} for s in ("annealed", "ode")}
+
+
+@torch.no_grad()
+def save_grid(pipeline, path: Path, title: str, samples: int = 6) -> None:
+    """A row a digit: the clean estimate at each of 4 steps, then the results from other noise."""
+    encode = PromptEncoder(pipeline, torch.device("cpu"))
+    noise = SampleNoise(1, -2, tuple(range(10 * (samples + 1))))
+    prompts = [prompt for prompt in PROMPTS for _ in range(samples + 1)]
+    levels = pipeline.rollout_levels(4, 8, 8)
+    x = noise("initial", 0, pipeline.latent_shape(8, 8))
+    steps = [s.clean for s in sample_steps(pipeline.velocity, Annealed(), encode(prompts), levels, x, noise)]
+    estimates = torch.stack([pipeline.decode_latents(clean) for clean in steps], 1).unflatten(0, (10, samples + 1))
+    images = torch.cat([estimates[:, 0], estimates[:, 1:, -1]], 1)
+    columns = [f"step {n + 1}" for n in range(4)] + ["result"] * samples
+    save_png(sample_grid(images, DIGIT_WORDS, columns, title), path)
+
+
+def save_curve(trainer, path: Path) -> None:
+    """Reward by epoch, and the held-out judge at 4 annealed steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*trainer.report.reward_curve, strict=True), label="reward in training")
+    for name, label in (("reward", "reward, fixed noise"), ("held_out", "held-out judge, fixed noise")):
+        points = [(e["epoch"], e[f"eval/annealed_4/{name}"]) for e in trainer.report.evaluations]
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(xlabel="epoch", ylabel="probability of the asked digit", ylim=(0, 1), title="4 annealed steps")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    """A markdown table of named rows."""
+    width = max(map(len, rows))
+    print(f"| {'':{width}} | " + " | ".join(f"{name:>9}" for name in COLUMNS) + " |")
+    print(f"|{'-' * (width + 2)}|" + "|".join("-" * 10 + ":" for _ in COLUMNS) + "|")
+    for name, row in rows.items():
+        print(f"| {name:{width}} | " + " | ".join(f"{row[column]:9.3f}" for column in COLUMNS) + " |")
+
+
+def check_adapter(trainer, folder: Path) -> str:
+    """Run the lines that load the adapter in plain diffusers; the image must be the trained policy's, bit for bit."""
+    code = usage_code(trainer.report.facts(folder, None), base=str(PIPELINE), adapter=str(folder))
+    code = code.replace('"image.png"', repr(str(folder.parent / "image.png")))
+    scope: dict = {}
+    torch.manual_seed(0)
+    exec(code, scope)
+    pipe, prompt = scope["pipe"], trainer.report.card_prompts()[0]
+    call = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "output_type": "pt"}
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    plain = pipe(prompt, height=8, width=8, latents=noise, max_sequence_length=8, **call).images
+    torch.manual_seed(1)
+    policy = trainer.sd_pipeline.annealed_rollout(prompt, latents=noise)
+    if not torch.equal(plain, trainer.sd_pipeline.decode_latents(policy.final)):
+        raise RuntimeError("the adapter in plain diffusers doesn't draw what the trained policy draws")
+    return code
+
+
+def settings(args: argparse.Namespace) -> TAFSGRPOConfig:
+    """Six digits of 32 images an epoch, one optimizer step each."""
+    return TAFSGRPOConfig(
+        exp_name="quickstart",
+        seed=args.seed,
+        project_kwargs={"project_dir": str(args.output_dir)},
+        mixed_precision="no",
+        num_epochs=args.epochs,
+        save_freq=16,
+        num_checkpoint_limit=2,
+        sample_batch_size=192,
+        sample_num_batches_per_epoch=1,
+        num_generations=32,
+        train_batch_size=192,
+        train_learning_rate=args.learning_rate,
+        train_level_weighting=args.level_weighting,
+        step_credit=args.step_credit,
+        eval_freq=8,
+        eval_num_steps=[4],
+        eval_samplers=["annealed"],
+        eval_images_per_prompt=20,
+        sample_grid_freq=16,
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--level_weighting", default="gaussian", choices=["gaussian", "uniform"])
+    parser.add_argument("--step_credit", default="step")
+    parser.add_argument("--images_per_digit", type=int, default=50, help="images of each digit that are judged")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
+    return parser.parse_args()
+
+
+def load() -> TAFSStableDiffusion3Pipeline:
+    """The embedded pipeline, quietly."""
+    pipeline = TAFSStableDiffusion3Pipeline.from_pretrained(PIPELINE)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def main() -> None:
+    """Measure, train, measure again."""
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    pipeline, panel = load(), Panel(args.images_per_digit, seed=1000)
+    base = copy.deepcopy(pipeline.transformer)
+    print("judging the base model ...", flush=True)
+    before = panel.table(pipeline)
+    many = {
+        "base, 32 ODE steps": panel.row(pipeline, "ode", 32),
+        f"base, 32 ODE steps, guidance {GUIDANCE:g}": panel.row(pipeline, "ode", 32, GUIDANCE),
+    }
+    save_grid(pipeline, args.output_dir / "grid_before.png", "before: 4 annealed steps, no guidance")
+
+    trainer = TAFSGRPOTrainer(
+        settings(args),
+        {"reward": DigitReward()},
+        [(prompt, {}) for prompt in PROMPTS],
+        pipeline,
+        eval_prompts=PROMPTS,
+        eval_reward_function={"reward": panel.judges["reward"], "held_out": panel.judges["held_out"]},
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    print(f"trained {args.epochs} epochs in {seconds:.0f} s; judging ...", flush=True)
+    after = panel.table(pipeline)
+    save_grid(pipeline, args.output_dir / "grid_after.png", "after: 4 annealed steps, no guidance")
+    save_curve(trainer, args.output_dir / "curve.png")
+
+    further = load()
+    further.transformer = base
+    train_flow(further, seconds=seconds, seed=args.seed)
+    many[f"base pre-trained {seconds:.0f} s further, 4 annealed steps"] = panel.row(further, "annealed", 4)
+
+    rows = {}
+    for sampler in ("annealed", "ode"):
+        for n in map(str, STEP_COUNTS):
+            rows |= {f"before, {n} {sampler} steps": before[sampler][n], f"after, {n} {sampler} steps": after[sampler][n]}
+    print_table(rows | many)
+    summary = {"before": before, "after": after, "others": many, "seconds": round(seconds, 1), "epochs": args.epochs}
+    (args.output_dir / "summary.json").write_text(json.dumps(summary | {"seed": args.seed}, indent=1))
+    code = check_adapter(trainer, args.output_dir / "adapter")
+    print(f"\nThe adapter in plain diffusers, as just run (bit-equal to the trained policy):\n\n{code}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""One thread, no network, no trackers: every test runs on tiny real components."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    """A tiny SD3 pipeline with random weights, saved in diffusers' format."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
+    tiny.build_pipeline(0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipeline(pipeline_folder):
+    """A fresh TAFS pipeline, loaded as a user loads one."""
+    return tiny.load(pipeline_folder)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state a process; every test has its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,213 @@
+"""Nothing already computed is lost: resume is bit-exact, faults keep what there is."""
+
+import errno
+import json
+import shutil
+import warnings
+
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState
+
+from trl_tafs import checkpoint, hub, policy
+from trl_tafs.checkpoint import CheckpointError
+from trl_tafs.rewards import RewardError
+
+SETTINGS = {
+    "train_gradient_accumulation_steps": 1,
+    "train_lr_scheduler_type": "linear",
+    "train_lr_warmup_steps": 2,
+    "num_epochs": 4,
+}
+
+
+def random_prompt():
+    import random
+
+    return random.choice(["one", "two", "three"]), {}
+
+
+def run(folder, pipeline_folder, epochs=None, reward=tiny.brightness, **changes):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = SETTINGS | {"prompt_function": random_prompt} | changes
+    trainer = tiny.trainer(tiny.load(pipeline_folder), folder, reward=reward, **settings)
+    trainer.train(epochs)
+    return trainer
+
+
+def weights(trainer):
+    return policy.adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name)
+
+
+def assert_same(trainer, other):
+    mine, theirs = weights(trainer), weights(other)
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert trainer.global_step == other.global_step and trainer.first_epoch == other.first_epoch
+    assert trainer.report.reward_curve == other.report.reward_curve
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"train_use_ema": True}, {"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_min_count": 2}],
+    ids=["plain", "ema", "statistics"],
+)
+def test_two_and_two_epochs_are_four_bit_for_bit(pipeline_folder, tmp_path, changes):
+    straight = run(tmp_path / "straight", pipeline_folder, **changes)
+    run(tmp_path / "halves", pipeline_folder, epochs=2, **changes)
+    resumed = run(tmp_path / "halves", pipeline_folder, resume_from="latest", **changes)
+    assert_same(straight, resumed)
+    if straight.average is not None:
+        pairs = zip(straight.average.ema.shadow_params, resumed.average.ema.shadow_params, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    if straight.stat_tracker is not None:
+        assert straight.stat_tracker.state_dict() == resumed.stat_tracker.state_dict()
+
+    def lines(name):
+        read = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read]
+
+    assert lines("straight") == lines("halves")
+
+
+def test_a_run_killed_in_the_middle_goes_on_from_its_last_checkpoint(pipeline_folder, tmp_path):
+    straight = run(tmp_path / "straight", pipeline_folder)
+
+    class Killed(BaseException):
+        pass
+
+    calls = []
+
+    def fatal(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) == 7:  # preflight, then two batches an epoch: in the middle of the third
+            raise Killed
+        return tiny.brightness(images, prompts, metadata)
+
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", pipeline_folder, reward=fatal)
+    assert_same(straight, run(tmp_path / "killed", pipeline_folder, resume_from="latest"))
+
+
+def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_folder, tmp_path):
+    straight = run(tmp_path / "straight", pipeline_folder)
+    calls = []
+
+    def breaks(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) >= 7:
+            raise ConnectionError("judge is down")
+        return tiny.brightness(images, prompts, metadata)
+
+    with (
+        pytest.warns(UserWarning, match="judge is down; it is retried"),
+        pytest.raises(RewardError, match=r"epoch 2, step 4: reward 'breaks' raised ConnectionError: judge is down \(3 "),
+    ):
+        run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=2, save_freq=0)
+    assert len(calls) == 9, "two retries"
+    kept = checkpoint.load_pending(tmp_path / "failed", 2, 0)
+    assert [part["scores"] is not None for part in kept["parts"]] == [True, False]
+
+    scored = []
+
+    def again(images, prompts, metadata):
+        scored.append(len(images))
+        return tiny.brightness(images, prompts, metadata)
+
+    resumed = run(tmp_path / "failed", pipeline_folder, reward=again, resume_from="latest")
+    assert_same(straight, resumed)
+    assert scored == [2, 24, 24, 24], "preflight, the batch that failed, and the last epoch's two: nothing twice"
+    assert not (tmp_path / "failed" / "pending").exists()
+
+
+def test_an_asynchronous_reward_that_fails_is_asked_again_for_what_it_owes(pipeline_folder, tmp_path):
+    straight = run(tmp_path / "straight", pipeline_folder)
+    calls = []
+
+    def breaks(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ConnectionError("judge is down")
+        return tiny.brightness(images, prompts, metadata)
+
+    threads = {"async_reward_computation": True, "max_workers": 1}
+    with pytest.raises(RewardError, match="epoch 0"):
+        run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=0, **threads)
+    kept = checkpoint.load_pending(tmp_path / "failed", 0, 0)
+    assert kept["parts"][0]["scores"] is None
+    resumed = run(tmp_path / "failed", pipeline_folder, resume_from="latest", **threads)
+    assert_same(straight, resumed)
+
+
+def test_kept_rollouts_of_other_prompts_are_not_used(pipeline_folder, tmp_path):
+    def breaks(images, prompts, metadata):
+        if len(images) > 2:
+            raise ConnectionError
+        return [0.0, 0.0]
+
+    with pytest.raises(RewardError):
+        run(tmp_path, pipeline_folder, reward=breaks, reward_max_retries=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = run(tmp_path, pipeline_folder, resume_from="latest", prompt_function=["nine"])
+    fresh = run(tmp_path / "fresh", pipeline_folder, prompt_function=["nine"])
+    assert_same(other, fresh)
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_run(pipeline_folder, tmp_path, monkeypatch, capsys):
+    real, calls = hub.save_adapter, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(hub, "save_adapter", full)
+    trainer = run(tmp_path, pipeline_folder)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
+    assert names == ["checkpoint_000001", "checkpoint_000003", "checkpoint_000004"]
+    assert "checkpoint_000002 could not be written: [Errno 28]" in capsys.readouterr().out
+    assert not list((tmp_path / "checkpoints").glob(".writing*"))
+    assert trainer.first_epoch == 4
+
+
+def test_only_the_newest_are_kept(pipeline_folder, tmp_path):
+    run(tmp_path, pipeline_folder, num_checkpoint_limit=2)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
+    assert names == ["checkpoint_000003", "checkpoint_000004"]
+
+
+def test_torn_checkpoints_are_refused_with_a_whole_one_named(pipeline_folder, tmp_path):
+    run(tmp_path, pipeline_folder, epochs=2)
+    newest = tmp_path / "checkpoints" / "checkpoint_000002"
+    optimizer = newest / "optimizer.bin"
+    size = optimizer.stat().st_size
+    with optimizer.open("r+b") as file:
+        file.truncate(100)
+    message = rf"optimizer.bin has 100 bytes of {size}; resume_from='.*checkpoint_000001' is whole"
+    with pytest.raises(CheckpointError, match=message):
+        run(tmp_path, pipeline_folder, resume_from="latest")
+    optimizer.unlink()
+    with pytest.raises(CheckpointError, match="lacks optimizer.bin"):
+        run(tmp_path, pipeline_folder, resume_from=str(newest))
+    (newest / checkpoint.MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="never finished"):
+        run(tmp_path, pipeline_folder, resume_from=str(newest))
+    shutil.rmtree(newest)
+    assert run(tmp_path, pipeline_folder, epochs=2, resume_from=str(tmp_path / "checkpoints")).first_epoch == 2
+
+
+def test_other_settings_on_resume_are_named(pipeline_folder, tmp_path):
+    run(tmp_path, pipeline_folder, epochs=1)
+    with pytest.warns(UserWarning, match="train_learning_rate 0.0003 -> 0.001"):
+        run(tmp_path, pipeline_folder, resume_from="latest", train_learning_rate=1e-3, epochs=2)
+
+
+def test_a_checkpoint_is_an_adapter_for_plain_diffusers(pipeline_folder, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    run(tmp_path, pipeline_folder, epochs=1)
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
+    pipe.load_lora_weights(tmp_path / "checkpoints" / "checkpoint_000001")
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 8

@@ -1,0 +1,280 @@
+import dataclasses
+import json
+
+import pytest
+from transformers import HfArgumentParser
+from trl import TrlParser
+
+from trl_tafs import TAFSGRPOConfig
+
+DDPO_FIELDS = """
+exp_name run_name seed log_with tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name logdir num_epochs
+save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from push_to_hub sample_num_steps sample_eta
+sample_guidance_scale sample_batch_size sample_num_batches_per_epoch negative_prompts train_batch_size
+train_use_8bit_adam train_learning_rate train_adam_beta1 train_adam_beta2 train_adam_weight_decay train_adam_epsilon
+train_gradient_accumulation_steps train_max_grad_norm train_num_inner_epochs train_cfg train_adv_clip_max
+train_clip_range train_timestep_fraction per_prompt_stat_tracking per_prompt_stat_tracking_buffer_size
+per_prompt_stat_tracking_min_count async_reward_computation max_workers
+""".split()
+GRPO_FIELDS = "num_generations beta scale_rewards reward_weights multi_objective_aggregation".split()
+FIELDS = {field.name: field for field in dataclasses.fields(TAFSGRPOConfig)}
+
+
+def parse(*arguments, parser=TrlParser):
+    if parser is TrlParser:
+        (config,) = TrlParser([TAFSGRPOConfig]).parse_args_and_config(list(arguments))
+    else:
+        (config,) = HfArgumentParser([TAFSGRPOConfig]).parse_args_into_dataclasses(list(arguments))
+    return config
+
+
+def equal(a, b):
+    return dataclasses.asdict(a) | {"exp_name": "", "run_name": ""} == dataclasses.asdict(b) | {
+        "exp_name": "",
+        "run_name": "",
+    }
+
+
+@pytest.mark.parametrize("name", DDPO_FIELDS + GRPO_FIELDS)
+def test_fields_of_ddpo_and_grpo_are_there(name):
+    assert name in FIELDS
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_help_and_a_default(name):
+    field = FIELDS[name]
+    assert len(field.metadata["help"]) > 10
+    assert field.metadata["help"].count("%") == 0  # argparse would format it
+    assert field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def test_defaults_are_the_papers():
+    config = TAFSGRPOConfig()
+    assert (config.sample_num_steps, config.num_generations) == (4, None)
+    assert (config.lora_rank, config.lora_alpha) == (32, 64)
+    assert (config.train_learning_rate, config.train_adam_weight_decay) == (3e-4, 1e-4)
+    assert (config.beta, config.scale_rewards, config.step_credit) == (0.0, "group", "step")
+    assert (config.sample_guidance_scale, config.train_cfg) == (1.0, False)
+    assert (config.height, config.width) == (None, None)
+    assert config.sample_kernel == "annealed"
+    assert config.sample_eta == 1.0
+
+
+@pytest.mark.parametrize("parser", [TrlParser, HfArgumentParser])
+def test_no_arguments_are_the_defaults(parser):
+    assert equal(parse(parser=parser), TAFSGRPOConfig())
+
+
+@pytest.mark.parametrize("parser", [TrlParser, HfArgumentParser])
+def test_the_command_line_is_read_in_every_type(parser):
+    config = parse(
+        *("--train_learning_rate", "1e-3", "--sample_num_steps", "8", "--num_generations", "16", "--height", "256"),
+        *("--reward_weights", "1.0", "0.5", "--eval_num_steps", "2", "4", "8", "--lora_target_modules", "to_q", "to_k"),
+        *(
+            "--project_kwargs",
+            '{"project_dir": "out", "total_limit": 3}',
+            "--tracker_kwargs",
+            '{"wandb": {"tags": ["a"]}}',
+        ),
+        *("--no_allow_tf32", "--train_clip_range", "0.1", "--push_to_hub", "--hub_private_repo", "true"),
+        *("--train_gradient_accumulation_steps", "2", "--log_with", "tensorboard", "--train_use_ema", "True"),
+        parser=parser,
+    )
+    assert config.train_learning_rate == 1e-3
+    assert (config.sample_num_steps, config.num_generations, config.height, config.width) == (8, 16, 256, None)
+    assert config.reward_weights == [1.0, 0.5]
+    assert config.eval_num_steps == [2, 4, 8]
+    assert config.lora_target_modules == ["to_q", "to_k"]
+    assert config.project_kwargs == {"project_dir": "out", "total_limit": 3}
+    assert config.tracker_kwargs == {"wandb": {"tags": ["a"]}}
+    assert config.accelerator_kwargs == {}
+    assert (config.allow_tf32, config.push_to_hub, config.hub_private_repo, config.train_use_ema) == (
+        False,
+        True,
+        True,
+        True,
+    )
+    assert (config.train_clip_range, config.train_gradient_accumulation_steps) == (0.1, 2)
+    assert config.log_with == "tensorboard"
+
+
+def test_yaml_is_read_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "sample_num_steps: 8\n"
+        "train_learning_rate: 3e-3\n"  # PyYAML reads this as a string
+        "num_generations: 12\n"
+        "height: 64\n"
+        "allow_tf32: false\n"
+        "reward_weights: [1.0, 0.25]\n"
+        "eval_samplers: [ode]\n"
+        "project_kwargs: {project_dir: out, total_limit: 2}\n"
+        'tracker_kwargs: \'{"trackio": {"space_id": "x"}}\'\n'
+        "step_credit: reward_to_go\n"
+    )
+    config = parse("--config", str(path), "--num_generations", "24")
+    assert (config.sample_num_steps, config.num_generations, config.height) == (8, 24, 64)
+    assert config.train_learning_rate == 3e-3
+    assert config.allow_tf32 is False
+    assert config.reward_weights == [1.0, 0.25]
+    assert config.eval_samplers == ["ode"]
+    assert config.project_kwargs == {"project_dir": "out", "total_limit": 2}
+    assert config.tracker_kwargs == {"trackio": {"space_id": "x"}}
+    assert config.step_credit == "reward_to_go"
+
+
+def test_an_unknown_field_is_an_error_on_the_command_line_and_in_yaml(tmp_path):
+    with pytest.raises((SystemExit, ValueError)):
+        parse("--sample_steps", "4")
+    path = tmp_path / "config.yaml"
+    path.write_text("sample_steps: 4\n")
+    with pytest.raises((SystemExit, ValueError)):
+        parse("--config", str(path))
+    with pytest.raises(TypeError, match="sample_steps"):
+        TAFSGRPOConfig(sample_steps=4)
+
+
+def test_what_was_read_can_be_written_and_read_again(tmp_path):
+    config = TAFSGRPOConfig(num_generations=6, project_kwargs={"project_dir": "x"}, reward_weights=[0.5], height=64)
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(dataclasses.asdict(config)))  # JSON is YAML
+    assert equal(parse("--config", str(path)), config)
+
+
+@pytest.mark.parametrize("name", ["project_kwargs", "tracker_kwargs", "accelerator_kwargs"])
+def test_dictionaries_are_json_mappings_or_an_error_that_names_the_field(name):
+    assert getattr(TAFSGRPOConfig(**{name: '{"a": {"b": 1}}'}), name) == {"a": {"b": 1}}
+    assert getattr(TAFSGRPOConfig(**{name: {"a": 1}}), name) == {"a": 1}
+    assert getattr(TAFSGRPOConfig(**{name: ""}), name) == getattr(TAFSGRPOConfig(), name) == {}
+    with pytest.raises(ValueError, match=f"{name} isn't JSON"):
+        TAFSGRPOConfig(**{name: "a=1"})
+    with pytest.raises(ValueError, match=f"{name} must be a mapping"):
+        TAFSGRPOConfig(**{name: "[1]"})
+
+
+def test_list_defaults_are_each_instances_own():
+    TAFSGRPOConfig().eval_num_steps.append(99)
+    assert 99 not in TAFSGRPOConfig().eval_num_steps
+
+
+CHOICES = [
+    "mixed_precision", "sample_kernel", "clean_baseline", "multi_objective_aggregation", "scale_rewards", "step_credit",
+    "objective", "train_log_prob_reduction", "train_level_weighting",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name):
+    with pytest.raises(ValueError, match=f"{name} is 'typo'; use one of") as caught:
+        TAFSGRPOConfig(**{name: "typo"})
+    assert str(getattr(TAFSGRPOConfig(), name)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"eval_samplers": ["ddim"]}, "eval_samplers has 'ddim'; use annealed and ode"),
+        ({"sample_num_steps": 1}, "sample_num_steps is 1; it must be at least 2"),
+        ({"sample_batch_size": 0}, "sample_batch_size is 0; it must be at least 1"),
+        ({"sample_num_batches_per_epoch": 0}, "sample_num_batches_per_epoch is 0"),
+        ({"num_perturbations": 0}, "num_perturbations is 0"),
+        ({"train_batch_size": 0}, "train_batch_size is 0"),
+        ({"train_num_inner_epochs": 0}, "train_num_inner_epochs is 0"),
+        ({"num_epochs": -1}, "num_epochs is -1"),
+        ({"save_freq": -1}, "save_freq is -1"),
+        ({"eval_freq": -1}, "eval_freq is -1"),
+        ({"num_checkpoint_limit": 0}, "num_checkpoint_limit is 0"),
+        ({"reward_max_retries": -1}, "reward_max_retries is -1"),
+        ({"max_workers": 0}, "max_workers is 0"),
+        ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"sample_kappa": 0.0}, "sample_kappa is 0.0; it must be above 0"),
+        ({"train_learning_rate": 0.0}, "train_learning_rate is 0.0; it must be above 0"),
+        ({"train_learning_rate": float("nan")}, "train_learning_rate is nan"),
+        ({"train_adv_clip_max": -1.0}, "train_adv_clip_max is -1.0"),
+        ({"train_max_grad_norm": 0.0}, "train_max_grad_norm is 0.0"),
+        ({"train_clip_range": 0.0}, "train_clip_range is 0.0"),
+        ({"sample_eta": 0.0}, r"sample_eta is 0.0; it must lie in \(0, 1\] \(at 0 the sampler is an ODE"),
+        ({"sample_eta": 1.5}, "sample_eta is 1.5"),
+        ({"train_timestep_fraction": 0.0}, r"train_timestep_fraction is 0.0; it must lie in \(0, 1\]$"),
+        ({"train_timestep_fraction": 1.1}, "train_timestep_fraction is 1.1"),
+        ({"beta": -0.1}, "beta is -0.1"),
+        ({"num_advantage_steps": 4}, "num_advantage_steps is 4; with sample_num_steps=4 it can be 1 to 3"),
+        ({"num_advantage_steps": 0}, "num_advantage_steps is 0"),
+        ({"sample_guidance_scale": 4.5}, "sample_guidance_scale=4.5 with train_cfg=False: .* same guidance"),
+        ({"train_cfg": True}, "sample_guidance_scale=1.0 with train_cfg=True"),
+        ({"num_perturbations": 4}, "num_perturbations=4 needs sample_kernel='clean'"),
+        ({"sample_kernel": "clean", "per_prompt_stat_tracking": True}, "clean_baseline='group'"),
+        (
+            {"sample_kernel": "clean", "num_perturbations": 4, "step_credit": "reward_to_go"},
+            "step_credit='reward_to_go' .* use step_credit='step'",
+        ),
+        ({"early_stopping_patience": 3}, "early_stopping_patience needs eval_freq"),
+        ({"early_stopping_patience": 3, "eval_freq": 2}, "early_stopping_patience needs .* metric_for_best_model"),
+        ({"metric_for_best_model": "eval/annealed_4/a"}, "metric_for_best_model needs eval_freq"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_an_error_that_says_the_numbers(changes, told):
+    with pytest.raises(ValueError, match=told):
+        TAFSGRPOConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_guidance_scale": 4.5, "train_cfg": True},
+        {"sample_kernel": "clean", "num_perturbations": 8},
+        {"sample_kernel": "clean", "clean_baseline": "group", "per_prompt_stat_tracking": True},
+        {"early_stopping_patience": 3, "eval_freq": 2, "metric_for_best_model": "eval/annealed_4/a"},
+        {"num_advantage_steps": 3},
+        {"sample_num_steps": 2, "num_advantage_steps": 1},
+        {"sample_eta": 0.3},
+        {"num_epochs": 0, "save_freq": 0},
+    ],
+    ids=lambda value: ",".join(value),
+)
+def test_what_can_work_is_taken(changes):
+    config = TAFSGRPOConfig(**changes)
+    assert all(getattr(config, name) == value for name, value in changes.items())
+
+
+@pytest.mark.xfail(strict=True, reason="reported: not checked, and fails late or not at all")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_kernel": "clean", "step_credit": "gain"},  # torch.stack fails in the first rollout
+        {"sample_kernel": "clean", "step_credit": "terminal"},  # no signal for any step but the last
+        {"sample_kernel": "clean", "num_perturbations": 4, "step_credit": "terminal"},  # likewise
+        {"sample_kernel": "clean", "num_advantage_steps": 1},  # likewise
+        {"per_prompt_stat_tracking_min_count": 32, "per_prompt_stat_tracking": True},  # above the buffer: never reached
+        {"train_gradient_accumulation_steps": 0},
+        {"train_gradient_accumulation_steps": -1},
+        {"early_stopping_patience": 0, "eval_freq": 1, "metric_for_best_model": "a"},  # stops at the first evaluation
+        {"eval_num_steps": [0]},
+        {"eval_images_per_prompt": 0},
+        {"eval_batch_size": 0},
+        {"train_ema_decay": 1.5},
+        {"reward_retry_delay": -1.0},
+        {"sample_grid_rows": 0},
+    ],
+    ids=lambda value: ",".join(value),
+)
+def test_what_cannot_work_and_is_not_yet_checked(changes):
+    with pytest.raises(ValueError):
+        TAFSGRPOConfig(**changes)
+
+
+def test_the_run_writes_where_it_is_told(tmp_path):
+    config = TAFSGRPOConfig(logdir="logs", run_name="one")
+    assert config.project_dir == "logs/one"
+    assert TAFSGRPOConfig(exp_name="two", logdir="x").project_dir == "x/two"
+    assert TAFSGRPOConfig(project_kwargs={"project_dir": str(tmp_path)}).project_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "replayed"), [(4, 1.0, 3), (4, 0.7, 2), (4, 0.34, 1), (4, 0.1, 1), (2, 0.5, 1), (10, 0.5, 4)]
+)
+def test_trained_and_replayed_steps(steps, fraction, replayed):
+    config = TAFSGRPOConfig(sample_num_steps=steps, train_timestep_fraction=fraction)
+    assert config.num_trained_steps == steps - 1
+    assert config.num_replayed_steps == replayed

@@ -1,0 +1,64 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+import trl_tafs
+
+HEAVY = ("diffusers", "open_clip", "transformers", "accelerate", "peft", "trl", "datasets", "torchvision", "PIL")
+
+
+PROBE = f"""
+import sys, time, torch
+
+def probe(statement):
+    start = time.perf_counter()
+    exec(statement)
+    print(time.perf_counter() - start, *[name for name in {HEAVY} if name in sys.modules], sep=",")
+
+before = [name for name in {HEAVY} if name in sys.modules]
+assert not before, before
+probe("import trl_tafs")
+probe("import trl_tafs.objectives, trl_tafs.advantages, trl_tafs.schedules, trl_tafs.groups")
+probe("from trl_tafs import TAFSGRPOConfig, REWARDS")
+"""
+
+
+@pytest.fixture(scope="module")
+def probes():
+    """(seconds, heavy libraries loaded) after each statement, in a fresh interpreter that has torch."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=environment, cwd="/")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(",") for line in done.stdout.splitlines()]
+    return [(float(seconds), loaded) for seconds, *loaded in rows]
+
+
+def test_importing_the_package_its_maths_or_its_config_loads_no_heavy_library(probes):
+    assert [loaded for _, loaded in probes] == [[], [], []]
+
+
+def test_importing_the_package_takes_well_under_a_second_beyond_torch(probes):
+    assert probes[0][0] < 1.0
+    assert sum(seconds for seconds, _ in probes) < 2.0
+
+
+def test_dir_lists_what_can_be_imported():
+    assert {"TAFSGRPOConfig", "TAFSGRPOTrainer", "TAFSStableDiffusion3Pipeline"} <= set(dir(trl_tafs))
+    for name in dir(trl_tafs):
+        assert getattr(trl_tafs, name) is not None
+    assert set(trl_tafs.__all__) == set(dir(trl_tafs))
+
+
+def test_an_unknown_attribute_is_an_attribute_error_that_names_it():
+    with pytest.raises(AttributeError, match="module 'trl_tafs' has no attribute 'TAFSTrainer'"):
+        _ = trl_tafs.TAFSTrainer
+    with pytest.raises(ImportError):
+        from trl_tafs import TAFSTrainer  # noqa: F401
+
+
+def test_the_package_is_typed_and_has_a_version():
+    assert (ROOT / "trl_tafs" / "py.typed").exists()
+    assert trl_tafs.__version__.count(".") == 2
