@@ -1,53 +1,68 @@
-"""Run by torchrun in test_distributed.py: a few epochs on the CPU with gloo; each rank writes what it saw."""
+"""The body of test_distributed.py: epochs on the CPU, by torchrun with gloo in two processes, or in the test's own."""
 
 import sys
 from pathlib import Path
 
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 
 from trl_tafs import policy
-
-torch.set_num_threads(1)
-folder, model, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-seen = []
+from trl_tafs.rewards import RewardError
 
 
-def reward(images, prompts, metadata):
-    seen.append(images)
-    if mode == "fail" and len(seen) == 3 and trainer.accelerator.process_index == 1:
-        raise ConnectionError("judge is down")
-    return images.mean((1, 2, 3)) * (images[:, 0, 0, 0] > -1), {}
+def run(folder, model, batches, fail_at=None, resume=""):
+    """Two epochs of two groups of 8; what a rank saw of them."""
+    AcceleratorState._reset_state()
+    seen = []
+
+    def reward(images, prompts, metadata):
+        seen.append(images)
+        if len(seen) == fail_at and trainer.accelerator.process_index == 1:
+            raise ConnectionError("judge is down")
+        return images.mean((1, 2, 3)), {}
+
+    trainer = tiny.trainer(
+        tiny.load(model),
+        folder,
+        reward=reward,
+        sample_batch_size=4,
+        train_batch_size=4,
+        sample_num_batches_per_epoch=batches,
+        num_generations=8,
+        num_epochs=2,
+        reward_max_retries=0,
+        accelerator_kwargs={"cpu": True},
+        eval_freq=2,
+        eval_num_steps=[2],
+        eval_prompts=["one", "two", "three"],
+        eval_reward_function={"judge": lambda images, p, m: images.mean((1, 2, 3))},
+        resume_from=resume,
+    )
+    prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
+    rollouts = [
+        trainer.collector.roll_out(b, trainer.config.seed, 0) for b in trainer._batches(trainer._local(prompts))
+    ]
+    trainer.train()
+    return {
+        "world": trainer.accelerator.num_processes,
+        "final": torch.cat([part.rollout.final for part in rollouts]),
+        "weights": policy.adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name),
+        "curve": trainer.report.reward_curve,
+        "evaluations": trainer.report.evaluations,
+    }
 
 
-world_batches = {"one": 4}.get(mode, 2)
-trainer = tiny.trainer(
-    tiny.load(model),
-    folder / "run",
-    reward=reward,
-    sample_batch_size=4,
-    train_batch_size=4,
-    sample_num_batches_per_epoch=world_batches,
-    num_generations=8,
-    num_epochs=2,
-    reward_max_retries=0,
-    accelerator_kwargs={"cpu": True},
-    eval_freq=2,
-    eval_num_steps=[2],
-    eval_prompts=["one", "two", "three"],
-    eval_reward_function={"judge": lambda images, p, m: images.mean((1, 2, 3))},
-    resume_from="latest" if mode == "resume" else "",
-)
-start = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
-parts, _ = trainer.collector.collect(trainer._batches(trainer._local(start)), trainer.config.seed, 0)
-final = torch.cat([part.rollout.final for part in parts])
-seen.clear()
-trainer.train()
-result = {
-    "world": trainer.accelerator.num_processes,
-    "final": final,
-    "weights": policy.adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name),
-    "curve": trainer.report.reward_curve,
-    "evaluations": trainer.report.evaluations,
-}
-torch.save(result, folder / f"result_{trainer.accelerator.process_index}.pt")
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, model = Path(sys.argv[1]), sys.argv[2]
+    results = {"straight": run(folder / "straight", model, 2)}
+    try:
+        run(folder / "failed", model, 2, fail_at=3)  # the second batch of the first epoch, after the preflight
+    except RewardError as error:
+        results["error"] = str(error)
+    results["kept"] = len(list((folder / "failed" / "pending").glob("*.pt")))
+    torch.distributed.barrier()
+    results["resumed"] = run(folder / "failed", model, 2, resume="latest")
+    torch.save(results, folder / f"result_{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()

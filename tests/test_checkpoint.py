@@ -101,7 +101,9 @@ def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_fold
 
     with (
         pytest.warns(UserWarning, match="judge is down; it is retried"),
-        pytest.raises(RewardError, match=r"epoch 2, step 4: reward 'breaks' raised ConnectionError: judge is down \(3 "),
+        pytest.raises(
+            RewardError, match=r"epoch 2, step 4: reward 'breaks' raised ConnectionError: judge is down \(3 "
+        ),
     ):
         run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=2, save_freq=0)
     assert len(calls) == 9, "two retries"

@@ -1,55 +1,54 @@
-"""Two processes do what one does: the same noise, the same groups, the same update."""
+"""Two processes do what one does: the same noise, the same groups, the same update; a fault on one stops both."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import distributed_run
 import pytest
 import torch
 
 HERE = Path(__file__).parent
 
 
-def launch(folder, model, mode, processes, check=True):
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}", "ACCELERATE_USE_CPU": "1"}
+@pytest.fixture(scope="module")
+def two(pipeline_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
     done = subprocess.run(
-        [*command, str(HERE / "distributed_run.py"), str(folder), str(model), mode],
+        [*command, str(HERE / "distributed_run.py"), str(folder), str(pipeline_folder)],
         capture_output=True,
         text=True,
-        timeout=150,
-        env=environment,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1"},
     )
-    if check:
-        assert done.returncode == 0, done.stderr[-3000:]
-    return done, [torch.load(path, weights_only=False) for path in sorted(folder.glob("result_*.pt"))]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def test_two_processes_are_one(pipeline_folder, tmp_path):
-    _, (one,) = launch(tmp_path / "one", pipeline_folder, "one", 1)
-    _, two = launch(tmp_path / "two", pipeline_folder, "two", 2)
-    assert [result["world"] for result in two] == [2, 2], "really two processes"
-    together = torch.cat([result["final"] for result in two])
-    torch.testing.assert_close(together, one["final"], atol=1e-5, rtol=0)
-    for key, value in two[0]["weights"].items():
-        assert torch.equal(value, two[1]["weights"][key]), "the processes stay in step"
-    (_, first), (_, second) = one["curve"]
-    assert [r for _, r in two[0]["curve"]] == pytest.approx([first, second], abs=1e-5)
+def test_two_processes_are_one(two, pipeline_folder, tmp_path):
+    folder, results = two
+    first, second = (result["straight"] for result in results)
+    assert first["world"] == second["world"] == 2, "really two processes"
+    one = distributed_run.run(tmp_path, pipeline_folder, 4)
+    assert one["world"] == 1
+    torch.testing.assert_close(torch.cat([first["final"], second["final"]]), one["final"], atol=1e-5, rtol=0)
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key]), "the processes stay in step"
+    assert [r for _, r in first["curve"]] == pytest.approx([r for _, r in one["curve"]], abs=1e-5)
     key = "eval/annealed_2/judge"
-    assert two[0]["evaluations"][-1][key] == pytest.approx(one["evaluations"][-1][key], abs=1e-4)
-    log = (tmp_path / "two" / "run" / "metrics.jsonl").read_text().splitlines()
-    alone = (tmp_path / "one" / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(log) == len(alone), "one process writes the log"
+    assert first["evaluations"][-1][key] == pytest.approx(one["evaluations"][-1][key], abs=1e-4)
+    lines = [(path / "metrics.jsonl").read_text().count("\n") for path in (folder / "straight", tmp_path)]
+    assert lines[0] == lines[1], "one process writes the log"
 
 
-def test_a_reward_that_fails_on_one_process_stops_all_and_loses_nothing(pipeline_folder, tmp_path):
-    _, straight = launch(tmp_path / "straight", pipeline_folder, "two", 2)
-    done, results = launch(tmp_path / "failed", pipeline_folder, "fail", 2, check=False)
-    assert done.returncode != 0 and not results
-    assert "ConnectionError: judge is down" in done.stderr and "a reward failed on another process" in done.stderr
-    assert len(list((tmp_path / "failed" / "run" / "pending").glob("*.pt"))) == 2
-    _, resumed = launch(tmp_path / "failed", pipeline_folder, "resume", 2)
-    for key, value in straight[0]["weights"].items():
-        assert torch.equal(value, resumed[0]["weights"][key])
+def test_a_reward_that_fails_on_one_process_stops_both_and_loses_nothing(two):
+    _, results = two
+    assert "a reward failed on another process" in results[0]["error"]
+    assert "ConnectionError: judge is down" in results[1]["error"]
+    assert [result["kept"] for result in results] == [2, 2]
+    for key, value in results[0]["straight"]["weights"].items():
+        assert torch.equal(value, results[0]["resumed"]["weights"][key])
+    assert results[0]["straight"]["curve"] == results[1]["resumed"]["curve"]

@@ -147,7 +147,9 @@ def test_every_lora_parameter_gets_a_gradient(pipeline):
     lora = {name: p.grad for name, p in pipeline.transformer.named_parameters() if "lora_" in name}
     # The last block discards its context stream: what only leads there has no effect on the output.
     last = f"transformer_blocks.{len(pipeline.transformer.transformer_blocks) - 1}."
-    missing = [n for n, g in lora.items() if (g is None or g.abs().sum() == 0) and not n.startswith(last + "attn.add_q")]
+    missing = [
+        n for n, g in lora.items() if (g is None or g.abs().sum() == 0) and not n.startswith(last + "attn.add_q")
+    ]
     assert not missing
 
 

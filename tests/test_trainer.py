@@ -173,7 +173,11 @@ def test_several_rewards_masks_and_weights(pipeline, tmp_path):
         return [None if i % 2 else float(image.mean()) for i, image in enumerate(images)]
 
     trainer = tiny.trainer(
-        pipeline, tmp_path, reward={"bright": (tiny.brightness, 2.0), "half": half}, num_epochs=1, prompt_function=["two"]
+        pipeline,
+        tmp_path,
+        reward={"bright": (tiny.brightness, 2.0), "half": half},
+        num_epochs=1,
+        prompt_function=["two"],
     )
     trainer.train()
     line = next(line for line in log(tmp_path) if "reward" in line)
@@ -216,7 +220,7 @@ def test_evaluation_keeps_the_best_and_stops(pipeline, tmp_path):
         eval_num_steps=[2],
         eval_samplers=["annealed"],
         eval_prompts=["three", "four"],
-        eval_reward_function={"judge": lambda images, p, m: [value := next(values)] * len(images)},
+        eval_reward_function={"judge": lambda images, p, m: [next(values)] * len(images)},
         metric_for_best_model="eval/annealed_2/judge",
         early_stopping_patience=2,
     )
@@ -233,7 +237,9 @@ def test_evaluation_has_fixed_noise_and_both_samplers(pipeline, tmp_path):
         seen.append(images)
         return images.mean((1, 2, 3))
 
-    trainer = tiny.trainer(pipeline, tmp_path, eval_prompts=["three"], eval_reward_function=judge, eval_num_steps=[2, 4])
+    trainer = tiny.trainer(
+        pipeline, tmp_path, eval_prompts=["three"], eval_reward_function=judge, eval_num_steps=[2, 4]
+    )
     trainer.evaluate(0)
     trainer.evaluate(0)
     assert len(seen) == 8
@@ -245,7 +251,9 @@ def test_evaluation_has_fixed_noise_and_both_samplers(pipeline, tmp_path):
 def test_images_do_not_depend_on_the_batch_size(pipeline_folder, tmp_path):
     def images(batch_size):
         trainer = tiny.trainer(
-            tiny.load(pipeline_folder), tmp_path / str(batch_size), sample_batch_size=batch_size,
+            tiny.load(pipeline_folder),
+            tmp_path / str(batch_size),
+            sample_batch_size=batch_size,
             sample_num_batches_per_epoch=16 // batch_size,
         )
         parts, _ = trainer.collector.collect(trainer._batches(trainer.prompts.batch(0, 2, 8)), 1, 0)
@@ -316,9 +324,7 @@ def test_dropout_in_the_lora_is_refused(pipeline, tmp_path):
 
 
 def test_clipping_too_much_warns(pipeline, tmp_path):
-    trainer = tiny.trainer(
-        pipeline, tmp_path, train_clip_range=1e-9, train_gradient_accumulation_steps=1, num_epochs=1
-    )
+    trainer = tiny.trainer(pipeline, tmp_path, train_clip_range=1e-9, train_gradient_accumulation_steps=1, num_epochs=1)
     with pytest.warns(UserWarning, match="of the ratios are clipped at train_clip_range=1e-09"):
         trainer.train()
 

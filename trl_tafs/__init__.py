@@ -20,11 +20,12 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
-    from trl_tafs.config import TAFSGRPOConfig
-    from trl_tafs.pipelines.base import AnnealedFlowMatchScheduler, TAFSPipelineMixin
-    from trl_tafs.pipelines.stable_diffusion_3 import TAFSStableDiffusion3Pipeline
-    from trl_tafs.rewards import REWARDS
-    from trl_tafs.trainer import TAFSGRPOTrainer
+    from trl_tafs.config import TAFSGRPOConfig as TAFSGRPOConfig
+    from trl_tafs.pipelines.base import AnnealedFlowMatchScheduler as AnnealedFlowMatchScheduler
+    from trl_tafs.pipelines.base import TAFSPipelineMixin as TAFSPipelineMixin
+    from trl_tafs.pipelines.stable_diffusion_3 import TAFSStableDiffusion3Pipeline as TAFSStableDiffusion3Pipeline
+    from trl_tafs.rewards import REWARDS as REWARDS
+    from trl_tafs.trainer import TAFSGRPOTrainer as TAFSGRPOTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -201,9 +201,7 @@ class Advantages:
     clip: float = 5.0
     tracker: PerPromptStatTracker | None = None
 
-    def __call__(
-        self, table: RewardTable, group_ids: Tensor, prompts: Sequence[str], num_trained: int
-    ) -> Tensor:
+    def __call__(self, table: RewardTable, group_ids: Tensor, prompts: Sequence[str], num_trained: int) -> Tensor:
         """(B, Q, K, R) rewards of whole groups to (B, S, M) advantages, float32, finite, within +-clip."""
 
         def normalize(values: Tensor) -> Tensor:

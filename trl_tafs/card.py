@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import getpass
@@ -91,8 +92,8 @@ class CardFacts:
 def base_model_facts(pipeline: DiffusionPipeline) -> dict[str, str | None]:
     """The `base_*` fields of `CardFacts`, of the model that the pipeline was loaded from.
 
-    A folder is named by its last component, unless it is a snapshot in the Hub's cache; the licence is that of
-    its own card. A licence that cannot be read is None, and a warning says so.
+    A folder is named by its last component, unless it is a snapshot in the Hub's cache; the licence is the
+    one of its card. A licence that cannot be read is None, and a warning says so.
     """
     source = str(pipeline.config.get("_name_or_path") or "")
     folder = Path(source).resolve() if source and Path(source).is_dir() else None
@@ -124,9 +125,7 @@ def _base_card_data(folder: Path | None, repo_id: str | None) -> dict[str, Any]:
         if repo_id is not None:
             return ModelCard.load(repo_id, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError) as error:  # the network, or a card that isn't YAML
-        logger.warning(
-            "no licence from the card of %s (%s); add it to the adapter's", repo_id or readme, error
-        )
+        logger.warning("no licence from the card of %s (%s); add it to the adapter's", repo_id or readme, error)
     return {}
 
 
@@ -283,9 +282,13 @@ def _plot(curve: Sequence[tuple[int, float]]) -> bytes:
 
 
 # What `scrub` leaves out by key, and takes out of values.
-_PRIVATE_KEY = re.compile(
-    r"(?:^|_)(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|private|secret)_?key|auth\w*"
-    r"|user(?:_?name)?|entity|e?mail|host(?:_?name)?)(?:$|_)"
+_PRIVATE = (
+    r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|private|secret)_?key|auth\w*"
+    r"|user(?:_?name)?|entity|e?mail|host(?:_?name)?)"
+)
+_PRIVATE_KEY = re.compile(rf"(?:^|_){_PRIVATE}(?:$|_)")
+_ASSIGNED = re.compile(
+    rf"(?:(?<![^\W_]){_PRIVATE}['\"]?\s*[:=]|--[\w-]*{_PRIVATE}[ =])\s*['\"]?[^\s'\",;]+", re.IGNORECASE
 )
 _SECRET = re.compile(
     r"\b(?:hf|api_org)_\w{8,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bsk-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b"
@@ -337,6 +340,9 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, str) and value.startswith(("{", "[")):  # trackers store nested settings as JSON
+        with contextlib.suppress(ValueError):
+            return _plain(json.loads(value))
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if callable(value):
@@ -356,7 +362,7 @@ def _scrubbed(value: Any, key: str, secrets: list[str], people: re.Pattern) -> A
         return [_scrubbed(item, key, secrets, people) for item in value]
     if not isinstance(value, str):
         return value
-    for secret in (*secrets, _SECRET):
+    for secret in (*secrets, _SECRET, _ASSIGNED):
         value = re.sub(secret, _REMOVED, value)
     if not key.endswith(("revision", "commit", "sha")):
         value = _HEX_KEY.sub(_REMOVED, value)

@@ -52,7 +52,9 @@ def write_checkpoint(
         fault = error
     if any_process(accelerator, fault is not None):
         if fault is not None:
-            accelerator.print(f"checkpoint {final} could not be written: {fault}; training goes on, older ones are kept")
+            accelerator.print(
+                f"checkpoint {final} could not be written: {fault}; training goes on, older ones are kept"
+            )
         if accelerator.is_main_process:
             shutil.rmtree(beside, ignore_errors=True)
         return None

@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,11 +104,8 @@ def save_adapter(
         adapter_name: which of the attached adapters.
         scheduler_config: instead of the pipeline's; `stochastic_sampling=True` is added in either case.
 
-    Returns:
-        The folder.
-
     Raises:
-        ValueError: no such adapter, weights of other names or shapes, or a LoRA the format cannot hold.
+        ValueError: no such adapter, weights of other names, or a LoRA that the format cannot hold.
     """
     denoiser = getattr(pipeline, "denoiser_name", "transformer")
     layers = _adapter_layers(getattr(pipeline, denoiser), adapter_name, state_dict)
@@ -138,10 +137,6 @@ def _adapter_layers(denoiser, adapter_name, state_dict):
         if wrong := sorted(layers.keys() ^ state_dict.keys()):
             where = "state_dict" if wrong[0] in state_dict else "the adapter"
             raise ValueError(f"{len(wrong)} names are not in both, the first {wrong[0]!r}, only in {where}")
-        for name, weight in layers.items():
-            if weight.shape != state_dict[name].shape:
-                shape = tuple(state_dict[name].shape)
-                raise ValueError(f"{name} is {shape} in state_dict, {tuple(weight.shape)} in the adapter")
         layers = state_dict
     return {name: layers[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(layers)}
 
@@ -215,13 +210,13 @@ def _adapter_file(source, weight_name, revision, token) -> tuple[str, str]:
     return file, f"{source}/{weight_name}"
 
 
-def _read_safetensors(path: str, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+def _read_safetensors(path: str, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}
-            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "null"))
+            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(
             f"{name} ({os.path.getsize(path)} bytes) is torn, or no safetensors file: {_first_line(error)}; "
@@ -238,7 +233,7 @@ def _wrong_format(name: str, weights: dict[str, torch.Tensor], prefix: str) -> s
     if key.startswith("base_model.model."):
         return (
             f"{name} is in PEFT's format ({key!r}), which diffusers loads as nothing: take "
-            "'base_model.model.' off its keys and write it with save_lora_weights(transformer_lora_layers=..., "
+            "'base_model.model.' off its keys and write it by save_lora_weights(transformer_lora_layers=..., "
             "transformer_lora_adapter_metadata=...), the metadata from its adapter_config.json"
         )
     if key.startswith("text_encoder"):
@@ -255,15 +250,12 @@ def _lora_config(name, layers, header, prefix) -> LoraConfig:
     ranks = {f"^{key}": w.shape[1] for key, w in layers.items() if "lora_B" in key and w.ndim > 1}
     if not ranks:
         raise ValueError(f"{name} holds no lora_B weights, so no rank; it is torn, or no LoRA")
-    header = header or {}
     settings = {key.removeprefix(prefix): header[key] for key in header if key.startswith(prefix)}
     if not settings:
         from diffusers.utils import get_peft_kwargs
 
         settings = get_peft_kwargs(ranks, network_alpha_dict=None, peft_state_dict=layers)
-        logger.warning(
-            "%s has no metadata: alpha is taken as the rank, %d, as diffusers does", name, settings["r"]
-        )
+        logger.warning("%s has no metadata: alpha is taken as the rank, %d, as diffusers does", name, settings["r"])
     rank = settings.get("r")
     if rank not in ranks.values() and not settings.get("rank_pattern"):
         raise ValueError(f"{name}: r={rank} in its metadata, {sorted(set(ranks.values()))} in its weights")
@@ -283,8 +275,6 @@ _FAMILIES = (
     ("attn1.to_", "Sana or PixArt"),
     ("attn.add_q_proj", "SD3 or Qwen-Image"),
     ("transformer_blocks.", "a diffusers transformer"),
-    ("layers.", "Lumina or Z-Image"),
-    ("blocks.", "Wan or another video model"),
 )
 
 
@@ -323,6 +313,16 @@ def check_adapter_fits(state_dict: dict[str, torch.Tensor], transformer: torch.n
             )
 
 
+def prepare_repo(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make the repository if it is missing; its whole name, 'user/name', which the card's code needs.
+
+    Called before training, it tells in time (by a `PushError`) that no token is there or may write there.
+    """
+    api = _api(repo_id, token)
+    with _push_errors(repo_id):
+        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -332,12 +332,12 @@ def push_folder(
     commit_message: str = "Upload a TAFS-GRPO adapter",
     revision: str | None = None,
 ) -> CommitInfo:
-    """Push what `save_adapter` and `write_model_card` wrote (`PUSHED`, nothing else), as one commit.
+    """Push what `save_adapter` and `write_model_card` wrote (`PUSHED`, nothing else); the folder stays.
 
     Args:
-        folder: where the adapter lies; it is only read.
+        folder: where the adapter lies.
         repo_id: 'user/name', or 'name' for the token's owner; made if missing.
-        private: whether a repository that is made is private; None is the owner's default.
+        private: of a repository that is made; None is the owner's default.
         token: one with the right to write; the stored one if None.
         commit_message: what the commit says.
         revision: a branch instead of main, made if missing.
@@ -346,33 +346,26 @@ def push_folder(
         FileNotFoundError: no adapter in the folder.
         PushError: no token, or whatever else the Hub or the way to it answers.
     """
-    from huggingface_hub import HfApi, get_token
-
     folder = Path(folder)
     if not (folder / WEIGHT_NAME).is_file():
-        raise FileNotFoundError(
-            f"nothing to push to {repo_id!r}: no {WEIGHT_NAME} in {folder}; save it first"
-        )
-    token = token or get_token()
-    kept = f"Nothing is lost, the adapter is in {folder.resolve()}"
-    if token is None:
-        raise PushError(f"no token to push to {repo_id!r} with: run `hf auth login`, or set HF_TOKEN. {kept}")
-    api = HfApi(token=token)
-    try:
+        raise FileNotFoundError(f"nothing to push to {repo_id!r}: no {WEIGHT_NAME} in {folder}; save it first")
+    kept = f". Nothing is lost, the adapter is in {folder.resolve()}"
+    api = _api(repo_id, token, kept)
+    with _push_errors(repo_id, kept):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
+        if revision and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(PUSHED),
-            commit_message=commit_message,
-            revision=revision,
-        )
-    except Exception as error:  # the network: HTTP, transport, LFS and validation errors share no base class
-        response = getattr(_cause(error), "response", None)
-        remedy = _REMEDIES.get(getattr(response, "status_code", None), "push_folder can be called again")
-        raise PushError(f"no push to {repo_id!r}: {_first_line(_cause(error))}; {remedy}. {kept}") from error
+        given = {"commit_message": commit_message, "revision": revision}
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(PUSHED), **given)
+
+
+def _api(repo_id: str, token: str | None, kept: str = ""):
+    from huggingface_hub import HfApi, get_token
+
+    token = token or get_token()
+    if token is None:
+        raise PushError(f"no token to push to {repo_id!r} with: run `hf auth login`, or set HF_TOKEN{kept}")
+    return HfApi(token=token)
 
 
 _REMEDIES = {
@@ -380,6 +373,17 @@ _REMEDIES = {
     403: "the token may not write there: use one with write access, or a repository of your own",
     404: "check the name, and that the token may see it",
 }
+
+
+@contextmanager
+def _push_errors(repo_id: str, kept: str = "") -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # HTTP, transport, LFS and validation errors share no base class
+        cause = _cause(error)
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        remedy = _REMEDIES.get(status, "the push can be made again")
+        raise PushError(f"no push to {repo_id!r}: {_first_line(cause)}; {remedy}{kept}") from error
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -100,7 +100,7 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class Annealed:
-    r"""Temperature annealing (Eq. 5 and 7), the default: the action is the next noisy state,
+    r"""Temperature annealing (Eq. 5 and 7), the default: the action is the next noisy state.
 
     .. math:: x_{n+1} = (1 - s_{n+1}) \hat x_n + s_{n+1} \epsilon.
 
@@ -138,7 +138,7 @@ class Annealed:
 
 @dataclass(frozen=True)
 class Clean:
-    r"""The other reading of Eq. 10: the action is the clean image, explored explicitly,
+    r"""The other reading of Eq. 10: the action is the clean image, explored explicitly.
 
     .. math:: x_0^n = \hat x_n + \kappa s_n \xi, \qquad p = N(\hat x_n, (\kappa s_n)^2 I), \quad n = 2..N.
 

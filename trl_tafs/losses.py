@@ -1,4 +1,4 @@
-"""Loss formulas: the clipped surrogate, its clip range and its level weights. Silent: they return, nothing is logged."""
+"""Loss formulas: the clipped surrogate, its clip range and its level weights. They return; nothing is logged."""
 
 from __future__ import annotations
 

@@ -59,7 +59,9 @@ class LocalTracker(GeneralTracker):
         """Save each image tensor (1, 3, H, W) or (3, H, W) in [0, 1] as `images/<step>_<title>.png`."""
         for title, image in values.items():
             name = re.sub(r"[^\w.-]+", "_", str(title)).strip("_")
-            save_png(tensor_to_image(torch.as_tensor(image).squeeze(0)), self.folder / "images" / f"{step:06d}_{name}.png")
+            save_png(
+                tensor_to_image(torch.as_tensor(image).squeeze(0)), self.folder / "images" / f"{step:06d}_{name}.png"
+            )
 
     def rewind(self, epoch: int) -> None:
         """Drop the lines of `epoch` and later: they are about to be written again."""
@@ -78,10 +80,14 @@ class LocalTracker(GeneralTracker):
 
 
 class MeanMetrics:
-    """Sums metric dicts on their device; `pop` gives their means and starts anew. No host copy before that."""
+    """Sums metric dicts on their device; `pop` gives their means and starts anew. No host copy before that.
+
+    What is set in `last` is given as it is.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
         self.count = 0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
@@ -92,8 +98,8 @@ class MeanMetrics:
 
     def pop(self) -> dict[str, Tensor]:
         """The means since the last `pop`."""
-        means = {name: total / max(self.count, 1) for name, total in self.totals.items()}
-        self.totals, self.count = {}, 0
+        means = {name: total / max(self.count, 1) for name, total in self.totals.items()} | self.last
+        self.totals, self.last, self.count = {}, {}, 0
         return means
 
 

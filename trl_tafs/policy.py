@@ -49,8 +49,8 @@ def attach_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config
     if attached:
         if len(attached) > 1 or lora_config is not None or config.adapter_name_or_path:
             raise ValueError(
-                f"the pipeline already carries the adapters {', '.join(attached)}; fuse or unload them, or bring exactly "
-                "one and neither a LoraConfig nor adapter_name_or_path, to train that one on"
+                f"the pipeline already carries the adapters {', '.join(attached)}; fuse or unload them, or bring "
+                "exactly one and neither a LoraConfig nor adapter_name_or_path, to train that one on"
             )
         name, lora_config = next(iter(attached.items()))
         _check_dropout(lora_config)
@@ -89,8 +89,10 @@ def _add_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: 
         denoiser.add_adapter(lora_config)
     except ValueError as error:
         names = sorted({n.rpartition(".")[2] for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)})
-        raise ValueError(f"the LoRA can't be attached to {type(denoiser).__name__}: {error} Its linear layers end in: "
-                         f"{', '.join(names)}") from error
+        raise ValueError(
+            f"the LoRA can't be attached to {type(denoiser).__name__}: {error} Its linear layers end in: "
+            f"{', '.join(names)}"
+        ) from error
     finally:
         torch.set_rng_state(state)
     if weights is not None:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 CLIPPED_WARNING = 0.3
 CARD_PICTURES = 4
+HARMLESS = {  # settings that may differ between a checkpoint and the run that resumes it
+    *("resume_from", "num_epochs", "exp_name", "run_name", "logdir", "project_kwargs", "disable_tqdm", "save_freq"),
+    *("log_with", "tracker_kwargs", "tracker_project_name", "num_checkpoint_limit", "sample_grid_freq", "max_workers"),
+    *("async_reward_computation", "reward_max_retries", "reward_retry_delay", "push_to_hub", "hub_model_id"),
+}
 
 
 class RunReport:
@@ -32,7 +37,6 @@ class RunReport:
     def __init__(self, trainer: TAFSGRPOTrainer) -> None:
         self.trainer = trainer
         self.stopwatch = Stopwatch()
-        self.grad_norm: Any = None
         self.reward_curve: list[tuple[int, float]] = []
         self.evaluations: list[dict[str, float]] = []
         self._warned = False
@@ -83,7 +87,6 @@ class RunReport:
         """One optimizer step: its metrics, reduced over processes at once."""
         accelerator = self.trainer.accelerator
         means = metrics.pop()
-        means["grad_norm"] = torch.as_tensor(self.grad_norm, dtype=torch.float32, device=accelerator.device)
         names = sorted(means)
         reduced = accelerator.reduce(torch.stack([means[name].float() for name in names]), reduction="mean")
         values: dict[str, Any] = dict(zip(names, reduced.tolist(), strict=True))
@@ -94,8 +97,8 @@ class RunReport:
             self._warned = True
             warnings.warn(
                 f"epoch {epoch}: {values['clipfrac']:.0%} of the ratios are clipped at train_clip_range="
-                f"{self.trainer.clip_range:.3g} ({self.trainer.config.train_log_prob_reduction}), which throttles training; "
-                "raise the range, or lower train_learning_rate or the number of updates an epoch",
+                f"{self.trainer.clip_range:.3g} ({self.trainer.config.train_log_prob_reduction}), which throttles "
+                "training; raise the range, or lower train_learning_rate or the number of updates an epoch",
                 stacklevel=2,
             )
 
@@ -160,11 +163,10 @@ class RunReport:
         trainer.evaluations_without_gain = state["evaluations_without_gain"]
         self.reward_curve = [tuple(point) for point in state["reward_curve"]]
         self.evaluations = state["evaluations"]
-        harmless = {"resume_from", "num_epochs", "exp_name", "run_name", "logdir", "project_kwargs", "disable_tqdm"}
         changed = [
             f"{name} {state['settings'].get(name)} -> {value}"
             for name, value in self.settings().items()
-            if name not in harmless and state["settings"].get(name) != value
+            if name not in HARMLESS and state["settings"].get(name) != value
         ]
         if changed:
             warnings.warn(f"resumed with other settings than the checkpoint's: {'; '.join(changed)}", stacklevel=3)

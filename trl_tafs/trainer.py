@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,22 @@ from trl_tafs.evaluation import Evaluator, Setting
 from trl_tafs.experience import Collector, Part
 from trl_tafs.groups import plan_epoch
 from trl_tafs.kernels import KERNELS, Kernel
-from trl_tafs.losses import clip_range_for
-from trl_tafs.metrics import LocalTracker, MeanMetrics, Stopwatch
+from trl_tafs.losses import clip_range_for, clipped_surrogate
+from trl_tafs.metrics import LocalTracker, MeanMetrics
 from trl_tafs.objectives import OBJECTIVES
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.prompts import PromptSource
 from trl_tafs.report import RunReport
 from trl_tafs.rewards.scoring import RewardError, RewardSet
-from trl_tafs.rollout import default_scored_steps, noise_seed
+from trl_tafs.rollout import default_scored_steps
 from trl_tafs.types import Conditioning, LossOutput, PromptBatch, RewardTable, Transitions
+from trl_tafs.update import Updater
 
 
 def make_accelerator(config: TAFSGRPOConfig, accumulation: Callable[[int], int]) -> tuple[Accelerator, LocalTracker]:
     """The `Accelerator` of a run, with the local log beside the trackers asked for."""
-    project = {k: v for k, v in config.project_kwargs.items() if k not in ("automatic_checkpoint_naming", "total_limit")}
+    ours = ("automatic_checkpoint_naming", "total_limit")  # checkpoints are named and limited here
+    project = {k: v for k, v in config.project_kwargs.items() if k not in ours}
     project = {"logging_dir": config.project_dir, **project, "project_dir": config.project_dir}
     local = LocalTracker(config.project_dir)
     accelerator = Accelerator(
@@ -85,8 +87,8 @@ class TAFSGRPOTrainer:
     ) -> None:
         if not isinstance(sd_pipeline, TAFSPipelineMixin):
             raise TypeError(
-                f"sd_pipeline is a {type(sd_pipeline).__name__}, without rollout hooks; load it as a TAFS pipeline, such "
-                "as TAFSStableDiffusion3Pipeline.from_pretrained(...)"
+                f"sd_pipeline is a {type(sd_pipeline).__name__}, without rollout hooks; load it as a TAFS pipeline, "
+                "such as TAFSStableDiffusion3Pipeline.from_pretrained(...)"
             )
         self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
         default_height, default_width = sd_pipeline.default_size()
@@ -110,14 +112,12 @@ class TAFSGRPOTrainer:
         self.best_metric: float | None = None
         self.evaluations_without_gain = 0
         self.executor = ThreadPoolExecutor(config.max_workers) if config.async_reward_computation else None
-        self.collector = self._make_collector()
+        self.collector, self.updater = self._make_collector(), self._make_updater()
         trackers = {**config.tracker_kwargs}
         for tracker in ("wandb", "trackio"):
             if config.log_with in (tracker, "all"):
                 trackers.setdefault(tracker, {}).setdefault("name", config.run_name)
-        self.accelerator.init_trackers(
-            config.tracker_project_name, config=self.report.settings(), init_kwargs=trackers
-        )
+        self.accelerator.init_trackers(config.tracker_project_name, config=self.report.settings(), init_kwargs=trackers)
         if config.resume_from:
             self._resume()
 
@@ -146,8 +146,8 @@ class TAFSGRPOTrainer:
         updates = config.num_epochs * config.train_num_inner_epochs * self.plan.updates_per_inner_epoch
         self.lr_scheduler = policy.make_lr_scheduler(optimizer, config, updates)
         self.model, self.optimizer = self.accelerator.prepare(pipeline.denoiser, optimizer)
-        self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.parameters = parameters
+        self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.average = policy.AdapterAverage(parameters, config.train_ema_decay) if config.train_use_ema else None
         if self.average is not None:
             self.accelerator.register_for_checkpointing(self.average)
@@ -218,6 +218,21 @@ class TAFSGRPOTrainer:
             keep_images=self.image_samples_callback is not None,
             executor=self.executor,
             stopwatch=self.report.stopwatch,
+        )
+
+    def _make_updater(self) -> Updater:
+        return Updater(
+            config=self.config,
+            plan=self.plan,
+            accelerator=self.accelerator,
+            model=self.model,
+            parameters=self.parameters,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            average=self.average,
+            objective=self.objective,
+            encode=self.encode,
+            loss=lambda rows, conditioning: self.compute_loss(rows, conditioning),
         )
 
     # The policy -----------------------------------------------------------------------------------------------
@@ -315,71 +330,26 @@ class TAFSGRPOTrainer:
         """Advantages of all images, (B, S, M); logs what the rewards were."""
         advantages = self.advantages(table, prompts.group_ids, prompts.prompts, self.config.num_trained_steps)
         combined = combine_rewards(table, prompts.group_ids)
-        self.report.log_rewards(
-            table, combined, group_mean_std(combined, prompts.group_ids)[1], self.collector.scored_steps, epoch, global_step
-        )
+        group_std = group_mean_std(combined, prompts.group_ids)[1]
+        self.report.log_rewards(table, combined, group_std, self.collector.scored_steps, epoch, global_step)
         return advantages
 
     def _update(self, parts: Sequence[Part], advantages: Tensor, epoch: int, global_step: int) -> int:
-        """Inner epochs over the rollouts: replay, loss, backward, optimizer steps; one reduction and log line each."""
-        device = self.accelerator.device
-        sizes = [len(part.batch) for part in parts]
-        rows = [self.objective.rows(p.rollout, a) for p, a in zip(parts, advantages.split(sizes), strict=True)]
-        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-        rows = [dataclasses.replace(r, sample=r.sample + o) for r, o in zip(rows, offsets, strict=True)]
-        rows = Transitions.cat([r.to(device) for r in rows])
-        prompts = [prompt for part in parts for prompt in part.batch.prompts]
-        metrics, inner_epochs = MeanMetrics(), self.config.train_num_inner_epochs
-        total = inner_epochs * self.plan.updates_per_inner_epoch * self.plan.micro_batches_per_update
-        progress = tqdm(total=total, desc="update", leave=False, position=1, disable=self._silent())
-        with self.report.stopwatch("update"):
-            for inner_epoch in range(inner_epochs):
-                for index, dead in self._micro_batches(rows, epoch, inner_epoch):
-                    micro = rows[index]
-                    with self.accelerator.accumulate(self.model):
-                        if not dead or self.accelerator.sync_gradients:
-                            conditioning = self.encode([prompts[i] for i in micro.sample.tolist()])
-                            output = self.compute_loss(micro, conditioning)
-                            self.accelerator.backward(output.loss)
-                            metrics.add(output.metrics | {"loss": output.loss})
-                        self._optimizer_step(metrics)
-                    progress.update()
-                    if self.accelerator.sync_gradients:
-                        self.report.log_update(metrics, epoch, inner_epoch, global_step)
-                        global_step += 1
-        progress.close()
+        """Inner epochs over the rollouts: replay, loss, backward, optimizer steps; a log line each."""
+
+        def on_step(metrics: MeanMetrics, inner_epoch: int) -> None:
+            nonlocal global_step
+            self.report.log_update(metrics, epoch, inner_epoch, global_step)
+            global_step += 1
+
+        plan = self.plan
+        total = self.config.train_num_inner_epochs * plan.updates_per_inner_epoch * plan.micro_batches_per_update
+        with (
+            tqdm(total=total, desc="update", leave=False, position=1, disable=self._silent()) as bar,
+            self.report.stopwatch("update"),
+        ):
+            self.updater.run(parts, advantages, epoch, on_step, bar.update)
         return global_step
-
-    def _optimizer_step(self, metrics: MeanMetrics) -> None:
-        if self.accelerator.sync_gradients:
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.train_max_grad_norm)
-            self.report.grad_norm = norm
-        self.optimizer.step()
-        if self.accelerator.sync_gradients:
-            if not self.accelerator.optimizer_step_was_skipped:
-                self.lr_scheduler.step()
-                if self.average is not None:
-                    self.average.update()
-        self.optimizer.zero_grad()
-
-    def _micro_batches(self, rows: Transitions, epoch: int, inner_epoch: int) -> Iterator[tuple[Tensor, bool]]:
-        """Row indices of each micro-batch, and whether nothing in it can move the policy.
-
-        Images are shuffled, each with `train_timestep_fraction` of its steps. What carries no advantage (a group
-        without variance, no verdict) comes first in an optimizer step, where whole micro-batches of it are skipped.
-        """
-        config, device = self.config, rows.sample.device
-        steps = config.num_trained_steps
-        key = noise_seed(config.seed, epoch, self.accelerator.process_index, "shuffle", inner_epoch)
-        generator = torch.Generator().manual_seed(key)
-        images = torch.randperm(self.plan.local_images, generator=generator)
-        chosen = torch.rand(len(images), steps, generator=generator).argsort(1)[:, : config.num_replayed_steps]
-        idle = ((rows.advantage == 0).all(1) & (config.beta == 0)).cpu()
-        for update in images.split(self.plan.images_per_update):
-            index = (update[:, None] * steps + chosen[update]).flatten()
-            index = index[idle[index].int().argsort(descending=True, stable=True)]
-            for micro in index.split(config.train_batch_size):
-                yield micro.to(device), bool(idle[micro].all())
 
     # DDPOTrainer's hooks --------------------------------------------------------------------------------------
 
@@ -408,8 +378,6 @@ class TAFSGRPOTrainer:
 
     def loss(self, advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
         """DDPOTrainer's formula, by the same function that trains."""
-        from trl_tafs.losses import clipped_surrogate
-
         return clipped_surrogate(ratio.log(), torch.zeros_like(ratio), advantages, clip_range).loss
 
     # Looking on -----------------------------------------------------------------------------------------------
@@ -421,7 +389,12 @@ class TAFSGRPOTrainer:
         config = self.config
         with self.report.stopwatch("evaluate"), self.averaged_adapter(), torch.no_grad():
             results = self.evaluator(
-                self.sd_pipeline, self.accelerator, self.encode, self.velocity, self.setting(), config.eval_samplers,
+                self.sd_pipeline,
+                self.accelerator,
+                self.encode,
+                self.velocity,
+                self.setting(),
+                config.eval_samplers,
                 config.eval_num_steps,
             )
         self.accelerator.log(results | {"epoch": epoch}, step=self.global_step)
@@ -431,9 +404,7 @@ class TAFSGRPOTrainer:
     def setting(self) -> Setting:
         """How evaluation and card pictures are drawn."""
         size = self.config.eval_batch_size or self.config.sample_batch_size
-        return Setting(
-            self.height, self.width, size, self.config.seed, self.storage_dtype, self.accelerator.device
-        )
+        return Setting(self.height, self.width, size, self.config.seed, self.storage_dtype, self.accelerator.device)
 
     def _keep_best(self, results: dict[str, float], epoch: int) -> bool:
         name = self.config.metric_for_best_model
@@ -469,7 +440,9 @@ class TAFSGRPOTrainer:
         return self.config.disable_tqdm or not self.accelerator.is_local_main_process
 
     def _preflight(self) -> None:
-        """One prompt and one call of each reward before anything is spent."""
+        """One prompt, one call of each reward and the right to push, before anything is spent."""
+        if self.config.push_to_hub:
+            self._prepare_repo(None, self.config.hub_private_repo)
         prompt, metadata = self.prompts.groups(self.first_epoch, 1)[0]
         self.encode([prompt])
         images = torch.rand(2, 3, self.height, self.width, generator=torch.Generator().manual_seed(0))
@@ -486,8 +459,6 @@ class TAFSGRPOTrainer:
 
     def averaged_adapter(self) -> Any:
         """A context in which the denoiser carries what is evaluated and saved: the EMA, where there is one."""
-        from contextlib import nullcontext
-
         return nullcontext() if self.average is None else self.average.applied()
 
     def save_checkpoint(self) -> Path | None:
@@ -504,9 +475,7 @@ class TAFSGRPOTrainer:
 
     def _save_adapter_hook(self, models: list, weights: list, output_dir: str) -> None:
         if self.accelerator.is_main_process:
-            hub.save_adapter(
-                self.sd_pipeline, output_dir, lora_config=self.lora_config, adapter_name=self.adapter_name
-            )
+            hub.save_adapter(self.sd_pipeline, output_dir, lora_config=self.lora_config, adapter_name=self.adapter_name)
         weights.clear()
 
     def _load_adapter_hook(self, models: list, input_dir: str) -> None:
@@ -548,12 +517,17 @@ class TAFSGRPOTrainer:
 
     def push_to_hub(self, repo_id: str | None = None, *, token: str | None = None, **kwargs: Any) -> Any:
         """Save, then push the adapter to `repo_id` (by default `hub_model_id`, or the run's name below your user's)."""
-        repo_id = repo_id or self.config.hub_model_id or self.config.run_name
+        private = kwargs.pop("private", self.config.hub_private_repo)
+        repo_id = self._prepare_repo(repo_id, private, token)
         folder = self.save_pretrained(repo_id=repo_id)
         if not self.accelerator.is_main_process:
             return None
-        private = kwargs.pop("private", self.config.hub_private_repo)
         return hub.push_folder(folder, repo_id, private=private, token=token, **kwargs)
+
+    def _prepare_repo(self, repo_id: str | None, private: bool | None, token: str | None = None) -> str:
+        """Make the repository where it is missing: without a token that may write, the error comes here."""
+        repo_id = repo_id or self.config.hub_model_id or self.config.run_name
+        return hub.prepare_repo(repo_id, private=private, token=token) if self.accelerator.is_main_process else repo_id
 
     def _finish(self) -> None:
         """The last checkpoint, the adapter, the push."""

@@ -66,9 +66,7 @@ class PromptBatch:
         return len(self.prompts)
 
     def __getitem__(self, rows: slice) -> PromptBatch:
-        return PromptBatch(
-            self.prompts[rows], self.metadata[rows], self.group_ids[rows], self.sample_ids[rows]
-        )
+        return PromptBatch(self.prompts[rows], self.metadata[rows], self.group_ids[rows], self.sample_ids[rows])
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,7 @@ def clip_tokenizer(words: tuple[str, ...] = WORDS, max_length: int = MAX_LENGTH)
     merges = byte_pair_merges(words)
     pieces = [*ALPHABET, *(letter + "</w>" for letter in ALPHABET), *("".join(pair) for pair in merges)]
     pieces = ["<|startoftext|>", *dict.fromkeys(pieces), "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, model_max_length=max_length
-    )
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, model_max_length=max_length)
 
 
 def t5_tokenizer(words: tuple[str, ...] = WORDS, max_length: int = MAX_LENGTH) -> T5Tokenizer:

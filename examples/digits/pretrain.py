@@ -165,9 +165,7 @@ def train_flow(
 
 
 @torch.no_grad()
-def _measure(
-    pipeline: StableDiffusion3Pipeline, parameters: list[Tensor], averages: list[Tensor]
-) -> dict[str, float]:
+def _measure(pipeline: StableDiffusion3Pipeline, parameters: list[Tensor], averages: list[Tensor]) -> dict[str, float]:
     """Held-out flow loss and judges with the averaged weights; the weights in training come back after."""
     kept = [p.clone() for p in parameters]
     for parameter, average in zip(parameters, averages, strict=True):

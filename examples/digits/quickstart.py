@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -42,6 +44,7 @@ class Panel:
     """All judges on one fixed set of prompts and noise."""
 
     def __init__(self, images_per_digit: int, seed: int) -> None:
+        """Judge `images_per_digit` images of each digit, their noise keyed by `seed`."""
         self.labels = torch.arange(10).repeat_interleave(images_per_digit)
         self.prompts = [PROMPTS[label] for label in self.labels]
         self.judges = {"reward": DigitReward(), "held_out": HeldOutJudge(), "ocr": OCRJudge()}
@@ -105,8 +108,9 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 
 def check_adapter(trainer, folder: Path) -> str:
     """Run the lines that load the adapter in plain diffusers; the image must be the trained policy's, bit for bit."""
-    code = usage_code(trainer.report.facts(folder, None), base=str(PIPELINE), adapter=str(folder))
-    code = code.replace('"image.png"', repr(str(folder.parent / "image.png")))
+    near = partial(os.path.relpath, start=Path.cwd())
+    code = usage_code(trainer.report.facts(folder, None), base=near(PIPELINE), adapter=near(folder))
+    code = code.replace('"image.png"', f'"{near(folder.parent / "image.png")}"')
     scope: dict = {}
     torch.manual_seed(0)
     exec(code, scope)
@@ -151,7 +155,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--level_weighting", default="gaussian", choices=["gaussian", "uniform"])
     parser.add_argument("--step_credit", default="step")
@@ -178,6 +182,7 @@ def main() -> None:
     many = {
         "base, 32 ODE steps": panel.row(pipeline, "ode", 32),
         f"base, 32 ODE steps, guidance {GUIDANCE:g}": panel.row(pipeline, "ode", 32, GUIDANCE),
+        f"base, 4 annealed steps, guidance {GUIDANCE:g}": panel.row(pipeline, "annealed", 4, GUIDANCE),
     }
     save_grid(pipeline, args.output_dir / "grid_before.png", "before: 4 annealed steps, no guidance")
 
@@ -205,7 +210,10 @@ def main() -> None:
     rows = {}
     for sampler in ("annealed", "ode"):
         for n in map(str, STEP_COUNTS):
-            rows |= {f"before, {n} {sampler} steps": before[sampler][n], f"after, {n} {sampler} steps": after[sampler][n]}
+            rows |= {
+                f"before, {n} {sampler} steps": before[sampler][n],
+                f"after, {n} {sampler} steps": after[sampler][n],
+            }
     print_table(rows | many)
     summary = {"before": before, "after": after, "others": many, "seconds": round(seconds, 1), "epochs": args.epochs}
     (args.output_dir / "summary.json").write_text(json.dumps(summary | {"seed": args.seed}, indent=1))

@@ -117,9 +117,7 @@ class TAFSPipelineMixin(ABC):
         scheduler.set_timesteps(sigmas=uniform_levels(num_steps).tolist(), **extra)
         return scheduler.sigmas.clone()
 
-    def velocity(
-        self, x: Tensor, level: Tensor, conditioning: Conditioning, model: nn.Module | None = None
-    ) -> Tensor:
+    def velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning, model: nn.Module | None = None) -> Tensor:
         """The guided velocity, (B, *) float32, of the state x (B, *) at level (B,).
 
         With classifier-free guidance both halves go through the denoiser as one batch, as in diffusers.
@@ -158,12 +156,22 @@ class TAFSPipelineMixin(ABC):
         """Sample in `num_inference_steps` and keep latents, actions, clean estimates and log-probabilities.
 
         Args:
-            prompt: B prompts, or their encoded `conditioning`.
+            prompt: B prompts; or
+            conditioning: what `encode_conditioning` made of them.
+            num_inference_steps: N.
+            height: pixels; by default `default_size()`.
+            width: pixels.
+            guidance_scale: above 1 with classifier-free guidance, where `prompt` is given.
+            negative_prompt: with guidance.
+            max_sequence_length: tokens of a prompt.
             kernel: `Annealed()` by default.
             reduction: of the log-probabilities, "sum", "mean" or "sqrt".
             latents: (B, *) initial noise; drawn where it isn't given.
-            generator: one for the whole rollout; or `noise`, a source of one's own, `noise(stream, step, shape)`.
+            generator: one for the whole rollout; or
+            noise: a source of one's own, `noise(stream, step, shape) -> (B, *shape)`.
             storage_dtype: of states and actions, by default that of the denoiser's weights.
+            scored_steps: steps, 0-based, whose clean latents are to be scored.
+            model: a wrapper of the denoiser to call instead of it.
 
         Returns:
             A `Rollout`; `decode_latents(rollout.final.to(...))` gives the images.

@@ -61,7 +61,7 @@ class TAFSStableDiffusion3Pipeline(TAFSPipelineMixin, StableDiffusion3Pipeline):
         return min(256, limit)
 
     def denoise(self, model: nn.Module, x: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
-        """x (B, C, h, w), timestep (B,) to v (B, C, h, w)."""
+        """X (B, C, h, w), timestep (B,) to v (B, C, h, w)."""
         return model(
             hidden_states=x,
             timestep=timestep,

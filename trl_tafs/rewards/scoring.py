@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ class RewardSet:
         self.names = tuple(named)
         self.functions = tuple(function for function, _ in named.values())
         if weights is not None and len(weights) != len(named):
-            raise ValueError(f"{len(weights)} reward_weights for {len(named)} rewards ({', '.join(named)}); give one each")
+            raise ValueError(
+                f"{len(weights)} reward_weights for {len(named)} rewards ({', '.join(named)}); give one each"
+            )
         chosen = [weight for _, weight in named.values()] if weights is None else list(weights)
         self.weights = torch.tensor(chosen, dtype=torch.float32)
         self.max_retries, self.retry_delay = max_retries, retry_delay
@@ -95,14 +97,15 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
             rewards = torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise RewardError(
-                f"reward {name!r} returned {type(values).__name__} {str(values)[:80]!r}; it must return {expected} numbers"
+                f"reward {name!r} returned {type(values).__name__} {str(values)[:80]!r}; it must return {expected} "
+                "numbers"
             ) from error
     if rewards.shape == (expected, 1):
         rewards = rewards[:, 0]
     if rewards.shape != (expected,):
         raise RewardError(
-            f"reward {name!r} returned shape {tuple(rewards.shape)} for {expected} images; it must return one number an "
-            "image (None or NaN for no verdict)"
+            f"reward {name!r} returned shape {tuple(rewards.shape)} for {expected} images; it must return one number "
+            "an image (None or NaN for no verdict)"
         )
     if rewards.isinf().any():
         raise RewardError(f"reward {name!r} returned an infinite value; bound it, or return None for no verdict")
@@ -128,16 +131,20 @@ def _named(rewards: Any) -> dict[str, tuple[RewardFunction, float]]:
 
 
 def load_reward(name: str) -> RewardFunction:
-    """A reward by its name in `REWARDS`, or by a dotted path of one's own, `package.module:name`.
+    """A reward by its name in `REWARDS`, or one's own as `package.module:name` or `folder/file.py:name`.
 
-    A class, or a function without required arguments, is called to make the reward.
+    A class is called, without arguments, to make the reward.
     """
-    path = REWARDS.get(name, name)
-    module_name, _, attribute = path.partition(":")
-    if not attribute:
-        raise ValueError(f"no reward {name!r}; use one of {', '.join(REWARDS)}, or your own as 'module:function'")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    module_name, _, attribute = REWARDS.get(name, name).rpartition(":")
+    if not module_name:
+        raise ValueError(
+            f"no reward {name!r}; use one of {', '.join(REWARDS)}, or your own as 'module:name' or 'file.py:name'"
+        )
+    folder = Path.cwd()
+    if module_name.endswith(".py"):
+        folder, module_name = Path(module_name).resolve().parent, Path(module_name).stem
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

@@ -1,0 +1,48 @@
+"""Train SD3.5-medium (or any SD3 pipeline) with TAFS-GRPO, on prompts from a file, for any rewards.
+
+One GPU of 24 GB:
+
+    accelerate launch --mixed_precision bf16 examples/train_sd3.py \
+        --pretrained_model stabilityai/stable-diffusion-3.5-medium \
+        --prompts prompts.txt --reward clip_score=1.0 \
+        --sample_batch_size 4 --sample_num_batches_per_epoch 12 --train_batch_size 4 \
+        --train_gradient_checkpointing True --offload_text_encoders True \
+        --logdir runs --run_name sd35m-clip
+
+Eight GPUs, the settings in a file:
+
+    accelerate launch --num_processes 8 --mixed_precision bf16 examples/train_sd3.py \
+        --config examples/configs/sd35_medium.yaml --prompts prompts.txt
+
+The embedded pipeline, on a CPU, in a minute:
+
+    accelerate launch --cpu examples/train_sd3.py --config examples/configs/digits.yaml
+"""
+
+from trl import TrlParser
+
+from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer
+from trl_tafs.cli import ScriptArguments, load_pipeline, load_prompts
+from trl_tafs.rewards import parse_rewards
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, TAFSGRPOConfig))
+    script_args, training_args = parser.parse_args_and_config()
+
+    if script_args.prompts is None:
+        raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
+    prompts = load_prompts(script_args.prompts)
+    eval_prompts = load_prompts(script_args.eval_prompts) if script_args.eval_prompts else None
+    rewards = parse_rewards(script_args.reward)
+    eval_rewards = parse_rewards(script_args.eval_reward) if script_args.eval_reward else None
+
+    trainer = TAFSGRPOTrainer(
+        training_args,
+        rewards,
+        prompts,
+        load_pipeline(script_args, training_args.mixed_precision),
+        eval_prompts=eval_prompts,
+        eval_reward_function=eval_rewards,
+    )
+    trainer.train()
+    trainer.save_pretrained()

@@ -1,0 +1,75 @@
+"""The command line: what it prints, what it refuses."""
+
+import json
+
+import pytest
+import tiny
+
+from trl_tafs import cli
+
+
+def test_usage_lists_the_commands(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("train", "sample", "env"))
+    assert cli.main(["env"]) == 0
+    assert "diffusers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv"])
+def test_prompts_from_files(tmp_path, suffix):
+    path = tmp_path / f"prompts.{suffix}"
+    rows = [{"prompt": "one", "digit": 1}, {"prompt": "two", "digit": 2}]
+    path.write_text(
+        {
+            "txt": "one\n\ntwo\n",
+            "jsonl": "\n".join(map(json.dumps, rows)),
+            "json": json.dumps(rows),
+            "csv": "prompt,digit\none,1\ntwo,2\n",
+        }[suffix]
+    )
+    loaded = cli.load_prompts(str(path))
+    assert [row if isinstance(row, str) else row["prompt"] for row in loaded] == ["one", "two"]
+
+
+def test_real_prompt_sets_are_read():
+    folder = tiny.ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the prompt sets are not part of the project")
+    for name in ("geneval/test_metadata.jsonl", "ocr/test.txt", "pickapic/test.txt"):
+        source = tiny.TAFSGRPOTrainer.__init__.__globals__["PromptSource"](cli.load_prompts(str(folder / name)))
+        assert len({prompt for prompt, _ in source.groups(0, 50)}) > 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prompts is needed"),
+        (["--prompts", "nowhere.txt"], "no prompt file nowhere.txt"),
+        (["--prompts", "{file}", "--reward", "pickscores=1"], "no reward 'pickscores'"),
+        (["--prompts", "{file}", "--reward", "clip_score=high"], "'high' is no number"),
+        (["--prompts", "{file}", "--sample_num_steps", "1"], "sample_num_steps is 1"),
+        (["--prompts", "{file}", "--no_such_field", "1"], "no_such_field"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "prompts.txt").write_text("one\n")
+    code = cli.main(["train", *(a.format(file=tmp_path / "prompts.txt") for a in arguments)])
+    error = capsys.readouterr().err
+    assert code == 1 and message in error and error.count("\n") == 1
+
+
+def test_train_then_sample(pipeline_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    (tmp_path / "config.yaml").write_text(
+        f"pretrained_model: {pipeline_folder}\nlogdir: {tmp_path}\nrun_name: run\nmixed_precision: 'no'\n"
+        "num_epochs: 1\nreward: [jpeg_compressibility=0.5]\n"
+        "sample_batch_size: 4\nsample_num_batches_per_epoch: 2\ntrain_batch_size: 4\n"
+    )
+    prompts = ["--prompts", str(tmp_path / "prompts.txt")]
+    assert cli.main(["train", "--config", str(tmp_path / "config.yaml"), *prompts, "--disable_tqdm", "True"]) == 0
+    adapter, out = tmp_path / "run" / "adapter", tmp_path / "image.png"
+    options = ["--pretrained_model", str(pipeline_folder), "--prompt", "one", "two", "--dtype", "float32"]
+    assert cli.main(["sample", str(adapter), *options, "--output", str(out)]) == 0
+    assert "2 images in" in capsys.readouterr().out and out.stat().st_size > 0

@@ -1,0 +1,305 @@
+"""The documents tell the truth: their code runs, their commands parse, their links and names lead somewhere."""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import tiny
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState
+from tiny import ROOT
+from trl import TrlParser
+
+from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline, advantages, checkpoint, cli, hub
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed"}
+BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BASE, ADAPTER = "stabilityai/stable-diffusion-3.5-medium", "you/sd35m-red"
+FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}
+ARGUMENTS = {field.name for field in dataclasses.fields(cli.ScriptArguments)}
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name, *languages):
+    """(marked to run, first line's number, code) of each block in one of the languages."""
+    text = read(name)
+    for match in BLOCK.finditer(text):
+        if match[2] in languages:
+            yield bool(match[1]), text[: match.start(3)].count("\n"), match[3]
+
+
+def prose(name):
+    return BLOCK.sub("", read(name))
+
+
+def test_the_documents_are_there():
+    assert EXPECTED <= {name.removeprefix("docs/").removesuffix(".md") for name in DOCUMENTS}
+
+
+# Python -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_python_compiles_and_imports_what_exists(name):
+    for _, line, code in blocks(name, "python", "py"):
+        tree = ast.parse("\n" * line + code, filename=name)
+        compile(tree, name, "exec")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "trl_tafs":
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), f"{name}:{node.lineno}"
+
+
+@pytest.fixture
+def adapter(pipeline, tmp_path):
+    """An adapter where README's training leaves its own."""
+    folder = tiny.trainer(pipeline, tmp_path / "logs" / "sd35m-red").save_pretrained()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+def shrink(code, base, adapter):
+    """The code with a tiny model at the place of SD3.5-medium, and as few images."""
+    changes = {
+        f"{BASE}": str(base),
+        f'adapter = "{base}", "{ADAPTER}"': f'adapter = "{base}", "{adapter}"',
+        '"cuda"': '"cpu"',
+        '"height": 512, "width": 512': '"height": 8, "width": 8',
+        "height=512, width=512": "height=8, width=8",
+        "sample_num_batches_per_epoch=24": "sample_num_batches_per_epoch=2, disable_tqdm=True",
+    }
+    for old, new in changes.items():
+        code = code.replace(old, new)
+    return code
+
+
+RUN = [name for name in DOCUMENTS if any(marked for marked, _, _ in blocks(name, "python"))]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RUN)
+def test_marked_python_runs(name, pipeline_folder, adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(advantages, "CREDITS", dict(advantages.CREDITS))
+    pushed = []
+    monkeypatch.setattr(hub, "push_folder", lambda folder, repo_id, **options: pushed.append((folder, repo_id)))
+    train = TAFSGRPOTrainer.train
+    monkeypatch.setattr(TAFSGRPOTrainer, "train", lambda self: train(self, min(self.config.num_epochs, 2)))
+    scope = {"__name__": "__main__"}
+    for marked, line, code in blocks(name, "python"):
+        if marked:
+            source = "\n" * line + shrink(code, pipeline_folder, adapter)
+            exec(compile(source, name, "exec"), scope)
+    if name == "README.md":
+        assert [repo_id for _, repo_id in pushed] == [ADAPTER]
+        assert scope["image"].size == (8, 8)
+        assert {path.name for path in (tmp_path / "logs" / "sd35m-red").iterdir()} >= {"adapter", "metrics.jsonl"}
+    if name == "docs/checkpoints.md":
+        check_the_run_folder(tmp_path / "logs" / "resumed", read(name))
+
+
+def check_the_run_folder(folder, text):
+    """The files that the document lists are those that a run has."""
+    found = {path.name for path in checkpoint.checkpoints(folder / "checkpoints")[-1].iterdir()}
+    assert all(name in text for name in found), found
+    top = {path.name for path in folder.iterdir()}
+    assert all(re.search(rf"^{re.escape(name)}(/|\s)", text, re.MULTILINE) for name in top), top
+    assert {"config.json", "metrics.jsonl", "checkpoints", "adapter"} <= top
+
+
+# Commands -----------------------------------------------------------------------------------------------------
+
+
+def commands(name):
+    """The commands of a document's shell blocks, as argument lists."""
+    for _, line, code in blocks(name, "bash", "sh", "shell", "console"):
+        for command in code.replace("\\\n", " ").splitlines():
+            if words := shlex.split(command, comments=True):
+                yield f"{name}, block at line {line}", words
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{where}: {' '.join(words[:3])}") for name in DOCUMENTS for where, words in commands(name)
+]
+
+
+def parse_training(options):
+    """As `trl-tafs train` and the example do; an unknown flag or value is an error."""
+    arguments, config = TrlParser((cli.ScriptArguments, TAFSGRPOConfig)).parse_args_and_config(args=list(options))
+    assert arguments.prompts
+    return config
+
+
+class Parsed(BaseException):
+    """Raised where a command would begin to work."""
+
+
+def parse_sampling(options, monkeypatch):
+    def stop(*args, **kwargs):
+        raise Parsed
+
+    monkeypatch.setattr(TAFSStableDiffusion3Pipeline, "from_pretrained", stop)
+    with pytest.raises(Parsed):
+        cli.main(["sample", *options])
+
+
+def flags_of(script):
+    """The flags that a script's `add_argument` calls name."""
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    names = [call.args for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    return {name.value for arguments in names for name in arguments if isinstance(name, ast.Constant)}
+
+
+def check_script(words):
+    script = ROOT / words[0]
+    assert script.is_file(), words[0]
+    if "TrlParser" in script.read_text():
+        parse_training(words[1:])
+        return
+    unknown = {word.partition("=")[0] for word in words[1:] if word.startswith("--")} - flags_of(script)
+    assert not unknown, f"{words[0]} has no {unknown}"
+
+
+def check_make(words):
+    targets = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
+    done = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands_are_accepted(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if words[0] == "make":
+        check_make(words)
+    elif words[0] == "python":
+        check_script(words[1:])
+    elif words[:2] == ["accelerate", "launch"]:
+        options = launch_command_parser().parse_args(words[2:])
+        check_script([options.training_script, *options.training_script_args])
+    elif words[:2] == ["trl-tafs", "train"]:
+        parse_training(words[2:])
+    elif words[:2] == ["trl-tafs", "sample"]:
+        parse_sampling(words[2:], monkeypatch)
+    else:
+        assert words[0] == "trl-tafs" and words[1] in cli.COMMANDS, f"how is {words} to be checked?"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_yaml_is_accepted(name, tmp_path):
+    for i, (_, _, code) in enumerate(blocks(name, "yaml")):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(code)
+        parse_training(["--config", str(path)])
+
+
+def test_unknown_fields_are_refused_in_python_on_the_command_line_and_in_yaml(tmp_path):
+    with pytest.raises(TypeError, match="train_speed"):
+        TAFSGRPOConfig(train_speed=1)
+    with pytest.raises(ValueError, match="train_speed"):
+        parse_training(["--prompts", "prompts.txt", "--train_speed", "1"])
+    (tmp_path / "x.yaml").write_text("prompts: prompts.txt\ntrain_speed: 1\n")
+    with pytest.raises(ValueError, match="train_speed"):
+        parse_training(["--config", str(tmp_path / "x.yaml")])
+
+
+def test_every_make_target_explains_itself():
+    targets = re.search(r"^\.PHONY:(.*)$", read("Makefile"), re.MULTILINE)[1].split()
+    assert {"quickstart", "test"} <= set(targets)
+
+
+# Names and links ----------------------------------------------------------------------------------------------
+
+
+def slug(heading):
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "examples/digits/README.md"])
+def test_relative_links_resolve(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(name)):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), f"{name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", file.read_text()), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_functions_named_exist(name):
+    modules = "types|schedules|kernels|advantages|losses|objectives|rollout|rewards|groups|hub|card|checkpoint"
+    for module, path in re.findall(rf"`({modules})\.([A-Za-z_][\w.]*)`", prose(name)):
+        found = importlib.import_module(f"trl_tafs.{module}")
+        for part in path.removesuffix(".md").split("."):
+            assert hasattr(found, part), f"{name}: {module}.{path}"
+            found = getattr(found, part)
+
+
+OTHER_NAMES = {"eval_reward_function", "reward_function", "reward_metadata", "reward_to_go", "eval_reward"}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_fields_named_exist(name):
+    known = FIELDS | ARGUMENTS | OTHER_NAMES
+    for field in re.findall(r"`(?:--)?((?:train|sample|eval|reward|per_prompt|early|metric_for)_\w+)[`=]", prose(name)):
+        assert field in known, f"{name} speaks of {field}"
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "docs/make_configuration.py"])
+def test_no_paths_of_a_machine(name):
+    assert not re.findall(r"(?<![\w/.<>)\]-])/[a-z]\w*/\S*|~/\S+|/(?:home|Users)/\S+", read(name))
+
+
+def test_what_is_pushed_is_what_the_document_lists():
+    text = read("docs/adapters.md")
+    assert all(f"`{name}`" in text for name in hub.PUSHED)
+
+
+def test_levels_of_the_documents_are_those_that_are_trained(pipeline):
+    given = json.loads("[1.0, 0.75, 0.5, 0.25]")
+    assert pipeline.rollout_levels(4, 8, 8).tolist() == [*given, 0.0]
+    assert str(given) in read("README.md") and str(given) in read("docs/adapters.md")
+
+
+# docs/configuration.md ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def make_configuration():
+    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_configuration_is_up_to_date(make_configuration):
+    assert read("docs/configuration.md") == make_configuration.text(), "run python docs/make_configuration.py"
+
+
+def test_configuration_has_every_field_under_a_title(make_configuration):
+    source = (ROOT / "trl_tafs" / "config.py").read_text()
+    source = source[source.index("@dataclass\nclass TAFSGRPOConfig") :]
+    found = make_configuration.sections(source)
+    assert [name for _, names in found for name in names] == [f.name for f in dataclasses.fields(TAFSGRPOConfig)]
+    assert [title for title, _ in found][:2] == ["Run", "Sampling"]
+    text = read("docs/configuration.md")
+    assert all(f"\n| `{name}` |" in text for name in FIELDS | ARGUMENTS)
+
+
+def test_every_field_has_a_help_text():
+    assert all(field.metadata.get("help", "").endswith((".", ")")) for field in dataclasses.fields(TAFSGRPOConfig))

@@ -1,0 +1,106 @@
+"""Algorithm 1, lines 20 and 21: an epoch's rollouts and advantages into optimizer steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trl_tafs.conditioning import PromptEncoder
+from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.experience import Part
+from trl_tafs.groups import EpochPlan
+from trl_tafs.metrics import MeanMetrics
+from trl_tafs.policy import AdapterAverage
+from trl_tafs.rollout import noise_seed
+from trl_tafs.types import Conditioning, LossOutput, Rows
+
+
+@dataclass
+class Updater:
+    """Owns what an optimizer step moves: parameters, optimizer, learning rate, average."""
+
+    config: TAFSGRPOConfig
+    plan: EpochPlan
+    accelerator: Accelerator
+    model: nn.Module  # prepared
+    parameters: list[nn.Parameter]
+    optimizer: Any
+    lr_scheduler: Any
+    average: AdapterAverage | None
+    objective: Any
+    encode: PromptEncoder
+    loss: Callable[[Any, Conditioning], LossOutput]  # of one micro-batch
+
+    def rows(self, parts: Sequence[Part], advantages: Tensor) -> Any:
+        """The objective's rows of all parts; advantages (B, S, M)."""
+        sizes = [len(part.batch) for part in parts]
+        rows, offset = [], 0
+        for part, advantage in zip(parts, advantages.split(sizes), strict=True):
+            item = self.objective.rows(part.rollout, advantage)
+            rows.append(dataclasses.replace(item, sample=item.sample + offset).to(self.accelerator.device))
+            offset += len(part.batch)
+        return type(rows[0]).cat(rows)
+
+    def run(
+        self,
+        parts: Sequence[Part],
+        advantages: Tensor,
+        epoch: int,
+        on_step: Callable[[MeanMetrics, int], None],
+        progress: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """All inner epochs over one epoch's experience; `on_step(metrics, inner_epoch)` after each optimizer step."""
+        rows = self.rows(parts, advantages)
+        prompts = [prompt for part in parts for prompt in part.batch.prompts]
+        metrics = MeanMetrics()
+        for inner_epoch in range(self.config.train_num_inner_epochs):
+            for index, idle in self.micro_batches(rows, epoch, inner_epoch):
+                with self.accelerator.accumulate(self.model):
+                    if not idle or self.accelerator.sync_gradients:
+                        self._backward(rows[index], prompts, metrics)
+                    self._step(metrics)
+                progress()
+                if self.accelerator.sync_gradients:
+                    on_step(metrics, inner_epoch)
+
+    def micro_batches(self, rows: Any, epoch: int, inner_epoch: int) -> Iterator[tuple[Tensor, bool]]:
+        """Row indices of each micro-batch, and whether nothing in it can move the policy.
+
+        Images are shuffled, each with `train_timestep_fraction` of its steps. What carries no advantage (a group
+        without variance, no verdict) comes first in an optimizer step, where whole micro-batches of it are skipped.
+        """
+        config, device = self.config, rows.sample.device
+        steps = config.num_trained_steps
+        key = noise_seed(config.seed, epoch, self.accelerator.process_index, "shuffle", inner_epoch)
+        generator = torch.Generator().manual_seed(key)
+        images = torch.randperm(self.plan.local_images, generator=generator)
+        chosen = torch.rand(len(images), steps, generator=generator).argsort(1)[:, : config.num_replayed_steps]
+        idle = ((rows.advantage == 0).all(1) & (config.beta == 0)).cpu()
+        for update in images.split(self.plan.images_per_update):
+            index = (update[:, None] * steps + chosen[update]).flatten()
+            index = index[idle[index].int().argsort(descending=True, stable=True)]
+            for micro in index.split(config.train_batch_size):
+                yield micro.to(device), bool(idle[micro].all())
+
+    def _backward(self, rows: Rows, prompts: Sequence[str], metrics: MeanMetrics) -> None:
+        output = self.loss(rows, self.encode([prompts[i] for i in rows.sample.tolist()]))
+        self.accelerator.backward(output.loss)
+        metrics.add(output.metrics | {"loss": output.loss})
+
+    def _step(self, metrics: MeanMetrics) -> None:
+        """An optimizer step where gradients are complete; Accelerate makes it nothing where they aren't."""
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.train_max_grad_norm)
+            metrics.last["grad_norm"] = torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
+        self.optimizer.step()
+        if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+            if self.average is not None:
+                self.average.update()
+        self.optimizer.zero_grad()
