@@ -284,7 +284,6 @@ def test_combined_rewards_are_missing_only_where_a_verdict_that_the_group_has_is
     assert got[3].isnan()
 
 
-@pytest.mark.xfail(strict=True, reason="reported: the batch's mean is not exactly 0, so the group isn't either")
 def test_a_group_without_variance_gets_exactly_zero_by_normalize_then_sum_too():
     values = random_rewards(24, 3, 1, 2)
     values[:6] = 0.3
@@ -292,7 +291,6 @@ def test_a_group_without_variance_gets_exactly_zero_by_normalize_then_sum_too():
     assert torch.equal(got[:6], torch.zeros(6, 3, 1))
 
 
-@pytest.mark.xfail(strict=True, reason="reported: a reward of weight 0 masks where it has no verdict")
 def test_a_reward_of_weight_zero_is_only_looked_at():
     values = random_rewards(4, 3, 1, 2)
     values[0, :, :, 1] = NAN
@@ -359,17 +357,14 @@ def test_own_baseline_normalises_groups_apart_and_in_any_order(scale):
     )
 
 
-ROUNDING = pytest.mark.xfail(strict=True, reason="reported: the rounding of a mean, divided by EPS = 1e-4")
-
-
 @pytest.mark.parametrize(
     ("constant", "siblings"),
     [
         (0.1, 3),
         (100.3, 2),
         (1000.7, 4),
-        pytest.param(100.3, 3, marks=ROUNDING),  # .08
-        pytest.param(1000.7, 8, marks=ROUNDING),  # .61
+        (100.3, 3),
+        (1000.7, 8),
     ],
 )
 def test_states_where_exploration_changes_nothing_get_next_to_nothing(constant, siblings):
@@ -435,14 +430,12 @@ def test_advantages_use_the_tracker_where_there_is_one():
     assert torch.equal(got, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: (r - mean) / EPS of equal rewards is rounding error over 1e-4")
 @pytest.mark.parametrize("constant", [0.1, 100.3])
 def test_a_prompt_without_variance_gets_exactly_zero_from_the_tracker(constant):
     got = PerPromptStatTracker(64, 4).update(["a"] * 48, torch.full((48, 3, 1), constant))
     assert torch.equal(got, torch.zeros(48, 3, 1))
 
 
-@pytest.mark.xfail(strict=True, reason="reported: all rewards go through one buffer a prompt")
 def test_normalize_then_sum_keeps_the_statistics_of_each_reward_apart():
     values = random_rewards(6, 3, 1, 2) + torch.tensor([0.0, 1000.0])
     tracked = advantages(

@@ -213,3 +213,24 @@ def test_a_checkpoint_is_an_adapter_for_plain_diffusers(pipeline_folder, tmp_pat
     pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
     pipe.load_lora_weights(tmp_path / "checkpoints" / "checkpoint_000001")
     assert pipe.transformer.peft_config["default_0"].lora_alpha == 8
+
+
+def test_evaluations_survive_a_resume(pipeline_folder, tmp_path):
+    settings = {
+        "eval_freq": 1,
+        "eval_num_steps": [2],
+        "eval_samplers": ["annealed"],
+        "eval_prompts": ["three"],
+        "metric_for_best_model": "eval/annealed_2/brightness",
+    }
+    straight = run(tmp_path / "straight", pipeline_folder, **settings)
+    run(tmp_path / "halves", pipeline_folder, epochs=2, **settings)
+    resumed = run(tmp_path / "halves", pipeline_folder, resume_from="latest", **settings)
+    assert resumed.report.evaluations == straight.report.evaluations
+    assert resumed.best_metric == straight.best_metric
+
+    def lines(name):
+        read = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read]
+
+    assert lines("halves") == lines("straight")

@@ -35,7 +35,6 @@ def test_the_remedies_are_the_nearest():
         resolve_group_size(36, 96)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: an epoch of one image has no size to name: 'use num_generations='")
 def test_an_epoch_of_one_image_says_what_to_change():
     with pytest.raises(ValueError, match="sample_batch_size|sample_num_batches_per_epoch") as caught:
         resolve_group_size(2, 1)

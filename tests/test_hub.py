@@ -120,9 +120,7 @@ def test_plain_lora_publishes_three_fields_and_others_what_differs():
 
 def test_weights_are_float32_under_the_pipelines_prefix(tmp_path):
     pipeline, config = with_lora()
-    half = {
-        k: v.bfloat16().T.contiguous().T for k, v in get_peft_model_state_dict(pipeline.transformer).items()
-    }
+    half = {k: v.bfloat16().T.contiguous().T for k, v in get_peft_model_state_dict(pipeline.transformer).items()}
     hub.save_adapter(pipeline, tmp_path, lora_config=config, state_dict=half)
     weights = load_file(tmp_path / hub.WEIGHT_NAME)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -199,9 +197,7 @@ def test_torn_files_are_named_at_any_length(saved):
     content = (saved / hub.WEIGHT_NAME).read_bytes()
     for size in (0, 4, 200, len(content) // 2, len(content) - 1):
         (saved / hub.WEIGHT_NAME).write_bytes(content[:size])
-        with pytest.raises(
-            ValueError, match=rf"weights.safetensors \({size} bytes\) is torn.*earlier checkpoint"
-        ):
+        with pytest.raises(ValueError, match=rf"weights.safetensors \({size} bytes\) is torn.*earlier checkpoint"):
             hub.read_adapter(saved)
 
 
@@ -234,19 +230,13 @@ def test_other_formats_are_named(tmp_path, key, message):
 
 def test_metadata_must_agree_with_the_weights(tmp_path):
     layer = "transformer.transformer_blocks.0.attn.to_q.lora_"
-    header = json.dumps(
-        {"transformer.r": 8, "transformer.lora_alpha": 8, "transformer.target_modules": ["to_q"]}
-    )
+    header = json.dumps({"transformer.r": 8, "transformer.lora_alpha": 8, "transformer.target_modules": ["to_q"]})
     file = tmp_path / hub.WEIGHT_NAME
-    save_file(
-        {layer + "A.weight": A, layer + "B.weight": B}, file, metadata={"lora_adapter_metadata": header}
-    )
+    save_file({layer + "A.weight": A, layer + "B.weight": B}, file, metadata={"lora_adapter_metadata": header})
     with pytest.raises(ValueError, match=r"r=8 in its metadata, \[4\] in its weights"):
         hub.read_adapter(file)
     header = header.replace('"transformer.r": 8', '"transformer.r": 4, "transformer.next_years_field": 1')
-    save_file(
-        {layer + "A.weight": A, layer + "B.weight": B}, file, metadata={"lora_adapter_metadata": header}
-    )
+    save_file({layer + "A.weight": A, layer + "B.weight": B}, file, metadata={"lora_adapter_metadata": header})
     with pytest.raises(ValueError, match="next_years_field.*upgrade peft"):
         hub.read_adapter(file)
 
@@ -255,13 +245,9 @@ def test_adapter_of_another_family_or_size_does_not_fit():
     transformer = with_lora()[0].transformer  # with or without an adapter of its own
     layer = "transformer_blocks.0.attn.to_q.lora_"
     hub.check_adapter_fits({layer + "A.weight": A, layer + "B.weight": B}, transformer)
-    with pytest.raises(
-        ValueError, match=r"to_q.lora_B.weight is \(24, 4\), and SD3.* maps 16 to 16 features"
-    ):
+    with pytest.raises(ValueError, match=r"to_q.lora_B.weight is \(24, 4\), and SD3.* maps 16 to 16 features"):
         hub.check_adapter_fits({layer + "A.weight": A, layer + "B.weight": torch.zeros(24, 4)}, transformer)
-    with pytest.raises(
-        ValueError, match=r"'single_tr.*lora_A.weight' \(4, 16\), and SD3.*like one for FLUX.1"
-    ):
+    with pytest.raises(ValueError, match=r"'single_tr.*lora_A.weight' \(4, 16\), and SD3.*like one for FLUX.1"):
         hub.check_adapter_fits({"single_transformer_blocks.0.attn.to_q.lora_A.weight": A}, transformer)
 
 
@@ -390,9 +376,7 @@ def test_card_metadata(elsewhere):
 
 
 def test_card_of_a_base_that_is_not_on_the_hub():
-    made = card.create_model_card(
-        facts(base_license="bsd-3-clause", prompts=['the "7"\nof | Ann'], pictures=())
-    )
+    made = card.create_model_card(facts(base_license="bsd-3-clause", prompts=['the "7"\nof | Ann'], pictures=()))
     metadata = yaml.safe_load(str(made).split("---\n")[1])
     assert "base_model" not in metadata and "widget" not in metadata
     assert metadata["license"] == "bsd-3-clause"
@@ -411,9 +395,7 @@ def test_card_facts_are_checked():
 
 def test_reward_curve_is_a_table_without_matplotlib(tmp_path, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name)
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name))
     curve = [(epoch, epoch / 100) for epoch in range(48)]
     text = card.write_model_card(facts(reward_curve=curve), tmp_path).read_text()
     assert len(re.findall(r"^\| \d+ \| 0\.\d+ \|$|^\| 0 \| 0 \|$", text, re.MULTILINE)) == 10
@@ -432,9 +414,7 @@ def test_base_model_facts(tmp_path):
     folder.mkdir(parents=True)
     expected = {"base_model": None, "base_name": "digits-base", "base_license": None}
     assert of(folder).items() >= expected.items()
-    (folder / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\nText\n"
-    )
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\nText\n")
     expected = {**expected, "base_license": "other", "base_license_name": "mine", "base_license_link": None}
     assert of(folder) == expected
     snapshot = tmp_path / "models--org--sd3-tiny" / "snapshots" / "abc"

@@ -18,14 +18,14 @@ def surrogate(log_ratio, advantage, clip_range=0.2, weight=None):
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "moves"),
     [
-        # -min(r A, clip(r, .8, 1.2) A), and whether there is a gradient
+        # -min(r A, clip(r, e^-.2, e^.2) A), the bounds .8187 and 1.2214, and whether there is a gradient
         (1.0, 2.0, -2.0, True),
         (1.1, 2.0, -2.2, True),
-        (1.3, 2.0, -2.4, False),  # already raised enough
+        (1.3, 2.0, -2.442806, False),  # already raised enough
         (0.7, 2.0, -1.4, True),  # fell although it was good: never clipped
         (1.1, -2.0, 2.2, True),
         (1.3, -2.0, 2.6, True),  # rose although it was bad: never clipped
-        (0.7, -2.0, 1.6, False),  # already lowered enough
+        (0.7, -2.0, 1.637462, False),  # already lowered enough
         (0.9, -2.0, 1.8, True),
         (1.3, 0.0, 0.0, False),
     ],
@@ -40,7 +40,7 @@ def test_clipping_by_hand(ratio, advantage, loss, moves):
 def test_the_loss_is_the_mean_over_all_actions():
     log_prob = torch.log(torch.tensor([[1.1, 0.9], [1.3, 0.7]]))
     output = clipped_surrogate(log_prob, torch.zeros(2, 2), torch.tensor([[1.0, -1.0], [1.0, -1.0]]), 0.2)
-    assert output.loss.item() == pytest.approx(-(1.1 - 0.9 + 1.2 - 0.8) / 4)
+    assert output.loss.item() == pytest.approx(-(1.1 - 0.9 + 1.221403 - 0.818731) / 4)
 
 
 def test_on_policy_the_gradient_is_the_score_function_estimator():
@@ -76,7 +76,6 @@ def test_on_policy_nothing_is_clipped():
     assert output.metrics["clipfrac"] == output.metrics["ratio_deviation"] == output.metrics["approx_kl"] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="reported: exp overflows in sum units, and inf * 0 is NaN for the whole batch")
 def test_an_action_without_advantage_cannot_spoil_the_loss_however_far_the_policy_went():
     output, gradient = surrogate([100.0, 0.0], [0.0, 1.0])
     assert output.loss.isfinite()
@@ -110,6 +109,7 @@ def clipped_fraction(reduction, num_elements, change, rows=4000):
 @pytest.mark.parametrize("change", [0.01, 0.0125, 0.015])
 def test_the_three_reductions_clip_the_same_share_at_64_elements(change):
     shares = [clipped_fraction(reduction, 64, change) for reduction in ("mean", "sqrt", "sum")]
+    assert max(shares) - min(shares) < 1e-3, "the same actions, up to rounding at the bound"
     expected = math.erfc(CLIP_RANGE / change / math.sqrt(2))  # of a normal of deviation `change`
     assert shares == pytest.approx([expected] * 3, abs=0.015)
 
@@ -125,8 +125,8 @@ def analytic_fraction(reduction, num_elements, change):
     """log r = e sqrt(D) z - e^2 D / 2, in the units of the reduction, against the two bounds of the ratio."""
     unit = {"mean": 1 / num_elements, "sqrt": 1 / math.sqrt(num_elements), "sum": 1.0}[reduction]
     bound, root = clip_range_for(reduction, num_elements), change * math.sqrt(num_elements)
-    upper = (math.log1p(bound) / unit + root**2 / 2) / root
-    lower = (math.log1p(-bound) / unit + root**2 / 2) / root if bound < 1 else -math.inf
+    upper = (bound / unit + root**2 / 2) / root
+    lower = (-bound / unit + root**2 / 2) / root
     return 0.5 * (math.erfc(upper / math.sqrt(2)) + math.erfc(-lower / math.sqrt(2)))
 
 
@@ -149,15 +149,14 @@ def share_at(reduction, num_elements, change):
 def test_at_65536_elements_the_drift_counts_where_the_range_bites():
     # drift over range: e^2 sqrt(D) / 2 / .025, 1/40 at D = 64 and .8 at D = 65,536 with e = .0125
     assert share_at("sqrt", 64, 0.0125) == pytest.approx(0.046, abs=5e-3)
-    assert share_at("sqrt", 65536, 0.0125) == pytest.approx(0.335, abs=0.01)
-    assert share_at("mean", 65536, 0.0125) == pytest.approx(0.343, abs=0.01)
+    assert share_at("sqrt", 65536, 0.0125) == pytest.approx(0.3447, abs=0.01)  # P(z < -.4) + P(z > 3.6)
+    assert share_at("mean", 65536, 0.0125) == pytest.approx(0.3447, abs=0.01)
     assert share_at("sqrt", 65536, 0.005) < 1e-3  # below, nothing is clipped at either
 
 
-@pytest.mark.xfail(strict=True, reason="reported: 1 - 6.4 is no lower bound of a ratio, and log 7.4 is not 6.4")
 @pytest.mark.parametrize("change", [0.01, 0.0125, 0.02])
 def test_sum_units_clip_as_sqrt_units_do_at_65536_elements(change):
-    assert share_at("sum", 65536, change) == pytest.approx(share_at("sqrt", 65536, change), abs=0.05)
+    assert share_at("sum", 65536, change) == pytest.approx(share_at("sqrt", 65536, change), abs=1e-3)
 
 
 # Level weights --------------------------------------------------------------------------------------------------

@@ -151,7 +151,6 @@ def test_beta_without_a_reference_is_an_error():
         objective(Linear(), rows, condition(5)[rows.sample])
 
 
-@pytest.mark.xfail(strict=True, reason="reported: (T, 1) advantages broadcast over (T, M) actions in silence")
 def test_advantages_of_another_number_of_actions_are_an_error():
     with pytest.raises(ValueError):
         ClippedObjective(Clean(num_actions=3), 0.1).rows(rolled_out(Clean(num_actions=3)), torch.zeros(5, 3, 1))

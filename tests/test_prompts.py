@@ -135,7 +135,6 @@ def test_a_source_of_another_kind_is_an_error(source):
         PromptSource(source)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: a DatasetDict is told to rename a column, a dict is a KeyError: 0")
 @pytest.mark.parametrize(
     "source",
     [datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}), {"prompt": ["a cat", "a dog"]}],

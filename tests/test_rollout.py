@@ -164,7 +164,6 @@ def test_gain_credit_scores_the_unexplored_first_step_of_the_clean_kernel_too():
     assert torch.equal(result.scored[:, 1:], result.actions)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: torch.stack fails on steps with different numbers of images")
 @pytest.mark.parametrize("kernel", [Clean(), Clean(num_actions=4)], ids=str)
 def test_a_first_step_that_has_no_baseline_of_its_own_cannot_be_scored(kernel):
     with pytest.raises(ValueError, match="step"):
@@ -201,7 +200,6 @@ def test_eta_towards_zero_samples_what_the_ode_samples():
     torch.testing.assert_close(ode, near, rtol=0, atol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: torch.stack of nothing, 'expects a non-empty TensorList'")
 @pytest.mark.parametrize(("kernel", "num_steps"), [(Ode(), 4), (Annealed(), 1), (Clean(), 1)], ids=str)
 def test_a_rollout_without_a_trained_step_is_an_error_that_says_so(kernel, num_steps):
     with pytest.raises(ValueError, match="step"):

@@ -1,6 +1,7 @@
 """The loop: what is logged, what is trained, what is refused before time is spent."""
 
 import json
+import math
 
 import pytest
 import tiny
@@ -159,7 +160,7 @@ def test_ddpo_s_methods(pipeline, tmp_path):
     (rewards, metadata), *_ = trainer.compute_rewards([(images, ["a"] * 8, [{}] * 8)], is_async=True)
     torch.testing.assert_close(rewards, images.mean((1, 2, 3)))
     ratio = torch.tensor([1.5, 0.5, 1.0])
-    expected = -(min(1.5, 1.2) * 1 + min(-0.5, -0.8) + 1.0) / 3
+    expected = -(math.exp(0.2) - math.exp(-0.2) + 1.0) / 3  # both clipped, in log space
     assert trainer.loss(torch.tensor([1.0, -1.0, 1.0]), 0.2, ratio).item() == pytest.approx(expected)
     part = trainer.collector.roll_out(trainer.prompts.batch(0, 1, 8), 1, 0)
     rows = trainer.objective.rows(part.rollout, torch.ones(8, 3, 1))

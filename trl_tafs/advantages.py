@@ -17,7 +17,7 @@ from torch import Tensor
 from trl_tafs.types import RewardTable
 
 EPS = 1e-4  # Eq. 9's guard, as in TRL
-Normalize = Callable[[Tensor], Tensor]
+Normalize = Callable[..., Tensor]  # (values, reward's name = "")
 
 
 def group_sums(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +70,8 @@ def normalize_states(values: Tensor, group_ids: Tensor, scale: str = "group") ->
     A state's actions are compared with the mean of their siblings; the deviation is that of these residuals over
     the whole group, so that states where exploration changes nothing weigh nothing.
     """
+    low = values.nan_to_num(nan=float("inf")).amin(dim=2, keepdim=True)
+    values = values - low  # so that equal values have residuals of exactly 0
     residual = values - values.nanmean(dim=2, keepdim=True)
     batch, steps = residual.shape[:2]
     flat = residual.transpose(1, 2).reshape(-1, steps)  # (B * K, Q)
@@ -105,7 +107,8 @@ class PerPromptStatTracker:
             if len(buffer) >= self.min_count:
                 history = torch.tensor(list(buffer), dtype=rows.dtype)
                 mean, std = (m[0] for m in group_mean_std(history, torch.zeros(len(history), dtype=torch.int64)))
-            out[index] = (rows[index] - mean) / (std + EPS)
+            centred = torch.where((std > 0) | rows[index].isnan(), rows[index] - mean, 0.0)
+            out[index] = centred / (std + EPS)
         return out.reshape(values.shape)
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,6 +127,7 @@ def combine_rewards(table: RewardTable, group_ids: Tensor) -> Tensor:
     """
     has = (~table.values.isnan()).to(table.values.dtype)
     applies = group_sums(has, group_ids)[0].sum(dim=(1, 2), keepdim=True) > 0  # (B, 1, 1, R), the prompt's rewards
+    applies &= table.weights != 0
     missing = (applies & table.values.isnan()).any(-1) | ~applies.any(-1)
     total = (table.values.nan_to_num(0.0) * table.weights).sum(-1)
     return total.masked_fill(missing, float("nan"))
@@ -135,10 +139,11 @@ def normalize_then_sum(table: RewardTable, group_ids: Tensor, normalize: Normali
     (B, Q, K), already normalised; NaN as in `combine_rewards`.
     """
     missing = combine_rewards(table, group_ids).isnan()
-    parts = [normalize(table.values[..., r]).nan_to_num(0.0) * table.weights[r] for r in range(len(table.names))]
+    parts = [normalize(table.values[..., r], n).nan_to_num(0.0) * table.weights[r] for r, n in enumerate(table.names)]
+    idle = (torch.stack(parts) == 0).all(0) & ~missing
     total = torch.stack(parts).sum(0).masked_fill(missing, float("nan"))
     batch = torch.zeros_like(group_ids)
-    return normalize_groups(total, batch)
+    return normalize_groups(total, batch).masked_fill(idle, 0.0)
 
 
 @dataclass(frozen=True)
@@ -204,11 +209,11 @@ class Advantages:
     def __call__(self, table: RewardTable, group_ids: Tensor, prompts: Sequence[str], num_trained: int) -> Tensor:
         """(B, Q, K, R) rewards of whole groups to (B, S, M) advantages, float32, finite, within +-clip."""
 
-        def normalize(values: Tensor) -> Tensor:
+        def normalize(values: Tensor, name: str = "") -> Tensor:
             if self.own_baseline:
                 return normalize_states(values, group_ids, self.scale)
             if self.tracker is not None:
-                return self.tracker.update(prompts, values)
+                return self.tracker.update([f"{name}:{p}" if name else p for p in prompts], values)
             return normalize_groups(values, group_ids, self.scale)
 
         if self.aggregation == "normalize_then_sum":

@@ -172,6 +172,7 @@ class TAFSGRPOConfig:
         self.run_name = self.run_name or self.exp_name
         self._check_choices()
         self._check_ranges()
+        self._check_fractions()
         self._check_combinations()
 
     @property
@@ -187,7 +188,7 @@ class TAFSGRPOConfig:
     @property
     def num_replayed_steps(self) -> int:
         """Of these, how many are replayed: `train_timestep_fraction` of them, at least one."""
-        return max(1, int(self.num_trained_steps * self.train_timestep_fraction))
+        return max(1, int(self.num_trained_steps * self.train_timestep_fraction + 1e-9))
 
     def _check_choices(self) -> None:
         choices = {
@@ -204,9 +205,9 @@ class TAFSGRPOConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
-        for sampler in self.eval_samplers:
-            if sampler not in ("annealed", "ode"):
-                raise ValueError(f"eval_samplers has {sampler!r}; use annealed and ode")
+        for sampler in [self.eval_samplers] if isinstance(self.eval_samplers, str) else self.eval_samplers:
+            if isinstance(self.eval_samplers, str) or sampler not in ("annealed", "ode"):
+                raise ValueError(f"eval_samplers is {self.eval_samplers!r}; use a list of annealed and ode")
 
     def _check_ranges(self) -> None:
         at_least = {
@@ -223,10 +224,30 @@ class TAFSGRPOConfig:
             "reward_max_retries": 0,
             "max_workers": 1,
             "lora_rank": 1,
+            "eval_images_per_prompt": 1,
+            "sample_grid_rows": 1,
+            "reward_retry_delay": 0,
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        self._check_optional_ranges()
+
+    def _check_optional_ranges(self) -> None:
+        for name in ("train_gradient_accumulation_steps", "eval_batch_size", "early_stopping_patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or None")
+        if any(steps < 1 for steps in self.eval_num_steps):
+            raise ValueError(f"eval_num_steps is {self.eval_num_steps}; each must be at least 1")
+        if not 0 <= self.train_ema_decay < 1:
+            raise ValueError(f"train_ema_decay is {self.train_ema_decay}; it must lie in [0, 1)")
+        if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
+            raise ValueError(
+                f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is never reached with "
+                f"per_prompt_stat_tracking_buffer_size={self.per_prompt_stat_tracking_buffer_size}"
+            )
+
+    def _check_fractions(self) -> None:
         positive = ("sample_kappa", "train_learning_rate", "train_adv_clip_max", "train_max_grad_norm")
         for name in (*positive, *(("train_clip_range",) if self.train_clip_range is not None else ())):
             if not getattr(self, name) > 0:
@@ -257,10 +278,13 @@ class TAFSGRPOConfig:
         own_baseline = self.sample_kernel == "clean" and (self.clean_baseline == "state" or self.num_perturbations > 1)
         if own_baseline and self.per_prompt_stat_tracking:
             raise ValueError("per_prompt_stat_tracking replaces the baseline; use it with clean_baseline='group'")
-        if self.num_perturbations > 1 and self.step_credit not in ("step", "terminal"):
+        if own_baseline and (
+            self.step_credit != "step" or self.num_advantage_steps not in (None, self.num_trained_steps)
+        ):
             raise ValueError(
-                f"step_credit={self.step_credit!r} sums over the trajectory, which only the first of the "
-                f"{self.num_perturbations} perturbations continues; use step_credit='step'"
+                f"step_credit={self.step_credit!r} with num_advantage_steps={self.num_advantage_steps}: a state's own "
+                "baseline takes all that earlier actions did out of a reward, and leaves them none; use "
+                "step_credit='step' and num_advantage_steps=None, or clean_baseline='group' with num_perturbations=1"
             )
         if self.early_stopping_patience is not None and not (self.eval_freq and self.metric_for_best_model):
             raise ValueError("early_stopping_patience needs eval_freq above 0 and a metric_for_best_model")

@@ -30,11 +30,14 @@ def resolve_group_size(num_generations: int | None, total: int) -> int:
         return fitting[-1]
     if num_generations < 2:
         raise ValueError(f"num_generations is {num_generations}; a group-relative advantage needs at least 2")
+    if total < 2:
+        raise ValueError(f"an epoch of {total} images has no group; raise sample_num_batches_per_epoch")
     if total % num_generations:
-        nearest = sorted(divisors, key=lambda g: abs(g - num_generations))[:2]
+        below = [g for g in divisors if g < num_generations][-1:]
+        above = [g for g in divisors if g > num_generations][:1]
         raise ValueError(
             f"{total} images an epoch (sample_batch_size x sample_num_batches_per_epoch x processes) don't divide "
-            f"into groups of {num_generations}; use num_generations={' or '.join(map(str, sorted(nearest)))}"
+            f"into groups of {num_generations}; use num_generations={' or '.join(map(str, below + above))}"
         )
     return num_generations
 

@@ -56,7 +56,7 @@ class Transition:
         given relative change of the mean doesn't depend on D.
         """
         mean, std = self._aligned(action)
-        z = (action.float() - mean) / std
+        z = (action.to(mean.dtype) - mean) / std
         density = -0.5 * z.square() - torch.log(std) - 0.5 * LOG_2PI
         return self._reduce(density, action.ndim, reduction)
 
@@ -75,6 +75,8 @@ class Transition:
 
     def _reduce(self, density: Tensor, ndim: int, reduction: str) -> Tensor:
         first = ndim - (self.mean.ndim - 1)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
         return density.flatten(first).sum(-1) * REDUCTIONS[reduction](self.mean[0].numel())
 
 
@@ -115,6 +117,10 @@ class Annealed:
     scores_mean: bool = False
     renoises: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}; it must lie in (0, 1] (0 is the ODE, without a density)")
+
     def trained_steps(self, num_steps: int) -> range:
         """All but the last: `s_{N+1} = 0` has no density."""
         return range(num_steps - 1)
@@ -127,7 +133,7 @@ class Annealed:
             return Transition(mean, s_next)
         std = s_next * math.sin(self.eta * math.pi / 2)
         noise_estimate = x + (1.0 - expand(s, x)) * v
-        return Transition(mean + torch.sqrt(s_next**2 - std**2) * noise_estimate, std)
+        return Transition(mean + s_next * math.cos(self.eta * math.pi / 2) * noise_estimate, std)
 
     def next_state(
         self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor
@@ -152,6 +158,12 @@ class Clean:
     baseline: str = "state"  # "state": the state's own; "group": Eq. 9's mean over the group alone
     reward_lag: int = 0
     renoises: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.kappa > 0 or self.num_actions < 1:
+            raise ValueError(f"kappa={self.kappa}, num_actions={self.num_actions}: exploration needs both above 0")
+        if self.baseline not in ("state", "group"):
+            raise ValueError(f"baseline is {self.baseline!r}; use state or group")
 
     @property
     def scores_mean(self) -> bool:

@@ -58,16 +58,20 @@ class LocalTracker(GeneralTracker):
     def log_images(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
         """Save each image tensor (1, 3, H, W) or (3, H, W) in [0, 1] as `images/<step>_<title>.png`."""
         for title, image in values.items():
-            name = re.sub(r"[^\w.-]+", "_", str(title)).strip("_")
+            name = re.sub(r"[^\w.-]+", "_", str(title)).strip("_")[:100]
             save_png(
-                tensor_to_image(torch.as_tensor(image).squeeze(0)), self.folder / "images" / f"{step:06d}_{name}.png"
+                tensor_to_image(torch.as_tensor(image).squeeze(0)),
+                self.folder / "images" / f"{step or 0:06d}_{name}.png",
             )
 
     def rewind(self, epoch: int) -> None:
-        """Drop the lines of `epoch` and later: they are about to be written again."""
+        """Drop what a run that resumes before `epoch` is about to write again.
+
+        An evaluation before `epoch` has that number itself, and stays.
+        """
         if self.tracker.exists():
             lines = self.tracker.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line).get("epoch", -1) < epoch]
+            kept = [line for line in lines if _position(line) < epoch]
             self._write(self.tracker, "".join(line + "\n" for line in kept), "w")
 
     def _write(self, path: Path, text: str, mode: str) -> None:
@@ -77,6 +81,15 @@ class LocalTracker(GeneralTracker):
                 file.write(text)
         except OSError as error:
             warnings.warn(f"{path} could not be written ({error}); the run goes on without it", stacklevel=3)
+
+
+def _position(line: str) -> float:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:  # torn by a full disk or a kill
+        return math.inf
+    evaluation = any(name.startswith("eval/") for name in values)
+    return values.get("epoch", -1) - 0.5 * evaluation
 
 
 class MeanMetrics:

@@ -39,6 +39,8 @@ class ClippedObjective:
     def rows(self, rollout: Rollout, advantages: Tensor) -> Transitions:
         """Flatten a rollout of B images and S steps, with its advantages (B, S, M), to B * S rows."""
         batch, steps = rollout.states.shape[:2]
+        if advantages.shape != rollout.log_probs.shape:
+            raise ValueError(f"advantages {tuple(advantages.shape)} for actions {tuple(rollout.log_probs.shape)}")
         rows = Transitions(
             state=rollout.states.flatten(0, 1),
             action=rollout.actions.flatten(0, 1),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_tafs.config import TAFSGRPOConfig
-from trl_tafs.hub import check_adapter_fits, read_adapter
+from trl_tafs.hub import check_adapter_fits, lora_metadata, read_adapter
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.rollout import noise_seed
 
@@ -58,6 +58,8 @@ def attach_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config
     else:
         name = "default"
         lora_config = _add_lora(pipeline, config, lora_config)
+    lora_metadata(lora_config)  # refuses what diffusers' format can't hold, while nothing is trained yet
+    denoiser.eval()
     for parameter_name, parameter in denoiser.named_parameters():
         parameter.requires_grad_("lora_" in parameter_name and f".{name}." in f"{parameter_name}.")
         if parameter.requires_grad:
@@ -84,7 +86,9 @@ def _add_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: 
         )
     _check_dropout(lora_config)
     state = torch.get_rng_state()
-    torch.manual_seed(noise_seed(config.seed, "lora"))  # the same on every process, whatever came before
+    torch.default_generator.manual_seed(
+        noise_seed(config.seed, "lora")
+    )  # the same on every process, whatever came before
     try:
         denoiser.add_adapter(lora_config)
     except ValueError as error:

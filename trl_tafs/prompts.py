@@ -18,11 +18,11 @@ PromptFunction = Callable[[], tuple[str, dict[str, Any]]]
 
 @contextmanager
 def seeded_globals(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's global generators seeded inside, and left as they were outside."""
+    """Python's, NumPy's and torch's global CPU generators seeded inside, and left as they were outside."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
@@ -71,6 +71,10 @@ class PromptSource:
 
 def _as_rows(source: Any) -> Sequence[Any]:
     columns = getattr(source, "column_names", None)
+    if isinstance(source, Mapping):
+        raise ValueError(
+            f"the prompts are a mapping of {', '.join(map(repr, source))}; give one split, or a list of rows"
+        )
     if columns is not None and "prompt" not in columns:
         raise ValueError(f"the prompt dataset has no column 'prompt', only {columns}; rename one")
     if isinstance(source, str) or not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):

@@ -136,6 +136,8 @@ def rollout(
             actions answer for (n = 2..N of the paper).
     """
     trained = kernel.trained_steps(len(levels) - 1)
+    if not trained:
+        raise ValueError(f"{kernel} trains none of {len(levels) - 1} steps; take more, or `sample` without a density")
     scored_steps = default_scored_steps(kernel, len(levels) - 1) if scored_steps is None else scored_steps
     states, actions, log_probs, clean, scored = [], [], [], [], []
     for step in sample_steps(velocity, kernel, conditioning, levels, x, noise, storage_dtype):
@@ -150,6 +152,10 @@ def rollout(
             if kernel.scores_mean and explored:
                 images.append(step.clean.unsqueeze(1))
             scored.append(torch.cat(images, dim=1))
+            if scored[-1].shape != scored[0].shape:
+                raise ValueError(
+                    f"step {scored_steps[0]} isn't explored, and has no baseline of its own: don't score it"
+                )
     return Rollout(
         levels=levels,
         steps=torch.tensor(list(trained), dtype=torch.int64),

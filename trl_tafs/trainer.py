@@ -257,9 +257,12 @@ class TAFSGRPOTrainer:
         for epoch in tqdm(range(self.first_epoch, last), desc="epochs", disable=self._silent()):
             self.global_step = self.step(epoch, self.global_step)
             self.first_epoch = epoch + 1
+            enough = (
+                bool(self.config.eval_freq) and (epoch + 1) % self.config.eval_freq == 0 and self.evaluate(epoch + 1)
+            )
             if self.config.save_freq and (epoch + 1) % self.config.save_freq == 0:
                 self.save_checkpoint()
-            if self.config.eval_freq and (epoch + 1) % self.config.eval_freq == 0 and self.evaluate(epoch + 1):
+            if enough:
                 break
         self._finish()
 
@@ -273,7 +276,7 @@ class TAFSGRPOTrainer:
         parts = self._collect(self._local(prompts), epoch, global_step)
         table = self._gather_rewards(parts)
         advantages = self._local(self._assign_credit(table, prompts, epoch, global_step))
-        self._show_samples(parts, table, epoch, global_step)
+        self._show_samples(parts, combine_rewards(table, prompts.group_ids), epoch, global_step)
         global_step = self._update(parts, advantages, epoch, global_step)
         self.report.log_timing(epoch, global_step)
         if self.accelerator.is_main_process:
@@ -421,14 +424,13 @@ class TAFSGRPOTrainer:
         patience = self.config.early_stopping_patience
         return patience is not None and self.evaluations_without_gain >= patience
 
-    def _show_samples(self, parts: Sequence[Part], table: RewardTable, epoch: int, global_step: int) -> None:
+    def _show_samples(self, parts: Sequence[Part], combined: Tensor, epoch: int, global_step: int) -> None:
         if not self.accelerator.is_main_process:
             return
         self.report.save_grid(parts, epoch)
         if self.image_samples_callback is None:
             return
-        final = combine_rewards(table, torch.zeros(len(table.values), dtype=torch.int64))[:, -1, 0]
-        rows, start = [], 0
+        final, rows, start = combined[:, -1, 0], [], 0
         for part in parts:
             rewards = final[start : start + len(part.batch)]
             rows.append([part.images, part.batch.prompts, part.batch.metadata, rewards, part.metadata])

@@ -92,6 +92,14 @@ class Conditioning(Rows):
     def __len__(self) -> int:
         return len(self.positive.text)
 
+    @classmethod
+    def cat(cls, items: list[Conditioning]) -> Conditioning:
+        """Concatenate rows of one and the same guidance."""
+        kinds = {(item.guidance_scale, item.negative is None) for item in items}
+        if len(kinds) > 1:
+            raise ValueError(f"conditionings of different guidance can't be one batch: {sorted(kinds)}")
+        return super().cat(items)
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,19 +33,26 @@ class ClipScore:
     ) -> None:
         import open_clip
 
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = open_clip.create_model(model_name, pretrained=pretrained, device=self.device).eval()
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # this process's, before Accelerate has set it
+        self.device = device or (local if torch.cuda.is_available() else "cpu")
+        tag = (open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained else None) or {}
+        config = {"force_quick_gelu": True} if tag.get("quick_gelu") else {}  # OpenAI's weights; else only a warning
+        self.model = open_clip.create_model(model_name, pretrained=pretrained, device=self.device, **config).eval()
         self.model.requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model_name)
         self.scale, self.batch_size = scale, batch_size
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to the model's input, float32."""
+        config = getattr(self.model.visual, "preprocess_cfg", None) or {}
         size = self.model.visual.image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         factor = max(height / images.shape[2], width / images.shape[3])
         resized = [max(height, round(images.shape[2] * factor)), max(width, round(images.shape[3] * factor))]
-        images = F.interpolate(images, size=resized, mode="bicubic", antialias=True).clamp(0, 1)
+        if config.get("resize_mode") == "squash":
+            resized = [height, width]
+        mode = config.get("interpolation", "bicubic")
+        images = F.interpolate(images, size=resized, mode=mode, antialias=True).clamp(0, 1)
         top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
         images = images[:, :, top : top + height, left : left + width]
         mean = images.new_tensor(self.model.visual.image_mean or (0.48145466, 0.4578275, 0.40821073))

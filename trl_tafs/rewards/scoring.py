@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import time
 import warnings
@@ -68,7 +69,7 @@ class RewardSet:
         columns, extra = [], {}
         for name, function in zip(self.names, self.functions, strict=True):
             result = self._call(name, function, images, prompts, metadata)
-            values, extra[name] = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+            values, extra[name] = result if _is_pair(result) else (result, {})
             columns.append(as_rewards(name, values, len(prompts)))
         return Scores(torch.stack(columns, dim=1), extra if len(extra) > 1 else extra[self.names[0]])
 
@@ -85,6 +86,11 @@ class RewardSet:
                     ) from error
                 warnings.warn(f"reward {name!r} raised {type(error).__name__}: {error}; it is retried", stacklevel=2)
                 time.sleep(self.retry_delay * 2**attempt)
+
+
+def _is_pair(result: Any) -> bool:
+    """(rewards, reward_metadata), and not two rewards in a tuple."""
+    return isinstance(result, tuple) and len(result) == 2 and not isinstance(result[0], (int, float, type(None)))
 
 
 def as_rewards(name: str, values: Any, expected: int) -> Tensor:
@@ -161,6 +167,8 @@ def parse_rewards(specifications: Sequence[str]) -> dict[str, tuple[RewardFuncti
             value = float(weight) if weight else 1.0
         except ValueError as error:
             raise ValueError(f"--reward {item!r}: {weight!r} is no number; write NAME=WEIGHT") from error
+        if not math.isfinite(value):
+            raise ValueError(f"--reward {item!r}: a weight must be finite")
         label = name.rpartition(":")[2]
         if label in rewards:
             raise ValueError(f"--reward names {label!r} twice; give it one weight")
