@@ -13,6 +13,7 @@ help:
 	@echo "make test         the tests (under 10 minutes on two cores)"
 	@echo "make test-slow    the slow ones"
 	@echo "make lint         ruff"
+	@echo "make docs         write docs/configuration.md anew"
 	@echo "make clean        remove .venv and runs"
 
 setup: $(VENV)/.installed
@@ -42,6 +43,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup
+	$(BIN)/python docs/make_configuration.py
 
 clean:
 	rm -rf $(VENV) runs logs build *.egg-info

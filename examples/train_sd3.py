@@ -2,7 +2,7 @@
 
 One GPU of 24 GB:
 
-    accelerate launch --mixed_precision bf16 examples/train_sd3.py \
+    accelerate launch examples/train_sd3.py \
         --pretrained_model stabilityai/stable-diffusion-3.5-medium \
         --prompts prompts.txt --reward clip_score=1.0 \
         --sample_batch_size 4 --sample_num_batches_per_epoch 12 --train_batch_size 4 \
@@ -11,7 +11,7 @@ One GPU of 24 GB:
 
 Eight GPUs, the settings in a file:
 
-    accelerate launch --num_processes 8 --mixed_precision bf16 examples/train_sd3.py \
+    accelerate launch --num_processes 8 examples/train_sd3.py \
         --config examples/configs/sd35_medium.yaml --prompts prompts.txt
 
 The embedded pipeline, on a CPU, in a minute:
@@ -44,5 +44,4 @@ if __name__ == "__main__":
         eval_prompts=eval_prompts,
         eval_reward_function=eval_rewards,
     )
-    trainer.train()
-    trainer.save_pretrained()
+    trainer.train()  # saves the adapter, and pushes it with --push_to_hub True --hub_model_id USER/NAME

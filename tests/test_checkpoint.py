@@ -234,3 +234,28 @@ def test_evaluations_survive_a_resume(pipeline_folder, tmp_path):
         return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read]
 
     assert lines("halves") == lines("straight")
+
+
+def test_a_judge_that_fails_costs_its_judgement_not_the_epochs(pipeline_folder, tmp_path):
+    calls = []
+
+    def judge(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) == 4:  # preflight, epoch 0, epoch 1: at the second epoch's end
+            raise ConnectionError("judge is down")
+        return images.mean((1, 2, 3))
+
+    settings = {"eval_freq": 1, "eval_num_steps": [2], "eval_samplers": ["annealed"], "eval_prompts": ["three"]}
+    with pytest.raises(RewardError, match="evaluation: reward 'judge' raised ConnectionError"):
+        run(tmp_path, pipeline_folder, save_freq=0, reward_max_retries=0, eval_reward_function=judge, **settings)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["checkpoint_000002"]
+
+
+def test_only_faults_of_the_disk_are_survived(pipeline_folder, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(hub, "save_adapter", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(tmp_path, pipeline_folder, epochs=1)
+    assert checkpoint.is_disk_fault(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"))

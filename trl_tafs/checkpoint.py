@@ -48,7 +48,9 @@ def write_checkpoint(
     try:
         beside.mkdir(parents=True, exist_ok=True)
         write(beside)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as a RuntimeError
+    except Exception as error:  # torch and safetensors have their own for a full disk; any other is raised
+        if not is_disk_fault(error):
+            raise
         fault = error
     if any_process(accelerator, fault is not None):
         if fault is not None:
@@ -68,6 +70,12 @@ def write_checkpoint(
                 shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return final
+
+
+def is_disk_fault(error: BaseException) -> bool:
+    """Whether a write failed at the disk: torch and safetensors say so in errors of their own."""
+    own = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error) or "os error" in str(error)
+    return isinstance(error, OSError) or own
 
 
 def any_process(accelerator: Any, flag: bool) -> bool:

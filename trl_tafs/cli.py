@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,15 @@ def load_pipeline(arguments: ScriptArguments, mixed_precision: str) -> Any:
     from trl_tafs import TAFSStableDiffusion3Pipeline
 
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    dtypes = {"default": dtype, "vae": torch.float32} if dtype == torch.float16 else dtype  # VAEs overflow in float16
     pipeline = TAFSStableDiffusion3Pipeline.from_pretrained(
-        arguments.pretrained_model, revision=arguments.pretrained_revision, torch_dtype=dtype
+        arguments.pretrained_model, revision=arguments.pretrained_revision, torch_dtype=dtypes
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def train(argv: Sequence[str]) -> None:
+def train(argv: Sequence[str]) -> Callable[[], None]:
     """Train an adapter; all fields of the script's arguments and of `TAFSGRPOConfig` are options, or keys in YAML."""
     from trl import TrlParser
 
@@ -104,10 +106,10 @@ def train(argv: Sequence[str]) -> None:
         eval_prompts=load_prompts(arguments.eval_prompts) if arguments.eval_prompts else None,
         eval_reward_function=parse_rewards(arguments.eval_reward) if arguments.eval_reward else None,
     )
-    trainer.train()
+    return trainer.train
 
 
-def sample(argv: Sequence[str]) -> None:
+def sample(argv: Sequence[str]) -> Callable[[], None]:
     """Draw images with an adapter, by the sampler that it was trained for."""
     parser = argparse.ArgumentParser(prog="trl-tafs sample", description=sample.__doc__)
     parser.add_argument("adapter", help="folder or repository of the adapter; `none` for the base model")
@@ -122,7 +124,7 @@ def sample(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     options = parser.parse_args(list(argv))
-    _sample(options)
+    return partial(_sample, options)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -154,8 +156,12 @@ def _sample(options: argparse.Namespace) -> None:
     print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {options.output}")
 
 
-def env(argv: Sequence[str]) -> None:
+def env(argv: Sequence[str]) -> Callable[[], None]:
     """Versions and devices, to paste into an issue."""
+    return _env
+
+
+def _env() -> None:
     import platform
 
     import torch
@@ -180,9 +186,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, command in COMMANDS.items():
             print(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
+    from trl_tafs.checkpoint import CheckpointError
+    from trl_tafs.hub import PushError
+    from trl_tafs.rewards.scoring import RewardError
+
+    refused: tuple[type[Exception], ...] = (RewardError, CheckpointError, PushError)
     try:
-        COMMANDS[argv[0]](argv[1:])
-    except (ValueError, OSError, RuntimeError) as error:
+        try:
+            work = COMMANDS[argv[0]](argv[1:])
+        except (ValueError, OSError) as error:  # while setting up: what was asked for can't be
+            print(f"trl-tafs {argv[0]}: {error}", file=sys.stderr)
+            return 1
+        work()  # errors that aren't ours are shown whole
+    except refused as error:
         print(f"trl-tafs {argv[0]}: {error}", file=sys.stderr)
         return 1
     return 0

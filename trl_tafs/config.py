@@ -8,6 +8,11 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl_tafs.advantages import CREDITS
+from trl_tafs.kernels import KERNELS, REDUCTIONS
+from trl_tafs.losses import LEVEL_WEIGHTINGS
+from trl_tafs.objectives import OBJECTIVES
+
 _DICT_FIELDS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs")
 
 
@@ -109,9 +114,13 @@ class TAFSGRPOConfig:
 
     # Training -------------------------------------------------------------------------------------------------
     objective: str = option("clipped", "clipped: GRPO's surrogate (Eq. 10).")
-    train_batch_size: int = option(8, "Rows (image, step) of one forward and backward pass.")
+    train_batch_size: int = option(
+        8, "Rows (image, step) of one forward and backward pass. It must divide a process's images."
+    )
     train_gradient_accumulation_steps: int | None = option(
-        None, "Batches of train_batch_size images an optimizer step; None: one optimizer step an inner epoch."
+        None,
+        "An optimizer step takes so many times train_batch_size images, with all their steps; None: all of the "
+        "epoch's, one optimizer step an inner epoch.",
     )
     train_num_inner_epochs: int = option(1, "Passes over an epoch's rollouts.")
     train_timestep_fraction: float = option(1.0, "Share of the trained steps of each image, drawn at random.")
@@ -193,14 +202,14 @@ class TAFSGRPOConfig:
     def _check_choices(self) -> None:
         choices = {
             "mixed_precision": ("no", "fp16", "bf16"),
-            "sample_kernel": ("annealed", "clean"),
+            "sample_kernel": tuple(KERNELS),
             "clean_baseline": ("state", "group"),
             "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
             "scale_rewards": ("group", "batch", "none"),
-            "step_credit": ("step", "sum", "reward_to_go", "gain", "terminal"),
-            "objective": ("clipped",),
-            "train_log_prob_reduction": ("mean", "sum", "sqrt"),
-            "train_level_weighting": ("gaussian", "uniform"),
+            "step_credit": tuple(CREDITS),
+            "objective": tuple(OBJECTIVES),
+            "train_log_prob_reduction": tuple(REDUCTIONS),
+            "train_level_weighting": tuple(LEVEL_WEIGHTINGS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -224,6 +233,10 @@ class TAFSGRPOConfig:
             "reward_max_retries": 0,
             "max_workers": 1,
             "lora_rank": 1,
+            "lora_alpha": 1,
+            "seed": 0,
+            "sample_grid_freq": 0,
+            "sample_guidance_scale": 0,
             "eval_images_per_prompt": 1,
             "sample_grid_rows": 1,
             "reward_retry_delay": 0,
@@ -234,11 +247,18 @@ class TAFSGRPOConfig:
         self._check_optional_ranges()
 
     def _check_optional_ranges(self) -> None:
-        for name in ("train_gradient_accumulation_steps", "eval_batch_size", "early_stopping_patience"):
+        for name in (
+            "train_gradient_accumulation_steps",
+            "eval_batch_size",
+            "early_stopping_patience",
+            "max_sequence_length",
+            "height",
+            "width",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or None")
-        if any(steps < 1 for steps in self.eval_num_steps):
-            raise ValueError(f"eval_num_steps is {self.eval_num_steps}; each must be at least 1")
+        if not self.eval_num_steps or any(steps < 1 for steps in self.eval_num_steps):
+            raise ValueError(f"eval_num_steps is {self.eval_num_steps}; give step counts of at least 1")
         if not 0 <= self.train_ema_decay < 1:
             raise ValueError(f"train_ema_decay is {self.train_ema_decay}; it must lie in [0, 1)")
         if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
@@ -275,6 +295,8 @@ class TAFSGRPOConfig:
             )
         if self.num_perturbations > 1 and self.sample_kernel != "clean":
             raise ValueError(f"num_perturbations={self.num_perturbations} needs sample_kernel='clean'")
+        if self.sample_kernel == "clean" and self.sample_eta != 1.0:
+            raise ValueError(f"sample_eta={self.sample_eta} is the annealed kernel's; the clean one has sample_kappa")
         own_baseline = self.sample_kernel == "clean" and (self.clean_baseline == "state" or self.num_perturbations > 1)
         if own_baseline and self.per_prompt_stat_tracking:
             raise ValueError("per_prompt_stat_tracking replaces the baseline; use it with clean_baseline='group'")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_tafs.checkpoint import any_process
 from trl_tafs.kernels import Annealed, Kernel, Ode
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.prompts import row_to_prompt
-from trl_tafs.rewards.scoring import RewardSet
+from trl_tafs.rewards.scoring import RewardError, RewardSet
 from trl_tafs.rollout import SampleNoise, Velocity, sample
 from trl_tafs.types import Conditioning
 
@@ -100,14 +101,20 @@ class Evaluator:
         share = -(-len(self.items) // world)
         mine = [i % len(self.items) for i in range(rank * share, (rank + 1) * share)]  # padded: equal work everywhere
         prompts, metadata = [self.items[i][0] for i in mine], [self.items[i][1] for i in mine]
-        results = {}
+        results, fault = {}, None
         for sampler in samplers:
             for num_steps in step_counts:
                 images = sample_images(
                     pipeline, encode, velocity, setting, prompts, mine, sampler=sampler, num_steps=num_steps
                 )
-                values = self.rewards(images, prompts, metadata).values.to(accelerator.device)
+                try:
+                    values = self.rewards(images, prompts, metadata).values.to(accelerator.device)
+                except RewardError as error:  # the other processes wait in the gather: fail together, below
+                    fault = fault or error
+                    values = torch.full((len(mine), len(self.rewards.names)), torch.nan, device=accelerator.device)
                 everyone = accelerator.gather(values)[: len(self.items)]
                 for name, mean in zip(self.rewards.names, everyone.nanmean(dim=0).tolist(), strict=True):
                     results[f"eval/{sampler}_{num_steps}/{name}"] = mean
+        if any_process(accelerator, fault is not None):
+            raise RewardError(f"evaluation: {fault or 'a reward failed on another process'}") from fault
         return results

@@ -211,4 +211,4 @@ class Ode:
         return x + (expand(s_next, x) - expand(s, x)) * v
 
 
-KERNELS = {"annealed": Annealed, "clean": Clean, "ode": Ode}
+KERNELS = {"annealed": Annealed, "clean": Clean}  # those that can be trained

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trl_tafs import card, hub
+from trl_tafs.checkpoint import is_disk_fault
 from trl_tafs.evaluation import sample_images
 from trl_tafs.experience import Part
 from trl_tafs.metrics import MeanMetrics, Stopwatch, sample_grid, save_png, tensor_to_image
@@ -137,7 +138,9 @@ class RunReport:
                     trainer.sd_pipeline, folder, lora_config=trainer.lora_config, adapter_name=trainer.adapter_name
                 )
             (folder / "best.json").write_text(json.dumps({"epoch": epoch, "metric": name, "value": value}))
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # the disk's fault costs the copy and a warning; any other is raised
+            if not is_disk_fault(error):
+                raise
             warnings.warn(f"the best adapter could not be written to {folder} ({error})", stacklevel=2)
 
     # The checkpoint -------------------------------------------------------------------------------------------

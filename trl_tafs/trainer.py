@@ -389,17 +389,20 @@ class TAFSGRPOTrainer:
         """Evaluate on the held-out prompts, log, keep the best; returns whether it is time to stop."""
         if self.evaluator is None:
             raise ValueError("there are no eval_prompts to evaluate on; pass them to the trainer")
-        config = self.config
-        with self.report.stopwatch("evaluate"), self.averaged_adapter(), torch.no_grad():
-            results = self.evaluator(
-                self.sd_pipeline,
-                self.accelerator,
-                self.encode,
-                self.velocity,
-                self.setting(),
-                config.eval_samplers,
-                config.eval_num_steps,
-            )
+        try:
+            with self.report.stopwatch("evaluate"), self.averaged_adapter(), torch.no_grad():
+                results = self.evaluator(
+                    self.sd_pipeline,
+                    self.accelerator,
+                    self.encode,
+                    self.velocity,
+                    self.setting(),
+                    self.config.eval_samplers,
+                    self.config.eval_num_steps,
+                )
+        except RewardError:
+            self.save_checkpoint()  # a judge that fails costs its judgement, not the epochs before it
+            raise
         self.accelerator.log(results | {"epoch": epoch}, step=self.global_step)
         self.report.evaluations.append({"epoch": epoch} | results)
         return self._keep_best(results, epoch)
@@ -449,6 +452,9 @@ class TAFSGRPOTrainer:
         self.encode([prompt])
         images = torch.rand(2, 3, self.height, self.width, generator=torch.Generator().manual_seed(0))
         self.rewards(images, [prompt] * 2, [metadata] * 2)
+        if self.config.eval_freq:
+            prompt, metadata = self.evaluator.items[0]
+            self.evaluator.rewards(images, [prompt] * 2, [metadata] * 2)
         if self.first_epoch == 0 and self.config.eval_freq == 0 and self.evaluator is not None:
             warnings.warn("eval_prompts were given, and eval_freq is 0: nothing will be evaluated", stacklevel=3)
 

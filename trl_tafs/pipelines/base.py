@@ -112,6 +112,11 @@ class TAFSPipelineMixin(ABC):
         These are exactly the levels at which stock diffusers samples when it is given
         `sigmas=linspace(1, 1/N, N)`. The pipeline's own scheduler isn't touched.
         """
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"the pipeline's scheduler is a {type(self.scheduler).__name__}, whose shift can't be read here; set "
+                "pipeline.scheduler to the FlowMatchEulerDiscreteScheduler that the adapter is to be sampled with"
+            )
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         extra = self.schedule_shift_kwargs(height, width, num_steps)
         scheduler.set_timesteps(sigmas=uniform_levels(num_steps).tolist(), **extra)

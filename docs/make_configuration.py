@@ -1,0 +1,119 @@
+"""Write docs/configuration.md from the help texts of `TAFSGRPOConfig` and of the command line's own arguments.
+
+python docs/make_configuration.py            # write it
+python docs/make_configuration.py --check    # say whether it is up to date, exit 1 where it isn't
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from trl_tafs import cli, config
+
+TARGET = Path(__file__).with_name("configuration.md")
+SECTION = re.compile(r" {4}# (.+?) -{5,}$")
+COMPUTED = {"exp_name": "the script's name"}  # defaults that are another on every machine
+INTRO = """\
+# Configuration
+
+Written by `python docs/make_configuration.py` from the help texts in `trl_tafs/config.py`; change them there.
+
+Every field of `TAFSGRPOConfig` can be set in Python, on the command line and in YAML. What is given on the command line
+counts more than what is in the file. An unknown field is an error in all three.
+
+```python
+from trl_tafs import TAFSGRPOConfig
+
+config = TAFSGRPOConfig(run_name="first", sample_num_steps=4, project_kwargs={"project_dir": "runs/first"})
+```
+
+```bash
+trl-tafs train --prompts prompts.txt --run_name first --sample_num_steps 4 \\
+    --project_kwargs '{"project_dir": "runs/first"}' --eval_num_steps 4 8 --train_gradient_checkpointing True
+```
+
+```yaml
+# trl-tafs train --config first.yaml
+prompts: prompts.txt
+run_name: first
+sample_num_steps: 4
+project_kwargs: {project_dir: runs/first}
+eval_num_steps: [4, 8]
+train_gradient_checkpointing: true
+```
+
+Lists take their items one after the other, mappings are JSON. In YAML, write `mixed_precision: "no"` with its quotes.
+Names are `DDPOConfig`'s and `GRPOConfig`'s where these have one. Defaults are the paper's where it gives them; the
+text says so.
+"""
+
+
+def sections(source: str) -> list[tuple[str, list[str]]]:
+    """(title, field names) of the first class in `source`, in order, by its section comments."""
+    lines = source.splitlines()
+    titles = {i: match[1] for i, line in enumerate(lines, 1) if (match := SECTION.match(line))}
+    body = ast.parse(source).body[0].body
+    fields = {node.lineno: node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+    found: list[tuple[str, list[str]]] = []
+    for line in sorted(titles | fields):
+        if line in titles:
+            found.append((titles[line], []))
+        elif line in fields:
+            found[-1][1].append(fields[line])
+    return [(title, names) for title, names in found if names]
+
+
+def table(cls: type, names: list[str]) -> str:
+    """Name, type, default and help text of each field."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = inspect.get_annotations(cls)  # as written; a parser that was made of the class puts types into its fields
+    rows = ["| Field | Type | Default | What |", "|---|---|---|---|"]
+    for name in names:
+        field = fields[name]
+        cells = [f"`{name}`", f"`{types[name]}`", default(field), field.metadata["help"]]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def default(field: dataclasses.Field) -> str:
+    """The default as it is written in Python."""
+    if field.name in COMPUTED:
+        return COMPUTED[field.name]
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{field.default_factory()!r}`"
+    return f"`{field.default!r}`".replace("'", '"')
+
+
+def text() -> str:
+    """The whole document."""
+    parts = [INTRO]
+    for title, names in sections(inspect.getsource(config.TAFSGRPOConfig)):
+        parts.append(f"## {title}\n\n{table(config.TAFSGRPOConfig, names)}\n")
+    names = [field.name for field in dataclasses.fields(cli.ScriptArguments)]
+    parts.append(
+        "## Command line only\n\nOf `trl-tafs train` and `examples/train_sd3.py`, beside all of the above and "
+        f"`--config FILE.yaml`.\n\n{table(cli.ScriptArguments, names)}\n"
+    )
+    return "\n".join(parts)
+
+
+def main() -> int:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the document is out of date")
+    if parser.parse_args().check:
+        current = TARGET.exists() and TARGET.read_text() == text()
+        print(f"{TARGET.name} is {'up to date' if current else 'out of date: run python docs/make_configuration.py'}")
+        return 0 if current else 1
+    TARGET.write_text(text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
