@@ -139,11 +139,12 @@ def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None
     where = "" if facts.base_model else "  # the folder of the base model"
     tokens = f"\n    max_sequence_length={facts.max_sequence_length}," if facts.max_sequence_length else ""
     prompt = facts.prompts[0] if facts.prompts else "a photo of a cat"
+    dtype = "" if facts.torch_dtype == "float32" else f", torch_dtype=torch.{facts.torch_dtype}"
     return f"""\
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, {facts.pipeline_class}
 
-pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}, torch_dtype=torch.{facts.torch_dtype}){where}
+pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}{dtype}){where}
 pipe.load_lora_weights({_quoted(adapter)})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained({_quoted(adapter)}, subfolder="scheduler")
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,7 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import diffusers
 import torch
+import transformers
 from digits_data import DIGIT_WORDS, prompt_for
 from digits_judges import DigitReward, HeldOutJudge, OCRJudge, diversity, fidelity
 from pretrain import train_flow
@@ -175,6 +177,9 @@ def main() -> None:
     """Measure, train, measure again."""
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     pipeline, panel = load(), Panel(args.images_per_digit, seed=1000)
     base = copy.deepcopy(pipeline.transformer)
     print("judging the base model ...", flush=True)
