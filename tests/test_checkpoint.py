@@ -203,7 +203,26 @@ def test_torn_checkpoints_are_refused_with_a_whole_one_named(pipeline_folder, tm
 def test_other_settings_on_resume_are_named(pipeline_folder, tmp_path):
     run(tmp_path, pipeline_folder, epochs=1)
     with pytest.warns(UserWarning, match="train_learning_rate 0.0003 -> 0.001"):
-        run(tmp_path, pipeline_folder, resume_from="latest", train_learning_rate=1e-3, epochs=2)
+        trainer = run(tmp_path, pipeline_folder, resume_from="latest", train_learning_rate=1e-3, epochs=2)
+    assert trainer.lr_scheduler.base_lrs == [1e-3], "what is announced holds"
+
+
+def test_a_new_run_in_a_used_folder_sets_the_earlier_one_aside(pipeline_folder, tmp_path):
+    run(tmp_path, pipeline_folder, num_checkpoint_limit=2)
+    with pytest.warns(UserWarning, match="holds an earlier run, resume_from is empty; moved to .*earlier_1"):
+        run(tmp_path, pipeline_folder, epochs=1, num_checkpoint_limit=2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["checkpoint_000001"]
+    assert len(checkpoint.checkpoints(tmp_path / "earlier_1" / "checkpoints")) == 2
+    assert run(tmp_path, pipeline_folder, epochs=2, resume_from="latest").first_epoch == 2
+
+
+def test_resuming_at_an_earlier_checkpoint_sets_the_later_ones_aside(pipeline_folder, tmp_path):
+    run(tmp_path, pipeline_folder)
+    first = tmp_path / "checkpoints" / "checkpoint_000001"
+    run(tmp_path, pipeline_folder, epochs=2, resume_from=str(first), num_checkpoint_limit=2)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
+    assert names == ["checkpoint_000001", "checkpoint_000002"]
+    assert len(checkpoint.checkpoints(tmp_path / "earlier_1" / "checkpoints")) == 3
 
 
 def test_a_checkpoint_is_an_adapter_for_plain_diffusers(pipeline_folder, tmp_path):
@@ -259,3 +278,18 @@ def test_only_faults_of_the_disk_are_survived(pipeline_folder, tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(tmp_path, pipeline_folder, epochs=1)
     assert checkpoint.is_disk_fault(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"))
+
+
+def test_kept_rollouts_of_another_seed_are_not_used(pipeline_folder, tmp_path):
+    def breaks(images, prompts, metadata):
+        if len(images) > 2:
+            raise ConnectionError
+        return [0.0, 0.0]
+
+    with pytest.raises(RewardError):
+        run(tmp_path, pipeline_folder, reward=breaks, reward_max_retries=0, prompt_function=["nine"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = run(tmp_path, pipeline_folder, resume_from="latest", prompt_function=["nine"], seed=5, epochs=1)
+    payloads = other.collector.collect(other._batches(other.prompts.batch(0, 2, 8)), 1, 0)[0]
+    assert other.report.reward_curve[0][1] != pytest.approx(payloads[0].scores[:, -1].mean().item(), abs=1e-7)

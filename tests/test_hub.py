@@ -108,11 +108,11 @@ def test_continues_bit_equal_from_what_was_read(tmp_path):
     assert torch.equal(images(again), images(pipeline))
 
 
-def test_plain_lora_publishes_three_fields_and_others_what_differs():
+def test_plain_lora_publishes_five_fields_and_others_what_differs():
     def config(**settings):
         return LoraConfig(r=4, target_modules=LAYERS, init_lora_weights="gaussian", **settings)
 
-    plain = {"r": 4, "lora_alpha": 16, "target_modules": LAYERS}
+    plain = {"r": 4, "lora_alpha": 16, "target_modules": LAYERS, "rank_pattern": {}, "alpha_pattern": {}}
     assert hub.lora_metadata(config(lora_alpha=16, base_model_name_or_path="/home/alice/sd3")) == plain
     assert hub.lora_metadata(config(lora_alpha=16, use_rslora=True)) == {**plain, "use_rslora": True}
     assert hub.lora_metadata(config()) == {**plain, "lora_alpha": 8}  # PEFT's default is written too

@@ -41,18 +41,14 @@ def write_checkpoint(
     """
     final = Path(folder) / f"checkpoint_{epoch:06d}"
     beside = final.with_name(f".writing_{final.name}")
-    fault = None
     if accelerator.is_main_process:
         shutil.rmtree(beside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        write(beside)
-    except Exception as error:  # torch and safetensors have their own for a full disk; any other is raised
-        if not is_disk_fault(error):
-            raise
-        fault = error
-    if any_process(accelerator, fault is not None):
+    fault = _disk_fault_of(write, beside)
+    failed = any_process(accelerator, fault is not None)
+    if not failed and accelerator.is_main_process:  # every process has written: now the list of what there is
+        fault = _disk_fault_of(_write_manifest, beside)
+    if failed or any_process(accelerator, fault is not None):
         if fault is not None:
             accelerator.print(
                 f"checkpoint {final} could not be written: {fault}; training goes on, older ones are kept"
@@ -61,7 +57,6 @@ def write_checkpoint(
             shutil.rmtree(beside, ignore_errors=True)
         return None
     if accelerator.is_main_process:
-        _write_manifest(beside)
         if final.exists():
             shutil.rmtree(final)
         os.replace(beside, final)
@@ -70,6 +65,44 @@ def write_checkpoint(
                 shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return final
+
+
+def _disk_fault_of(write: Callable[[Path], None], folder: Path) -> Exception | None:
+    """Write, and return the error if it is the disk's; any other is raised."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder)
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        if not is_disk_fault(error):
+            raise
+        return error
+    return None
+
+
+def set_aside(folder: str | os.PathLike) -> Path | None:
+    """Move an earlier run's checkpoints, log and kept rollouts to `<folder>/earlier_<n>`, where a new run begins.
+
+    Beside them the new run's checkpoints would count as the oldest and be dropped, and "latest" be the earlier run's.
+    """
+    names = ("checkpoints", "metrics.jsonl", "pending", "best")
+    return _move_aside(Path(folder), [Path(name) for name in names if (Path(folder) / name).exists()])
+
+
+def set_aside_after(folder: str | os.PathLike, epoch: int) -> Path | None:
+    """Move the checkpoints of later epochs than the one that a run resumes at: they are another future's."""
+    later = [p for p in checkpoints(Path(folder) / "checkpoints") if int(_NAME.search(p.name)[1]) > epoch]
+    return _move_aside(Path(folder), [path.relative_to(folder) for path in later])
+
+
+def _move_aside(folder: Path, names: list[Path]) -> Path | None:
+    if not names:
+        return None
+    numbers = [int(path.name.rpartition("_")[2]) for path in folder.glob("earlier_*")]
+    target = folder / f"earlier_{max(numbers, default=0) + 1}"
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder / name, target / name)
+    return target
 
 
 def is_disk_fault(error: BaseException) -> bool:

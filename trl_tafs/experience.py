@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Collector:
     storage_dtype: torch.dtype
     decode_batch_size: int
     keep_images: bool
-    executor: ThreadPoolExecutor | None
+    reward_threads: int  # 0: rewards are computed between the rollouts
     stopwatch: Stopwatch
 
     def roll_out(self, batch: PromptBatch, seed: int, epoch: int) -> Part:
@@ -75,7 +76,7 @@ class Collector:
         """Latents (B, *) to images (B, 3, H, W) on the CPU, `decode_batch_size` at a time."""
         return torch.cat([self.pipeline.decode_latents(chunk).cpu() for chunk in latents.split(self.decode_batch_size)])
 
-    def score(self, part: Part) -> Future:
+    def score(self, part: Part, executor: ThreadPoolExecutor | None = None) -> Future:
         """Decode a part's scored latents and have them scored: a future of its `Scores`."""
         batch, steps, kinds = part.rollout.scored.shape[:3]
         with self.stopwatch("decode"):
@@ -84,8 +85,8 @@ class Collector:
                 part.images = self.decode(part.rollout.final)
         prompts = [prompt for prompt in part.batch.prompts for _ in range(steps * kinds)]
         metadata = [entry for entry in part.batch.metadata for _ in range(steps * kinds)]
-        if self.executor is not None:
-            return self.executor.submit(self.rewards, images, prompts, metadata)
+        if executor is not None:
+            return executor.submit(self.rewards, images, prompts, metadata)
         future: Future = Future()
         with self.stopwatch("reward"):
             try:
@@ -106,19 +107,19 @@ class Collector:
 
         `kept` are payloads of an earlier try at this epoch, used instead of sampling and scoring again.
         """
-        parts, futures = [], []
-        for i, batch in enumerate(batches):
-            if i < len(kept):
-                part = self._restore(batch, kept[i])
-            else:
-                with self.stopwatch("rollout"):
-                    part = self.roll_out(batch, seed, epoch)
-            parts.append(part)
-            progress("rollout")
-            futures.append(None if part.scores is not None else self.score(part))
-            if futures[-1] is not None and futures[-1].done() and futures[-1].exception() is not None:
-                break
-        fault = None
+        parts, futures, fault = [], [], None
+        with ThreadPoolExecutor(self.reward_threads) if self.reward_threads else nullcontext() as executor:
+            for i, batch in enumerate(batches):
+                if i < len(kept):
+                    part = self._restore(batch, kept[i])
+                else:
+                    with self.stopwatch("rollout"):
+                        part = self.roll_out(batch, seed, epoch)
+                parts.append(part)
+                progress("rollout")
+                futures.append(None if part.scores is not None else self.score(part, executor))
+                if futures[-1] is not None and futures[-1].done() and futures[-1].exception() is not None:
+                    break
         for part, future in zip(parts, futures, strict=True):
             with self.stopwatch("reward"):
                 error = None if future is None else future.exception()
@@ -131,6 +132,7 @@ class Collector:
     def _attach(self, part: Part, scores: Scores) -> None:
         part.scores = scores.values.reshape(*part.rollout.scored.shape[:3], -1)
         part.metadata = scores.metadata
+        part.rollout = dataclasses.replace(part.rollout, scored=part.rollout.scored[:0])  # scored: no longer needed
 
     def _restore(self, batch: PromptBatch, payload: dict[str, Any]) -> Part:
         device = self.levels.device

@@ -37,6 +37,8 @@ _NOT_PUBLISHED = {
     *("base_model_name_or_path", "revision", "init_lora_weights", "lora_dropout"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
+# Diffusers before 0.38 reads the two patterns without asking whether they are there.
+_ALWAYS_PUBLISHED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 # These change the base's weights, so that the LoRA alone is not the difference to the published base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 # These train weights that diffusers' LoRA loader refuses or ignores.
@@ -56,8 +58,8 @@ class PushError(RuntimeError):
 def lora_metadata(config: LoraConfig) -> dict[str, Any]:
     """The `LoraConfig` as the header of the adapter's file has it: what loading at the right strength needs.
 
-    `r`, `lora_alpha` and `target_modules`, and beyond them every field that departs from PEFT's default
-    (rslora, DoRA, rank and alpha patterns, ...), so that a plain LoRA also loads in an older PEFT.
+    `r`, `lora_alpha`, `target_modules` and the rank and alpha patterns, and beyond them every field that departs from
+    PEFT's default (rslora, DoRA, ...), so that a plain LoRA also loads in an older PEFT.
 
     Raises:
         ValueError: a LoRA that diffusers' format cannot hold (biases, whole modules), or whose initialisation
@@ -78,7 +80,7 @@ def lora_metadata(config: LoraConfig) -> dict[str, Any]:
     metadata = {
         name: sorted(value) if isinstance(value, set) else value
         for name, value in config.to_dict().items()
-        if name not in _NOT_PUBLISHED and (name in ("r", "lora_alpha") or value != usual.get(name))
+        if name not in _NOT_PUBLISHED and (name in _ALWAYS_PUBLISHED or value != usual.get(name))
     }
     if not metadata.get("target_modules"):
         raise ValueError("the LoraConfig names no target_modules; give the one the adapter was attached with")

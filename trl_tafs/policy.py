@@ -171,6 +171,22 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: TAFSGRPOConfig, 
     )
 
 
+def apply_settings(optimizer: Any, lr_scheduler: Any, config: TAFSGRPOConfig) -> None:
+    """Make the configuration's optimizer settings hold after a resume, which restores the checkpoint's."""
+    lr_scheduler.base_lrs = [config.train_learning_rate] * len(lr_scheduler.base_lrs)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = config.train_learning_rate
+        group["betas"] = (config.train_adam_beta1, config.train_adam_beta2)
+        group["weight_decay"], group["eps"] = config.train_adam_weight_decay, config.train_adam_epsilon
+    rates = [
+        rate * factor(lr_scheduler.last_epoch)
+        for rate, factor in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    lr_scheduler._last_lr = rates
+
+
 class AdapterAverage:
     """An exponential moving average of the trained parameters, by diffusers' EMAModel."""
 

@@ -158,6 +158,10 @@ class RunReport:
             "settings": self.settings(),
         }
 
+    def lasting_settings(self) -> dict[str, Any]:
+        """Those settings that make what a run computes."""
+        return {name: value for name, value in self.settings().items() if name not in HARMLESS}
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Inverse of `state`; says which settings differ from those of the checkpoint."""
         trainer = self.trainer

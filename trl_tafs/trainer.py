@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -111,7 +111,6 @@ class TAFSGRPOTrainer:
         self.first_epoch, self.global_step = 0, 0
         self.best_metric: float | None = None
         self.evaluations_without_gain = 0
-        self.executor = ThreadPoolExecutor(config.max_workers) if config.async_reward_computation else None
         self.collector, self.updater = self._make_collector(), self._make_updater()
         trackers = {**config.tracker_kwargs}
         for tracker in ("wandb", "trackio"):
@@ -120,6 +119,8 @@ class TAFSGRPOTrainer:
         self.accelerator.init_trackers(config.tracker_project_name, config=self.report.settings(), init_kwargs=trackers)
         if config.resume_from:
             self._resume()
+        else:
+            self._set_aside()
 
     # Making the parts -----------------------------------------------------------------------------------------
 
@@ -143,6 +144,7 @@ class TAFSGRPOTrainer:
         self.storage_dtype = pipeline.storage_dtype
         parameters = policy.trainable_parameters(pipeline.denoiser)
         optimizer = policy.make_optimizer(parameters, config)
+        self.accelerator.unwrap_model(pipeline.denoiser, keep_fp32_wrapper=False)  # an earlier trainer's autocast
         updates = config.num_epochs * config.train_num_inner_epochs * self.plan.updates_per_inner_epoch
         self.lr_scheduler = policy.make_lr_scheduler(optimizer, config, updates)
         self.model, self.optimizer = self.accelerator.prepare(pipeline.denoiser, optimizer)
@@ -216,7 +218,7 @@ class TAFSGRPOTrainer:
             storage_dtype=self.storage_dtype,
             decode_batch_size=config.sample_batch_size,
             keep_images=self.image_samples_callback is not None,
-            executor=self.executor,
+            reward_threads=config.max_workers if config.async_reward_computation else 0,
             stopwatch=self.report.stopwatch,
         )
 
@@ -254,7 +256,8 @@ class TAFSGRPOTrainer:
         self._preflight()
         if self.config.eval_freq and self.first_epoch == 0:
             self.evaluate(epoch=0)
-        for epoch in tqdm(range(self.first_epoch, last), desc="epochs", disable=self._silent()):
+        remaining = range(self.first_epoch, self.first_epoch if self._out_of_patience() else last)
+        for epoch in tqdm(remaining, desc="epochs", disable=self._silent()):
             self.global_step = self.step(epoch, self.global_step)
             self.first_epoch = epoch + 1
             enough = (
@@ -272,7 +275,7 @@ class TAFSGRPOTrainer:
         Returns:
             The number of optimizer steps done so far.
         """
-        prompts = self.prompts.batch(epoch, self.plan.num_groups, self.plan.group_size)
+        prompts = self._same_everywhere(self.prompts.batch(epoch, self.plan.num_groups, self.plan.group_size))
         parts = self._collect(self._local(prompts), epoch, global_step)
         table = self._gather_rewards(parts)
         advantages = self._local(self._assign_credit(table, prompts, epoch, global_step))
@@ -282,6 +285,10 @@ class TAFSGRPOTrainer:
         if self.accelerator.is_main_process:
             checkpoint.drop_pending(self.config.project_dir)
         return global_step
+
+    def _same_everywhere(self, prompts: PromptBatch) -> PromptBatch:
+        """The main process's prompts: a prompt function with randomness of its own would split the groups."""
+        return broadcast_object_list([prompts])[0] if self.accelerator.num_processes > 1 else prompts
 
     def _local(self, rows: Any) -> Any:
         """This process's slice of an epoch's images."""
@@ -297,6 +304,7 @@ class TAFSGRPOTrainer:
         rank, folder = self.accelerator.process_index, self.config.project_dir
         kept = checkpoint.load_pending(folder, epoch, rank)
         identity = {"epoch": epoch, "global_step": global_step, "prompts": list(prompts.prompts)}
+        identity |= {"settings": self.report.lasting_settings(), "rewards": len(self.rewards.names)}
         if kept is not None and kept["identity"] != identity:
             kept = None
         batches = self._batches(prompts)
@@ -323,10 +331,14 @@ class TAFSGRPOTrainer:
         local = torch.cat([part.scores for part in parts]).to(self.accelerator.device)
         values = self.accelerator.gather(local).cpu()
         if values.isnan().all():
+            self.save_checkpoint()  # the epochs before this one
             raise RewardError(
                 f"the rewards ({', '.join(self.rewards.names)}) gave no verdict (None or NaN) for any of the epoch's "
                 f"{values[..., 0].numel()} images; check them on one image first"
             )
+        for name, column in zip(self.rewards.names, values.unbind(-1), strict=True):
+            if column.isnan().all() and self.accelerator.is_main_process:
+                warnings.warn(f"reward {name} gave no verdict for any image of an epoch; it has no say", stacklevel=2)
         return RewardTable(values, self.rewards.names, self.rewards.weights)
 
     def _assign_credit(self, table: RewardTable, prompts: PromptBatch, epoch: int, global_step: int) -> Tensor:
@@ -366,8 +378,9 @@ class TAFSGRPOTrainer:
             scores = self.rewards(*pair[:3])
             return (scores.values * self.rewards.weights).sum(1), scores.metadata
 
-        if is_async and self.executor is not None:
-            return list(self.executor.map(score, prompt_image_pairs))
+        if is_async:
+            with ThreadPoolExecutor(self.config.max_workers) as executor:
+                return list(executor.map(score, prompt_image_pairs))
         return [score(pair) for pair in prompt_image_pairs]
 
     def compute_loss(self, rows: Transitions, conditioning: Conditioning) -> LossOutput:
@@ -424,6 +437,9 @@ class TAFSGRPOTrainer:
             self.report.save_best(epoch, name, results[name])
         else:
             self.evaluations_without_gain += 1
+        return self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping_patience
         return patience is not None and self.evaluations_without_gain >= patience
 
@@ -494,11 +510,23 @@ class TAFSGRPOTrainer:
         set_peft_model_state_dict(self.sd_pipeline.denoiser, weights, adapter_name=self.adapter_name)
         models.clear()
 
+    def _set_aside(self) -> None:
+        if self.accelerator.is_main_process:
+            earlier = checkpoint.set_aside(self.config.project_dir)
+            if earlier is not None:
+                warnings.warn(
+                    f"{self.config.project_dir} holds an earlier run, resume_from is empty; moved to {earlier}",
+                    stacklevel=3,
+                )
+        self.accelerator.wait_for_everyone()
+
     def _resume(self) -> None:
         path = checkpoint.find_checkpoint(self.config.resume_from, self.checkpoint_dir)
         self.accelerator.load_state(str(path))
+        policy.apply_settings(self.optimizer, self.lr_scheduler, self.config)
         self.report.load_state(checkpoint.read_state(path))
         if self.accelerator.is_main_process:
+            checkpoint.set_aside_after(self.config.project_dir, self.first_epoch)
             self.local_tracker.rewind(self.first_epoch)
         self.accelerator.print(f"resumed from {path}: epoch {self.first_epoch}, step {self.global_step}")
 

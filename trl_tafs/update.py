@@ -56,6 +56,11 @@ class Updater:
         progress: Callable[[], Any] = lambda: None,
     ) -> None:
         """All inner epochs over one epoch's experience; `on_step(metrics, inner_epoch)` after each optimizer step."""
+        # Accelerate shares this count between all accelerators of a process, and an interrupt leaves it in the middle.
+        self.accelerator.gradient_accumulation_steps = self.plan.micro_batches_per_update
+        self.accelerator.step = 0
+        for parameter in self.parameters:
+            parameter.grad = None
         rows = self.rows(parts, advantages)
         prompts = [prompt for part in parts for prompt in part.batch.prompts]
         metrics = MeanMetrics()
