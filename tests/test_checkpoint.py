@@ -60,8 +60,8 @@ def test_two_and_two_epochs_are_four_bit_for_bit(pipeline_folder, tmp_path, chan
     if straight.average is not None:
         pairs = zip(straight.average.ema.shadow_params, resumed.average.ema.shadow_params, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    if straight.stat_tracker is not None:
-        assert straight.stat_tracker.state_dict() == resumed.stat_tracker.state_dict()
+    if straight.algorithm.stat_tracker is not None:
+        assert straight.algorithm.stat_tracker.state_dict() == resumed.algorithm.stat_tracker.state_dict()
 
     def lines(name):
         read = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

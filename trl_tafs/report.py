@@ -47,11 +47,11 @@ class RunReport:
         trainer = self.trainer
         resolved = {
             "num_generations": trainer.plan.group_size,
-            "train_clip_range": trainer.clip_range,
+            "train_clip_range": trainer.algorithm.clip_range,
             "height": trainer.height,
             "width": trainer.width,
             "num_processes": trainer.plan.world_size,
-            "levels": [round(level, 6) for level in trainer.levels.tolist()],
+            "levels": [round(level, 6) for level in trainer.algorithm.levels.tolist()],
         }
         values = dataclasses.asdict(trainer.config) | resolved
         return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
@@ -79,6 +79,8 @@ class RunReport:
         for r, name in enumerate(table.names):
             column = table.values[:, -1, actions, r]
             column = column[~column.isnan()]
+            if column.numel() == 0:
+                continue
             values[f"rewards/{name}/mean"] = column.mean().item()
             values[f"rewards/{name}/std"] = column.std(unbiased=False).item()
         self.reward_curve.append((epoch, mean))
@@ -98,8 +100,8 @@ class RunReport:
             self._warned = True
             warnings.warn(
                 f"epoch {epoch}: {values['clipfrac']:.0%} of the ratios are clipped at train_clip_range="
-                f"{self.trainer.clip_range:.3g} ({self.trainer.config.train_log_prob_reduction}), which throttles "
-                "training; raise the range, or lower train_learning_rate or the number of updates an epoch",
+                f"{self.trainer.algorithm.clip_range:.3g} ({self.trainer.config.train_log_prob_reduction}), which "
+                "throttles training; raise the range, or lower train_learning_rate or the number of updates an epoch",
                 stacklevel=2,
             )
 
@@ -121,7 +123,7 @@ class RunReport:
                     chosen.append((part, i))
         clean = torch.stack([part.rollout.clean[i] for part, i in chosen])  # (P, N, *)
         images = trainer.collector.decode(clean.flatten(0, 1)).unflatten(0, clean.shape[:2])
-        columns = [f"step {n + 1}, s = {s:.2f}" for n, s in enumerate(trainer.levels[:-1].tolist())]
+        columns = [f"step {n + 1}, s = {s:.2f}" for n, s in enumerate(trainer.algorithm.levels[:-1].tolist())]
         labels = [part.batch.prompts[i] for part, i in chosen]
         path = Path(trainer.config.project_dir) / "samples" / f"epoch_{epoch:06d}.png"
         save_png(sample_grid(images, labels, columns, f"clean estimates, epoch {epoch}"), path)
@@ -219,7 +221,7 @@ class RunReport:
             pipeline_class=type(trainer.sd_pipeline).stock_class().__name__,
             num_steps=config.sample_num_steps,
             levels_unshifted=uniform_levels(config.sample_num_steps).tolist(),
-            levels=trainer.levels[:-1].tolist(),
+            levels=trainer.algorithm.levels[:-1].tolist(),
             height=trainer.height,
             width=trainer.width,
             guidance_scale=config.sample_guidance_scale,

@@ -18,21 +18,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trl_tafs import checkpoint, hub, policy
-from trl_tafs.advantages import Advantages, Credit, PerPromptStatTracker, combine_rewards, group_mean_std
+from trl_tafs.advantages import combine_rewards, group_mean_std
+from trl_tafs.algorithm import build_algorithm
 from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.evaluation import Evaluator, Setting
 from trl_tafs.experience import Collector, Part
 from trl_tafs.groups import plan_epoch
-from trl_tafs.kernels import KERNELS, Kernel
-from trl_tafs.losses import clip_range_for, clipped_surrogate
+from trl_tafs.losses import clipped_surrogate
 from trl_tafs.metrics import LocalTracker, MeanMetrics
-from trl_tafs.objectives import OBJECTIVES
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.prompts import PromptSource
 from trl_tafs.report import RunReport
 from trl_tafs.rewards.scoring import RewardError, RewardSet
-from trl_tafs.rollout import default_scored_steps
 from trl_tafs.types import Conditioning, LossOutput, PromptBatch, RewardTable, Transitions
 from trl_tafs.update import Updater
 
@@ -106,7 +104,10 @@ class TAFSGRPOTrainer:
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self._make_policy(peft_config)
-        self._make_algorithm()
+        algorithm = build_algorithm(config, sd_pipeline, self.height, self.width, self.accelerator.device)
+        self.algorithm, self.kernel, self.objective = algorithm, algorithm.kernel, algorithm.objective
+        if algorithm.stat_tracker is not None:
+            self.accelerator.register_for_checkpointing(algorithm.stat_tracker)
         self.report = RunReport(self)
         self.first_epoch, self.global_step = 0, 0
         self.best_metric: float | None = None
@@ -164,56 +165,17 @@ class TAFSGRPOTrainer:
             offload=config.offload_text_encoders,
         )
 
-    def _make_algorithm(self) -> None:
-        """Kernel, credit, advantages and objective: each chosen once, here."""
-        config = self.config
-        options = {
-            "annealed": {"eta": config.sample_eta},
-            "clean": {
-                "kappa": config.sample_kappa,
-                "num_actions": config.num_perturbations,
-                "baseline": config.clean_baseline,
-            },
-        }
-        self.kernel: Kernel = KERNELS[config.sample_kernel](**options[config.sample_kernel])
-        self.levels = self.sd_pipeline.rollout_levels(config.sample_num_steps, self.height, self.width)
-        self.levels = self.levels.to(self.accelerator.device)
-        self.latent_shape = self.sd_pipeline.latent_shape(self.height, self.width)
-        self.credit = Credit(config.step_credit, config.num_advantage_steps)
-        buffer, least = config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
-        self.stat_tracker = PerPromptStatTracker(buffer, least) if config.per_prompt_stat_tracking else None
-        if self.stat_tracker is not None:
-            self.accelerator.register_for_checkpointing(self.stat_tracker)
-        self.advantages = Advantages(
-            credit=self.credit,
-            scale=config.scale_rewards,
-            aggregation=config.multi_objective_aggregation,
-            own_baseline=self.kernel.scores_mean or self.kernel.num_actions > 1,
-            drop_mean=self.kernel.scores_mean,
-            clip=config.train_adv_clip_max,
-            tracker=self.stat_tracker,
-        )
-        default_range = clip_range_for(config.train_log_prob_reduction, torch.Size(self.latent_shape).numel())
-        self.clip_range = config.train_clip_range or default_range
-        self.objective = OBJECTIVES[config.objective](
-            kernel=self.kernel,
-            clip_range=self.clip_range,
-            reduction=config.train_log_prob_reduction,
-            level_weighting=config.train_level_weighting,
-            beta=config.beta,
-        )
-
     def _make_collector(self) -> Collector:
-        config = self.config
+        config, algorithm = self.config, self.algorithm
         return Collector(
             pipeline=self.sd_pipeline,
-            kernel=self.kernel,
+            kernel=algorithm.kernel,
             encode=self.encode,
             rewards=self.rewards,
             velocity=self.velocity,
-            levels=self.levels,
-            latent_shape=self.latent_shape,
-            scored_steps=self.credit.scored_steps(default_scored_steps(self.kernel, config.sample_num_steps)),
+            levels=algorithm.levels,
+            latent_shape=algorithm.latent_shape,
+            scored_steps=algorithm.scored_steps,
             reduction=config.train_log_prob_reduction,
             storage_dtype=self.storage_dtype,
             decode_batch_size=config.sample_batch_size,
@@ -343,10 +305,10 @@ class TAFSGRPOTrainer:
 
     def _assign_credit(self, table: RewardTable, prompts: PromptBatch, epoch: int, global_step: int) -> Tensor:
         """Advantages of all images, (B, S, M); logs what the rewards were."""
-        advantages = self.advantages(table, prompts.group_ids, prompts.prompts, self.config.num_trained_steps)
+        advantages = self.algorithm.advantages(table, prompts.group_ids, prompts.prompts, self.config.num_trained_steps)
         combined = combine_rewards(table, prompts.group_ids)
         group_std = group_mean_std(combined, prompts.group_ids)[1]
-        self.report.log_rewards(table, combined, group_std, self.collector.scored_steps, epoch, global_step)
+        self.report.log_rewards(table, combined, group_std, self.algorithm.scored_steps, epoch, global_step)
         return advantages
 
     def _update(self, parts: Sequence[Part], advantages: Tensor, epoch: int, global_step: int) -> int:
