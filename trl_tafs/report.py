@@ -123,7 +123,7 @@ class RunReport:
                     chosen.append((part, i))
         clean = torch.stack([part.rollout.clean[i] for part, i in chosen])  # (P, N, *)
         images = trainer.collector.decode(clean.flatten(0, 1)).unflatten(0, clean.shape[:2])
-        columns = [f"step {n + 1}, s = {s:.2f}" for n, s in enumerate(trainer.algorithm.levels[:-1].tolist())]
+        columns = [f"{n + 1}: s={s:.2f}" for n, s in enumerate(trainer.algorithm.levels[:-1].tolist())]
         labels = [part.batch.prompts[i] for part, i in chosen]
         path = Path(trainer.config.project_dir) / "samples" / f"epoch_{epoch:06d}.png"
         save_png(sample_grid(images, labels, columns, f"clean estimates, epoch {epoch}"), path)
