@@ -5,10 +5,12 @@ import json
 import pytest
 import tiny
 import torch
+from PIL import Image
 
-from trl_tafs import hub, policy
+from trl_tafs import hub, policy, report
 from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.evaluation import EVAL_EPOCH, sample_images
+from trl_tafs.metrics import sample_grid, tensor_to_image
 from trl_tafs.rollout import SampleNoise
 
 PROMPTS = ["one", "two", "three", "four"]
@@ -182,3 +184,32 @@ def test_a_reward_without_any_verdict_is_named(pipeline, tmp_path):
     rewards = {"bright": tiny.brightness, "silent": lambda images, p, m: [None] * len(p)}
     with pytest.warns(UserWarning, match="silent gave no verdict for any image"):
         tiny.trainer(pipeline, tmp_path, rewards, num_epochs=1).train()
+
+
+def test_a_grid_shows_each_prompt_s_clean_estimates_in_the_order_of_the_steps(pipeline, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "sample_grid", lambda *args: drawn.append(args) or sample_grid(*args))
+    trainer = tiny.trainer(pipeline, tmp_path, prompt_function=PROMPTS, num_generations=4, sample_grid_freq=1)
+    parts, _ = trainer.collector.collect(trainer._batches(trainer.prompts.batch(0, 4, 4)), 1, 0)
+    trainer.report.save_grid(parts, 0)
+    images, rows, columns, _ = drawn[0]
+    assert [column[:2] for column in columns] == ["1:", "2:", "3:", "4:"]
+    assert list(rows) == [part.batch.prompts[i] for part in parts for i in (0, 4)]
+    expected = torch.stack([part.rollout.clean[i] for part in parts for i in (0, 4)])
+    decoded = torch.stack([trainer.collector.decode(clean) for clean in expected])
+    torch.testing.assert_close(images, decoded, atol=1e-5, rtol=0)
+
+
+def test_the_card_s_pictures_are_the_base_s_and_the_policy_s(pipeline, tmp_path):
+    trainer = tiny.trainer(pipeline, tmp_path, prompt_function=PROMPTS, num_epochs=3, train_learning_rate=3e-2)
+    trainer.train()
+    prompts = trainer.report.card_prompts()
+    base, policy_ = (
+        sample_images(pipeline, trainer.encode, velocity, trainer.setting(), prompts, range(len(prompts)))
+        for velocity in (trainer.reference_velocity, trainer.velocity)
+    )
+    for name, images in (("before", base), ("after", policy_)):
+        for i, image in enumerate(images):
+            with Image.open(tmp_path / "adapter" / "images" / f"{name}_{i}.png") as picture:
+                assert picture.tobytes() == tensor_to_image(image).tobytes(), name
+    assert not torch.equal(base, policy_)

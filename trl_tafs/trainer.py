@@ -240,9 +240,11 @@ class TAFSGRPOTrainer:
         prompts = self._same_everywhere(self.prompts.batch(epoch, self.plan.num_groups, self.plan.group_size))
         parts = self._collect(self._local(prompts), epoch, global_step)
         table = self._gather_rewards(parts)
-        advantages = self._local(self._assign_credit(table, prompts, epoch, global_step))
-        self._show_samples(parts, combine_rewards(table, prompts.group_ids), epoch, global_step)
-        global_step = self._update(parts, advantages, epoch, global_step)
+        combined = combine_rewards(table, prompts.group_ids)
+        self._log_rewards(table, combined, prompts, epoch, global_step)
+        self._show_samples(parts, combined, epoch, global_step)
+        advantages = self.algorithm.advantages(table, prompts.group_ids, prompts.prompts, self.config.num_trained_steps)
+        global_step = self._update(parts, self._local(advantages), epoch, global_step)
         self.report.log_timing(epoch, global_step)
         if self.accelerator.is_main_process:
             checkpoint.drop_pending(self.config.project_dir)
@@ -303,13 +305,11 @@ class TAFSGRPOTrainer:
                 warnings.warn(f"reward {name} gave no verdict for any image of an epoch; it has no say", stacklevel=2)
         return RewardTable(values, self.rewards.names, self.rewards.weights)
 
-    def _assign_credit(self, table: RewardTable, prompts: PromptBatch, epoch: int, global_step: int) -> Tensor:
-        """Advantages of all images, (B, S, M); logs what the rewards were."""
-        advantages = self.algorithm.advantages(table, prompts.group_ids, prompts.prompts, self.config.num_trained_steps)
-        combined = combine_rewards(table, prompts.group_ids)
+    def _log_rewards(
+        self, table: RewardTable, combined: Tensor, prompts: PromptBatch, epoch: int, global_step: int
+    ) -> None:
         group_std = group_mean_std(combined, prompts.group_ids)[1]
         self.report.log_rewards(table, combined, group_std, self.algorithm.scored_steps, epoch, global_step)
-        return advantages
 
     def _update(self, parts: Sequence[Part], advantages: Tensor, epoch: int, global_step: int) -> int:
         """Inner epochs over the rollouts: replay, loss, backward, optimizer steps; a log line each."""

@@ -62,26 +62,28 @@ class Updater:
         for parameter in self.parameters:
             parameter.grad = None
         rows = self.rows(parts, advantages)
-        prompts = [prompt for part in parts for prompt in part.batch.prompts]
+        by_image = [prompt for part in parts for prompt in part.batch.prompts]
+        prompts = [by_image[image] for image in rows.sample.tolist()]  # a row's, looked up once and on the host
         metrics = MeanMetrics()
         for inner_epoch in range(self.config.train_num_inner_epochs):
             for index, idle in self.micro_batches(rows, epoch, inner_epoch):
                 with self.accelerator.accumulate(self.model):
                     if not idle or self.accelerator.sync_gradients:
-                        self._backward(rows[index], prompts, metrics)
+                        self._backward(
+                            rows[index.to(rows.sample.device)], [prompts[i] for i in index.tolist()], metrics
+                        )
                     self._step(metrics)
                 progress()
                 if self.accelerator.sync_gradients:
                     on_step(metrics, inner_epoch)
 
     def micro_batches(self, rows: Any, epoch: int, inner_epoch: int) -> Iterator[tuple[Tensor, bool]]:
-        """Row indices of each micro-batch, and whether nothing in it can move the policy.
+        """Row indices of each micro-batch, on the CPU, and whether nothing in it can move the policy.
 
         Images are shuffled, each with `train_timestep_fraction` of its steps. What carries no advantage (a group
         without variance, no verdict) comes first in an optimizer step, where whole micro-batches of it are skipped.
         """
-        config, device = self.config, rows.sample.device
-        steps = config.num_trained_steps
+        config, steps = self.config, self.config.num_trained_steps
         key = noise_seed(config.seed, epoch, self.accelerator.process_index, "shuffle", inner_epoch)
         generator = torch.Generator().manual_seed(key)
         images = torch.randperm(self.plan.local_images, generator=generator)
@@ -91,10 +93,10 @@ class Updater:
             index = (update[:, None] * steps + chosen[update]).flatten()
             index = index[idle[index].int().argsort(descending=True, stable=True)]
             for micro in index.split(config.train_batch_size):
-                yield micro.to(device), bool(idle[micro].all())
+                yield micro, bool(idle[micro].all())
 
     def _backward(self, rows: Rows, prompts: Sequence[str], metrics: MeanMetrics) -> None:
-        output = self.loss(rows, self.encode([prompts[i] for i in rows.sample.tolist()]))
+        output = self.loss(rows, self.encode(prompts))
         self.accelerator.backward(output.loss)
         metrics.add(output.metrics | {"loss": output.loss})
 
