@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 # More than one thread on a contended CPU can be many times slower; the models here are tiny.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MKL_NUM_THREADS=1
 
-.PHONY: help setup quickstart test test-slow lint format docs clean
+.PHONY: help setup quickstart words test test-slow lint format docs clean
 
 help:
 	@echo "make quickstart   train a 4-step generator on the embedded pipeline, with a before/after table"
+	@echo "make words        teach a model that writes words to be read by an OCR engine, with a before/after table"
 	@echo "make test         the tests (under 10 minutes on two cores)"
 	@echo "make test-slow    the slow ones"
 	@echo "make lint         ruff"
@@ -29,6 +30,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 
 quickstart: setup
 	$(ONE_THREAD) $(BIN)/python examples/digits/quickstart.py
+
+words: setup
+	$(ONE_THREAD) $(BIN)/python examples/words_ocr.py
 
 test: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest

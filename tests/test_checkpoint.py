@@ -49,8 +49,13 @@ def assert_same(trainer, other):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"train_use_ema": True}, {"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_min_count": 2}],
-    ids=["plain", "ema", "statistics"],
+    [
+        {},
+        {"train_use_ema": True},
+        {"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_min_count": 2},
+        {"objective": "forward", "old_policy_decay": 0.75, "old_policy_ramp": 0.5, "forward_levels": "random"},
+    ],
+    ids=["plain", "ema", "statistics", "old policy"],
 )
 def test_two_and_two_epochs_are_four_bit_for_bit(pipeline_folder, tmp_path, changes):
     straight = run(tmp_path / "straight", pipeline_folder, **changes)

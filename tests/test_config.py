@@ -202,7 +202,21 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"num_advantage_steps": 0}, "num_advantage_steps is 0"),
         ({"sample_guidance_scale": 4.5}, "sample_guidance_scale=4.5 with train_cfg=False: .* same guidance"),
         ({"train_cfg": True}, "sample_guidance_scale=1.0 with train_cfg=True"),
-        ({"num_perturbations": 4}, "num_perturbations=4 needs sample_kernel='clean'"),
+        ({"num_perturbations": 3, "antithetic_perturbations": True}, "even num_perturbations, not 3; use 4"),
+        ({"num_perturbations": 2, "step_credit": "terminal"}, "a state's own baseline"),
+        ({"objective": "forward", "sample_kernel": "clean"}, "objective='forward' learns from images, not from act"),
+        ({"objective": "awm", "num_perturbations": 2}, "objective='awm' learns from images"),
+        (
+            {"objective": "forward", "train_level_weighting": "gaussian"},
+            "use one of adaptive, velocity, clean with objec",
+        ),
+        ({"train_level_weighting": "adaptive"}, "use one of gaussian, uniform, balanced with objective='clipped'"),
+        ({"objective": "forward", "forward_levels": "all"}, "forward_levels is 'all'; use one of sampler, random, tr"),
+        ({"objective": "forward", "forward_images": "first"}, "forward_images is 'first'; use one of final, every"),
+        ({"nft_beta": 0.0}, "nft_beta is 0.0"),
+        ({"forward_num_levels": 0}, "forward_num_levels is 0"),
+        ({"old_policy_decay": 1.0}, "old_policy_decay is 1.0"),
+        ({"old_policy_decay": 0.5, "old_policy_ramp": 0.0}, "old_policy_ramp is 0.0"),
         ({"sample_kernel": "clean", "per_prompt_stat_tracking": True}, "clean_baseline='group'"),
         (
             {"sample_kernel": "clean", "num_perturbations": 4, "step_credit": "reward_to_go"},
@@ -224,6 +238,10 @@ def test_what_cannot_work_is_an_error_that_says_the_numbers(changes, told):
     [
         {"sample_guidance_scale": 4.5, "train_cfg": True},
         {"sample_kernel": "clean", "num_perturbations": 8},
+        {"num_perturbations": 4, "antithetic_perturbations": True},
+        {"objective": "forward", "train_level_weighting": "velocity", "forward_levels": "trajectory"},
+        {"objective": "awm", "forward_images": "every", "step_credit": "gain"},
+        {"train_level_weighting": "balanced", "share_initial_noise": True, "old_policy_decay": 0.9},
         {"sample_kernel": "clean", "clean_baseline": "group", "per_prompt_stat_tracking": True},
         {"early_stopping_patience": 3, "eval_freq": 2, "metric_for_best_model": "eval/annealed_4/a"},
         {"num_advantage_steps": 3},
@@ -276,4 +294,4 @@ def test_the_run_writes_where_it_is_told(tmp_path):
 def test_trained_and_replayed_steps(steps, fraction, replayed):
     config = TAFSGRPOConfig(sample_num_steps=steps, train_timestep_fraction=fraction)
     assert config.num_trained_steps == steps - 1
-    assert config.num_replayed_steps == replayed
+    assert config.num_replayed_rows == replayed

@@ -67,7 +67,7 @@ def test_every_row_is_trained_once_an_inner_epoch(tmp_path, batch, accumulation,
     )
     plan = plan_epoch(config, 1)
     rows = plan.updates_per_inner_epoch * plan.micro_batches_per_update * batch
-    assert rows == plan.local_images * config.num_replayed_steps
+    assert rows == plan.local_images * config.num_replayed_rows
     assert plan.images_per_update * plan.updates_per_inner_epoch == plan.local_images
 
 

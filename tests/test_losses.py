@@ -3,8 +3,15 @@ import math
 import pytest
 import torch
 
-from trl_tafs.kernels import Transition
-from trl_tafs.losses import CLIP_RANGE, LEVEL_WEIGHTINGS, clip_range_for, clipped_surrogate
+from trl_tafs.kernels import Annealed, Clean, Transition
+from trl_tafs.losses import (
+    CLIP_RANGE,
+    LEVEL_WEIGHTINGS,
+    clip_range_for,
+    clipped_surrogate,
+    matching_log_prob,
+    negative_aware,
+)
 
 
 def surrogate(log_ratio, advantage, clip_range=0.2, weight=None):
@@ -164,10 +171,84 @@ def test_sum_units_clip_as_sqrt_units_do_at_65536_elements(change):
 
 @pytest.mark.parametrize("std", [0.75, 0.5, 0.25])
 def test_uniform_weighting_takes_exactly_the_one_over_two_sigma_squared_out(std):
-    std = torch.tensor([[std]])
-    assert torch.equal(LEVEL_WEIGHTINGS["uniform"](std), 2 * std.square())
-    assert torch.equal(LEVEL_WEIGHTINGS["gaussian"](std), torch.ones(1, 1))
+    std, sensitivity = torch.tensor([[std]]), torch.rand(1, 1)
+    assert torch.equal(LEVEL_WEIGHTINGS["uniform"](std, sensitivity), 2 * std.square())
+    assert torch.equal(LEVEL_WEIGHTINGS["gaussian"](std, sensitivity), torch.ones(1, 1))
     mean, action = torch.randn(1, 8), torch.randn(1, 8)
-    weighted = LEVEL_WEIGHTINGS["uniform"](std) * Transition(mean.requires_grad_(), std).log_prob(action)
+    weighted = LEVEL_WEIGHTINGS["uniform"](std, sensitivity) * Transition(mean.requires_grad_(), std).log_prob(action)
     (gradient,) = torch.autograd.grad(weighted.sum(), mean)
     torch.testing.assert_close(gradient, 2 * (action - mean.detach()))  # of -|action - mean|^2, at every level
+
+
+@pytest.mark.parametrize(("s", "s_next"), [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25)])
+@pytest.mark.parametrize("kernel", [Annealed(), Annealed(0.5), Clean()], ids=str)
+def test_balanced_weighting_moves_the_velocity_by_the_noise_itself_at_every_level(kernel, s, s_next):
+    s, s_next = torch.tensor([s]), torch.tensor([s_next])
+    x, v, noise = torch.randn(1, 8), torch.randn(1, 8, requires_grad=True), torch.randn(1, 8)
+    policy = kernel.transition(x, v, s, s_next)
+    weight = LEVEL_WEIGHTINGS["balanced"](policy.std.reshape(-1), kernel.sensitivity(s, s_next))
+    (gradient,) = torch.autograd.grad((weight * policy.log_prob(policy.sample(noise).detach())).sum(), v)
+    torch.testing.assert_close(gradient.abs(), noise.abs())
+
+
+# Forward objectives ---------------------------------------------------------------------------------------------
+
+
+def estimates(count=6, shape=(3, 4), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    new, old, clean = (torch.randn((count, *shape), generator=generator) for _ in range(3))
+    return new.requires_grad_(), old, clean, torch.rand(count, generator=generator).clamp(min=0.1)
+
+
+def plain(estimate, old, clean, level, preference, beta):
+    """Eq. 5 of DiffusionNFT, image by image, with the velocity's weight."""
+    total = 0.0
+    for row in range(len(estimate)):
+        positive = (1 - beta) * old[row] + beta * estimate[row]
+        negative = (1 + beta) * old[row] - beta * estimate[row]
+        errors = [((item - clean[row]) / level[row]).square().mean() for item in (positive, negative)]
+        total = total + preference[row] * errors[0] + (1 - preference[row]) * errors[1]
+    return total / len(estimate) / beta
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_the_negative_aware_loss_is_the_papers_worked_image_by_image(beta):
+    new, old, clean, level = estimates()
+    preference = torch.tensor([0.0, 0.2, 0.5, 0.7, 0.9, 1.0])
+    output = negative_aware(new, old, clean, level, preference, beta, "velocity")
+    torch.testing.assert_close(output.loss, plain(new, old, clean, level, preference, beta))
+    torch.testing.assert_close(output.metrics["old_distance"], (new - old).detach().square().mean())
+
+
+def test_on_policy_its_gradient_pulls_to_good_images_and_away_from_bad_ones_whatever_beta():
+    _, old, clean, level = estimates()
+    preference = torch.tensor([0.0, 0.2, 0.5, 0.7, 0.9, 1.0])
+    for beta in (0.1, 0.5, 1.0):
+        new = old.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(negative_aware(new, old, clean, level, preference, beta, "clean").loss, new)
+        expected = 2 * (2 * preference - 1)[:, None, None] * (old - clean) / old.numel()
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_the_spring_holds_what_has_no_preference_at_the_old_policy():
+    new, old, clean, level = estimates()
+    output = negative_aware(new, old, clean, level, torch.full((6,), 0.5), 0.7, "clean")
+    (gradient,) = torch.autograd.grad(output.loss, new)
+    torch.testing.assert_close(gradient, 2 * 0.7 * (new - old).detach() / new.numel())
+
+
+def test_adaptive_weights_are_one_over_the_mean_error_and_carry_no_gradient():
+    new, old, clean, level = estimates()
+    preference = torch.ones(6)
+    (gradient,) = torch.autograd.grad(negative_aware(new, old, clean, level, preference, 1.0).loss, new)
+    error = (new - clean).detach()
+    expected = 2 * error / error.abs().mean((1, 2), keepdim=True) / new.numel()
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_matching_log_probability_is_that_of_a_unit_gaussian_around_the_velocity():
+    new, _, clean, level = estimates()
+    x = torch.randn(6, 3, 4)
+    v, target = ((x - item) / level[:, None, None] for item in (new, clean))
+    log_prob = Transition(v, torch.tensor(1.0)).log_prob(target) + 12 * 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(matching_log_prob(new, clean, level), log_prob, rtol=1e-4, atol=1e-4)

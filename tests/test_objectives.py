@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from trl_tafs.kernels import Annealed, Clean
-from trl_tafs.objectives import OBJECTIVES, ClippedObjective
+from trl_tafs.kernels import Annealed, Clean, clean_estimate
+from trl_tafs.objectives import MIN_LEVEL, OBJECTIVES, ClippedObjective, ForwardObjective, MatchingObjective
 from trl_tafs.rollout import SampleNoise, replay, rollout
 from trl_tafs.schedules import uniform_levels, with_zero
 from trl_tafs.types import Conditioning, Embeddings, Rows
@@ -172,3 +172,145 @@ def test_following_the_gradient_raises_what_has_an_advantage():
 
 def test_names_of_the_objectives():
     assert OBJECTIVES["clipped"] is ClippedObjective
+
+
+# Forward objectives ---------------------------------------------------------------------------------------------
+
+
+def noise_of(batch=5):
+    return SampleNoise(3, 0, tuple(range(batch)))
+
+
+def forward_rows(result, advantages=None, **options):
+    advantages = torch.zeros(5, 3, 1) if advantages is None else advantages
+    return ForwardObjective(**options).rows(result, advantages, noise_of())
+
+
+def test_final_images_at_the_samplers_levels_are_rows_in_order():
+    result, advantages = rolled_out(Annealed()), torch.arange(15, dtype=torch.float32).reshape(5, 3, 1)
+    rows = forward_rows(result, advantages)
+    assert len(rows) == 20 and isinstance(rows, Rows)
+    for image in range(5):
+        for n in range(4):
+            row = rows[4 * image + n]
+            assert row.sample == image and row.level == LEVELS[n] and row.old_velocity is None
+            assert torch.equal(row.clean, result.final[image])
+            assert row.advantage.tolist() == [3 * image + 2]  # the last step's
+    first = rows.state[rows.level == 1]
+    noise = (rows.state - (1 - rows.level.reshape(-1, 1, 1, 1)) * rows.clean) / rows.level.reshape(-1, 1, 1, 1)
+    assert torch.allclose(noise[rows.level == 1], first)
+    assert abs(noise.std() - 1) < 0.15 and noise.unique().numel() > 200  # each row has its own
+
+
+def test_every_image_is_a_row_with_its_own_advantage():
+    result, advantages = rolled_out(Annealed()), torch.arange(15, dtype=torch.float32).reshape(5, 3, 1)
+    rows = forward_rows(result, advantages, images="every")
+    assert len(rows) == 5 * 3 * 4
+    for image in range(5):
+        for step in range(3):
+            row = rows[12 * image + 4 * step + 1]
+            assert row.sample == image and row.level == LEVELS[1]
+            assert torch.equal(row.clean, result.clean[image, step + 1])
+            assert row.advantage.tolist() == [3 * image + step]
+
+
+@pytest.mark.parametrize("images", ["final", "every"])
+def test_trajectory_rows_are_the_states_that_led_to_the_image(images):
+    result, advantages = rolled_out(Annealed()), torch.arange(15, dtype=torch.float32).reshape(5, 3, 1)
+    rows = forward_rows(result, advantages, images=images, levels="trajectory")
+    assert len(rows) == 15
+    for image in range(5):
+        for step in range(3):
+            row = rows[3 * image + step]
+            assert torch.equal(row.state, result.states[image, step]) and row.level == LEVELS[step]
+            final = images == "final"
+            assert torch.equal(row.clean, result.final[image] if final else result.clean[image, step + 1])
+            assert row.advantage.tolist() == [3 * image + (2 if final else step)]
+
+
+def test_random_levels_are_spread_evenly_and_belong_to_the_sample():
+    result = rolled_out(Annealed())
+    level = forward_rows(result, levels="random", num_levels=8).level.reshape(5, 8)
+    assert ((level > MIN_LEVEL) & (level < 1)).all() and level.unique().numel() == 40
+    edges = MIN_LEVEL + (1 - MIN_LEVEL) * torch.arange(9) / 8
+    assert ((level >= edges[:-1]) & (level <= edges[1:])).all()
+    assert torch.equal(level, forward_rows(result, levels="random", num_levels=8).level.reshape(5, 8))
+
+
+@pytest.mark.parametrize("objective", [ForwardObjective(weighting="velocity", adv_clip=1.0), MatchingObjective()])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_step_moves_the_estimate_towards_good_images_and_away_from_bad_ones(objective, sign):
+    velocity, result = Linear(), rolled_out(Annealed())
+    rows = objective.rows(result, torch.full((5, 3, 1), sign), noise_of())
+    text = condition(5)[rows.sample]
+
+    def distance():
+        v = velocity(rows.state, rows.level, text)
+        return (clean_estimate(rows.state, v, rows.level) - rows.clean).square().mean()
+
+    before = distance()
+    objective(velocity, rows, text).loss.backward()
+    with torch.no_grad():
+        for parameter in velocity.parameters():
+            parameter -= 1e-2 * parameter.grad
+    assert sign * (distance() - before) < 0
+
+
+@pytest.mark.parametrize("objective", [ForwardObjective(), MatchingObjective()], ids=lambda o: type(o).__name__)
+def test_what_was_observed_on_policy_changes_nothing(objective):
+    velocity, result = Linear(), rolled_out(Annealed())
+    rows = objective.rows(result, torch.randn(5, 3, 1), noise_of())
+    text = condition(5)[rows.sample]
+    observed = objective.observe(velocity, rows, text)
+    assert not observed.old_velocity.requires_grad
+    outputs = [objective(velocity, item, text).loss for item in (rows, observed)]
+    gradients = [torch.autograd.grad(loss, velocity.parameters()) for loss in outputs]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_off_policy_the_spring_pulls_back_to_what_was_observed_and_matching_is_clipped():
+    old, velocity, result = Linear(), Linear(1), rolled_out(Annealed())
+    text = condition(5)[forward_rows(result).sample]
+    spring = ForwardObjective()
+    rows = spring.observe(old, spring.rows(result, torch.zeros(5, 3, 1), noise_of()), text)
+    assert not spring.idle(rows).any()
+    assert spring(velocity, rows, text).metrics["old_distance"] > 0
+    assert any(g.abs().sum() > 0 for g in torch.autograd.grad(spring(velocity, rows, text).loss, velocity.parameters()))
+    matching = MatchingObjective(clip_range=1e-3)
+    rows = matching.observe(old, matching.rows(result, torch.ones(5, 3, 1), noise_of()), text)
+    assert matching(velocity, rows, text).metrics["clipfrac"] > 0.9
+
+
+def test_rows_without_advantage_are_idle_where_nothing_else_pulls():
+    advantages = torch.zeros(5, 3, 1)
+    advantages[2, -1] = 1.0
+    for kind in (ForwardObjective, MatchingObjective):
+        rows = kind().rows(rolled_out(Annealed()), advantages, noise_of())
+        assert torch.equal(kind().idle(rows), rows.sample != 2)
+        assert not kind(beta=0.1).idle(rows).any()
+
+
+@pytest.mark.parametrize("kind", [ForwardObjective, MatchingObjective])
+def test_the_distance_to_the_base_has_a_gradient_that_pulls_back(kind):
+    base, velocity = Linear(), Linear()
+    objective = kind(beta=0.7)
+    rows = objective.rows(rolled_out(Annealed(), 5, base), torch.zeros(5, 3, 1), noise_of())
+    text = condition(5)[rows.sample]
+    with torch.no_grad():
+        velocity.inner.bias += 0.1
+    rows = objective.observe(velocity, rows, text)  # the old policy is the present one: no spring
+    output = objective(velocity, rows, text, base)
+    torch.testing.assert_close(output.metrics["kl"], torch.tensor(0.005))  # .1^2 / 2 an element
+    output.loss.backward()
+    assert (velocity.inner.bias.grad > 0).all()
+    with pytest.raises(ValueError, match="beta is 0.7"):
+        objective(velocity, rows, text)
+
+
+def test_the_clipped_objective_takes_siblings_of_a_state():
+    kernel, velocity = Annealed(num_actions=4, antithetic=True), Linear()
+    result = rolled_out(kernel, 5, velocity)
+    objective = ClippedObjective(kernel, 0.1, level_weighting="balanced")
+    rows = objective.rows(result, torch.randn(5, 3, 4))
+    assert objective(velocity, rows, condition(5)[rows.sample]).metrics["ratio_deviation"] < 1e-5

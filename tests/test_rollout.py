@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trl_tafs.kernels import Annealed, Clean, Ode, Transition
+from trl_tafs.kernels import Annealed, Clean, Ode, Transition, clean_estimate
 from trl_tafs.objectives import ClippedObjective
 from trl_tafs.rollout import SampleNoise, default_scored_steps, noise_seed, replay, rollout, sample, sample_steps
 from trl_tafs.schedules import shift_levels, uniform_levels, with_zero
@@ -400,3 +400,41 @@ def test_the_action_at_the_mean_is_dead_in_a_whole_rollout():
     rows = objective.rows(result, torch.randn(6, 3, 1))
     objective(velocity, rows, text[rows.sample]).loss.backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in velocity.parameters())
+
+
+# Branches of the annealed kernel --------------------------------------------------------------------------------
+
+
+def test_each_re_noising_of_a_state_is_scored_by_the_image_it_leads_to():
+    velocity, text = Denoiser(), condition(64)[:6]
+    result = roll_out(Annealed(num_actions=3), velocity=velocity)
+    assert result.scored.shape[:3] == (6, 3, 3)
+    for step in range(3):
+        level = LEVELS[step + 1]
+        for m in range(3):
+            action = result.actions[:, step, m]
+            v = velocity(action, level.expand(6), text)
+            torch.testing.assert_close(result.scored[:, step, m], clean_estimate(action, v, level))
+    torch.testing.assert_close(result.scored[:, :, 0], result.clean[:, 1:])
+
+
+def test_branches_leave_the_trajectory_and_its_noise_as_they_are():
+    plain, branched = roll_out(Annealed()), roll_out(Annealed(num_actions=3))
+    states = branched.states[:, 1:]
+    assert torch.equal(states, branched.actions[:, :-1, 0]), "it goes on from the first"
+    assert torch.equal(plain.states[:, 0], branched.states[:, 0])
+
+
+def test_antithetic_actions_are_mirror_images_around_their_mean():
+    for kernel in (Annealed(num_actions=4, antithetic=True), Clean(num_actions=4, antithetic=True)):
+        result = roll_out(kernel)
+        first, second = result.actions[:, :, :2], result.actions[:, :, 2:]
+        means = (first + second) / 2
+        torch.testing.assert_close(means[:, :, 0], means[:, :, 1])
+        assert (first - second).abs().mean() > 0.1
+        assert not torch.allclose(first[:, :, 0], first[:, :, 1], atol=0.05)
+
+
+def test_an_odd_number_of_antithetic_actions_is_an_error():
+    with pytest.raises(ValueError, match="num_actions is 3; antithetic actions come in pairs"):
+        Annealed(num_actions=3, antithetic=True)

@@ -74,6 +74,13 @@ def test_more_updates_leave_the_policy_and_are_counted(pipeline, tmp_path):
     [
         {"sample_kernel": "clean"},
         {"sample_kernel": "clean", "num_perturbations": 3},
+        {"num_perturbations": 4, "antithetic_perturbations": True, "train_level_weighting": "balanced"},
+        {"share_initial_noise": True, "old_policy_decay": 0.5},
+        {"objective": "forward"},
+        {"objective": "forward", "forward_images": "every", "step_credit": "gain", "train_timestep_fraction": 0.3},
+        {"objective": "forward", "forward_levels": "random", "old_policy_decay": 0.9, "old_policy_ramp": 1.0},
+        {"objective": "forward", "forward_levels": "trajectory", "beta": 0.1, "train_num_inner_epochs": 2},
+        {"objective": "awm", "train_gradient_accumulation_steps": 1, "mixed_precision": "bf16"},
         {"sample_kernel": "clean", "clean_baseline": "group", "step_credit": "reward_to_go"},
         {"sample_eta": 0.7, "step_credit": "gain"},
         {"step_credit": "sum", "num_advantage_steps": 2, "train_level_weighting": "uniform"},

@@ -213,3 +213,52 @@ def test_the_card_s_pictures_are_the_base_s_and_the_policy_s(pipeline, tmp_path)
             with Image.open(tmp_path / "adapter" / "images" / f"{name}_{i}.png") as picture:
                 assert picture.tobytes() == tensor_to_image(image).tobytes(), name
     assert not torch.equal(base, policy_)
+
+
+def test_the_old_policy_draws_the_rollouts_and_follows_the_present_one(pipeline, tmp_path):
+    trainer = tiny.trainer(
+        pipeline, tmp_path, objective="forward", old_policy_decay=0.75, old_policy_ramp=0.5, train_learning_rate=1e-2
+    )
+    drawn, weights = [], []
+    collect, update = trainer.collector.collect, trainer.updater.run
+
+    def watched_collect(*args):
+        drawn.append([p.detach().clone() for p in trainer.parameters])
+        return collect(*args)
+
+    def watched_update(*args):
+        update(*args)
+        weights.append([p.detach().clone() for p in trainer.parameters])
+
+    trainer.collector.collect, trainer.updater.run = watched_collect, watched_update
+    trainer.train(epochs=3)
+    old = drawn[0]
+    for epoch, decay in enumerate((0.5, 0.75)):  # .5 an epoch, at most .75
+        old = [decay * o + (1 - decay) * new for o, new in zip(old, weights[epoch], strict=True)]
+        for mine, theirs in zip(old, drawn[epoch + 1], strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert all(torch.equal(p, w) for p, w in zip(trainer.parameters, weights[-1], strict=True)), "put back"
+    first = [line for line in log(tmp_path) if "loss" in line][0]
+    assert first["old_distance"] == 0
+    assert log(tmp_path)[-2]["old_distance"] > 0
+
+
+def test_a_group_can_share_its_initial_noise(pipeline, tmp_path):
+    trainer = tiny.trainer(pipeline, tmp_path, prompt_function=PROMPTS, num_generations=4, share_initial_noise=True)
+    prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
+    part = trainer.collector.roll_out(prompts[:8], 0, 0)
+    first = part.rollout.states[:, 0]
+    assert torch.equal(first[:4], first[:1].expand_as(first[:4]))
+    assert not torch.equal(first[0], first[4])
+    assert not torch.equal(part.rollout.states[0, 1], part.rollout.states[1, 1]), "the actions differ"
+
+
+def test_only_the_final_image_is_scored_where_it_alone_is_matched(pipeline, tmp_path):
+    seen = []
+
+    def count(images, prompts, metadata):
+        seen.append(len(images))
+        return images.mean((1, 2, 3))
+
+    tiny.trainer(pipeline, tmp_path, reward=count, objective="forward", num_epochs=1).train()
+    assert seen == [2, 8, 8]  # the preflight, two batches

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from trl_tafs.advantages import Advantages, Credit, PerPromptStatTracker
 from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.kernels import KERNELS, Kernel
 from trl_tafs.losses import clip_range_for
-from trl_tafs.objectives import OBJECTIVES
+from trl_tafs.objectives import OBJECTIVES, Objective
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.rollout import default_scored_steps
 
@@ -29,7 +28,7 @@ class Algorithm:
     advantages: Advantages
     stat_tracker: PerPromptStatTracker | None
     clip_range: float  # in the units of the reduction
-    objective: Any
+    objective: Objective
 
 
 def build_algorithm(
@@ -38,7 +37,7 @@ def build_algorithm(
     """The algorithm that `config` asks for, at one image size."""
     kernel = build_kernel(config)
     latent_shape = pipeline.latent_shape(height, width)
-    credit = Credit(config.step_credit, config.num_advantage_steps)
+    credit = Credit("terminal" if config.credits_final_image else config.step_credit, config.num_advantage_steps)
     buffer, least = config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
     tracker = PerPromptStatTracker(buffer, least) if config.per_prompt_stat_tracking else None
     clip_range = config.train_clip_range or clip_range_for(config.train_log_prob_reduction, math.prod(latent_shape))
@@ -58,24 +57,37 @@ def build_algorithm(
         ),
         stat_tracker=tracker,
         clip_range=clip_range,
-        objective=OBJECTIVES[config.objective](
-            kernel=kernel,
-            clip_range=clip_range,
-            reduction=config.train_log_prob_reduction,
-            level_weighting=config.train_level_weighting,
-            beta=config.beta,
-        ),
+        objective=build_objective(config, kernel, clip_range),
     )
+
+
+def build_objective(config: TAFSGRPOConfig, kernel: Kernel, clip_range: float) -> Objective:
+    """The objective with its own options."""
+    ratio = {"clip_range": clip_range, "reduction": config.train_log_prob_reduction}
+    forward = {
+        "levels": config.forward_levels,
+        "images": config.forward_images,
+        "num_levels": config.forward_num_levels,
+        "nft_beta": config.nft_beta,
+        "adv_clip": config.train_adv_clip_max,
+        "weighting": config.level_weighting,
+    }
+    options = {
+        "clipped": {"kernel": kernel, "level_weighting": config.level_weighting, **ratio},
+        "forward": forward,
+        "awm": forward | ratio,
+    }
+    return OBJECTIVES[config.objective](beta=config.beta, **options[config.objective])
 
 
 def build_kernel(config: TAFSGRPOConfig) -> Kernel:
     """The transition kernel with its own options."""
     options = {
         "annealed": {"eta": config.sample_eta},
-        "clean": {
-            "kappa": config.sample_kappa,
-            "num_actions": config.num_perturbations,
-            "baseline": config.clean_baseline,
-        },
+        "clean": {"kappa": config.sample_kappa, "baseline": config.clean_baseline},
     }
-    return KERNELS[config.sample_kernel](**options[config.sample_kernel])
+    return KERNELS[config.sample_kernel](
+        num_actions=config.num_perturbations,
+        antithetic=config.antithetic_perturbations,
+        **options[config.sample_kernel],
+    )

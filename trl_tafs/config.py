@@ -10,10 +10,12 @@ from typing import Any
 
 from trl_tafs.advantages import CREDITS
 from trl_tafs.kernels import KERNELS, REDUCTIONS
-from trl_tafs.losses import LEVEL_WEIGHTINGS
+from trl_tafs.losses import FORWARD_WEIGHTINGS, LEVEL_WEIGHTINGS
 from trl_tafs.objectives import OBJECTIVES
 
 _DICT_FIELDS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs")
+_WEIGHTINGS = {"clipped": LEVEL_WEIGHTINGS, "forward": FORWARD_WEIGHTINGS, "awm": FORWARD_WEIGHTINGS}
+_DEFAULT_WEIGHTING = {"clipped": "gaussian", "forward": "adaptive", "awm": "velocity"}
 
 
 def _default_exp_name() -> str:
@@ -73,7 +75,15 @@ class TAFSGRPOConfig:
     )
     sample_kappa: float = option(0.5, "Clean kernel: exploration of the clean image, std = kappa x level.")
     num_perturbations: int = option(
-        1, "Clean kernel: explorations M of one state; they cost decodes and rewards, and no denoiser evaluation."
+        1,
+        "M, actions of one state, each other's baseline. Clean kernel: explorations, which cost decodes and rewards "
+        "and no denoiser evaluation. Annealed kernel: re-noisings, which cost one evaluation each besides.",
+    )
+    antithetic_perturbations: bool = option(
+        False, "The second half of a state's actions has the noise of the first, negated; M must be even."
+    )
+    share_initial_noise: bool = option(
+        False, "All images of a group start from the same noise, so that only their actions tell them apart."
     )
     clean_baseline: str = option("state", "Clean kernel: state (the state's own value is the baseline) or group.")
     num_generations: int | None = option(
@@ -113,7 +123,29 @@ class TAFSGRPOConfig:
     per_prompt_stat_tracking_min_count: int = option(16, "Rewards needed before a prompt's own statistics are used.")
 
     # Training -------------------------------------------------------------------------------------------------
-    objective: str = option("clipped", "clipped: GRPO's surrogate (Eq. 10).")
+    objective: str = option(
+        "clipped",
+        "clipped: GRPO's surrogate (Eq. 10); forward: DiffusionNFT's, which needs clean images and no likelihood; awm: "
+        "advantage-weighted matching, its simpler sibling.",
+    )
+    forward_levels: str = option(
+        "sampler",
+        "Forward objectives, states that an image is matched from: sampler (noised to the sampler's levels), random "
+        "(to random ones), or trajectory (those of its own rollout).",
+    )
+    forward_num_levels: int = option(4, "Random levels of one image.")
+    forward_images: str = option(
+        "final", "Forward objectives: the final image only, or every scored step's with its own advantage."
+    )
+    nft_beta: float = option(
+        1.0, "Forward objective: how far the implicit positive and negative policies lie from the old one."
+    )
+    old_policy_decay: float = option(
+        0.0, "Share of the old policy, which draws the rollouts, that an epoch keeps; 0: it is the present one."
+    )
+    old_policy_ramp: float = option(
+        0.001, "The decay grows by this an epoch up to old_policy_decay (DiffusionNFT: .001 up to .5)."
+    )
     train_batch_size: int = option(
         8, "Rows (image, step) of one forward and backward pass. It must divide a process's images."
     )
@@ -142,8 +174,11 @@ class TAFSGRPOConfig:
     train_log_prob_reduction: str = option(
         "sqrt", "Log-probabilities are the mean over latent elements (DDPO), their sum, or the sum over sqrt(D)."
     )
-    train_level_weighting: str = option(
-        "gaussian", "gaussian: the density as it is; uniform: without its 1/(2 sigma^2), faster at some fidelity."
+    train_level_weighting: str | None = option(
+        None,
+        "clipped: gaussian (default), the density as it is; uniform, without its 1/(2 sigma^2), faster at some "
+        "fidelity; balanced, every level moves the velocity equally. forward, awm: adaptive (forward's default), "
+        "velocity (awm's), or clean, the error of the clean image.",
     )
     beta: float = option(0.0, "Weight of the KL to the base without the adapter (paper: none).")
     train_gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
@@ -195,9 +230,27 @@ class TAFSGRPOConfig:
         return self.sample_num_steps - 1
 
     @property
-    def num_replayed_steps(self) -> int:
+    def rows_per_image(self) -> int:
+        """Rows that the objective makes of one image."""
+        if self.objective == "clipped" or self.forward_levels == "trajectory":
+            return self.num_trained_steps
+        levels = {"sampler": self.sample_num_steps, "random": self.forward_num_levels}[self.forward_levels]
+        return levels * (1 if self.credits_final_image else self.num_trained_steps)
+
+    @property
+    def num_replayed_rows(self) -> int:
         """Of these, how many are replayed: `train_timestep_fraction` of them, at least one."""
-        return max(1, int(self.num_trained_steps * self.train_timestep_fraction + 1e-9))
+        return max(1, int(self.rows_per_image * self.train_timestep_fraction + 1e-9))
+
+    @property
+    def credits_final_image(self) -> bool:
+        """Whether only the final image is scored, whatever the credit."""
+        return self.objective != "clipped" and self.forward_images == "final"
+
+    @property
+    def level_weighting(self) -> str:
+        """`train_level_weighting`, or the objective's default."""
+        return self.train_level_weighting or _DEFAULT_WEIGHTING[self.objective]
 
     def _check_choices(self) -> None:
         choices = {
@@ -208,12 +261,19 @@ class TAFSGRPOConfig:
             "scale_rewards": ("group", "batch", "none"),
             "step_credit": tuple(CREDITS),
             "objective": tuple(OBJECTIVES),
+            "forward_levels": ("sampler", "random", "trajectory"),
+            "forward_images": ("final", "every"),
             "train_log_prob_reduction": tuple(REDUCTIONS),
-            "train_level_weighting": tuple(LEVEL_WEIGHTINGS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+        weightings = _WEIGHTINGS[self.objective]
+        if self.level_weighting not in weightings:
+            raise ValueError(
+                f"train_level_weighting is {self.train_level_weighting!r}; use one of {', '.join(weightings)} with "
+                f"objective={self.objective!r}, or None for its default"
+            )
         for sampler in [self.eval_samplers] if isinstance(self.eval_samplers, str) else self.eval_samplers:
             if isinstance(self.eval_samplers, str) or sampler not in ("annealed", "ode"):
                 raise ValueError(f"eval_samplers is {self.eval_samplers!r}; use a list of annealed and ode")
@@ -224,6 +284,7 @@ class TAFSGRPOConfig:
             "sample_batch_size": 1,
             "sample_num_batches_per_epoch": 1,
             "num_perturbations": 1,
+            "forward_num_levels": 1,
             "train_batch_size": 1,
             "train_num_inner_epochs": 1,
             "num_epochs": 0,
@@ -259,8 +320,11 @@ class TAFSGRPOConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or None")
         if not self.eval_num_steps or any(steps < 1 for steps in self.eval_num_steps):
             raise ValueError(f"eval_num_steps is {self.eval_num_steps}; give step counts of at least 1")
-        if not 0 <= self.train_ema_decay < 1:
-            raise ValueError(f"train_ema_decay is {self.train_ema_decay}; it must lie in [0, 1)")
+        for name in ("train_ema_decay", "old_policy_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        if self.old_policy_decay and not self.old_policy_ramp > 0:
+            raise ValueError(f"old_policy_ramp is {self.old_policy_ramp}; it must be above 0 for old_policy_decay")
         if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
             raise ValueError(
                 f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is never reached with "
@@ -268,7 +332,7 @@ class TAFSGRPOConfig:
             )
 
     def _check_fractions(self) -> None:
-        positive = ("sample_kappa", "train_learning_rate", "train_adv_clip_max", "train_max_grad_norm")
+        positive = ("sample_kappa", "train_learning_rate", "train_adv_clip_max", "train_max_grad_norm", "nft_beta")
         for name in (*positive, *(("train_clip_range",) if self.train_clip_range is not None else ())):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -293,13 +357,24 @@ class TAFSGRPOConfig:
                 "training must use the same guidance, or the ratio isn't 1 on policy; use sample_guidance_scale=1 "
                 "with train_cfg=False, or a scale above 1 with train_cfg=True"
             )
-        if self.num_perturbations > 1 and self.sample_kernel != "clean":
-            raise ValueError(f"num_perturbations={self.num_perturbations} needs sample_kernel='clean'")
+        if self.antithetic_perturbations and self.num_perturbations % 2:
+            raise ValueError(
+                f"antithetic_perturbations needs an even num_perturbations, not {self.num_perturbations}; use "
+                f"{self.num_perturbations + 1}"
+            )
+        if self.objective != "clipped" and (self.sample_kernel != "annealed" or self.num_perturbations > 1):
+            raise ValueError(
+                f"objective={self.objective!r} learns from images, not from actions: use sample_kernel='annealed' with "
+                f"num_perturbations=1, not {self.sample_kernel!r} with {self.num_perturbations}"
+            )
         if self.sample_kernel == "clean" and self.sample_eta != 1.0:
             raise ValueError(f"sample_eta={self.sample_eta} is the annealed kernel's; the clean one has sample_kappa")
-        own_baseline = self.sample_kernel == "clean" and (self.clean_baseline == "state" or self.num_perturbations > 1)
+        own_baseline = self.num_perturbations > 1 or (self.sample_kernel == "clean" and self.clean_baseline == "state")
         if own_baseline and self.per_prompt_stat_tracking:
-            raise ValueError("per_prompt_stat_tracking replaces the baseline; use it with clean_baseline='group'")
+            raise ValueError(
+                "per_prompt_stat_tracking replaces the baseline; use it with num_perturbations=1 and the annealed "
+                "kernel or clean_baseline='group'"
+            )
         if own_baseline and (
             self.step_credit != "step" or self.num_advantage_steps not in (None, self.num_trained_steps)
         ):

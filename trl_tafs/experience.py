@@ -52,19 +52,23 @@ class Collector:
     reduction: str
     storage_dtype: torch.dtype
     decode_batch_size: int
+    share_initial_noise: bool  # one initial noise a group
     keep_images: bool
     reward_threads: int  # 0: rewards are computed between the rollouts
     stopwatch: Stopwatch
 
     def roll_out(self, batch: PromptBatch, seed: int, epoch: int) -> Part:
         """Sample one batch of trajectories."""
-        noise = SampleNoise(seed, epoch, tuple(batch.sample_ids.tolist()), self.levels.device)
+        device = self.levels.device
+        noise = SampleNoise(seed, epoch, tuple(batch.sample_ids.tolist()), device)
+        groups = SampleNoise(seed, epoch, tuple(batch.group_ids.tolist()), device)
+        initial = groups("shared", 0, self.latent_shape) if self.share_initial_noise else None
         trajectories = rollout(
             self.velocity,
             self.kernel,
             self.encode(batch.prompts),
             self.levels,
-            noise("initial", 0, self.latent_shape),
+            noise("initial", 0, self.latent_shape) if initial is None else initial,
             noise,
             storage_dtype=self.storage_dtype,
             reduction=self.reduction,

@@ -91,5 +91,5 @@ def plan_epoch(config: TAFSGRPOConfig, world_size: int) -> EpochPlan:
         num_groups=local * world_size // group_size,
         images_per_update=batch * accumulation,
         updates_per_inner_epoch=batches // accumulation,
-        micro_batches_per_update=accumulation * config.num_replayed_steps,
+        micro_batches_per_update=accumulation * config.num_replayed_rows,
     )

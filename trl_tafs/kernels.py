@@ -87,6 +87,7 @@ class Kernel(Protocol):
     reward_lag: int  # 1: credited with the next step's clean estimate; 0: the action is the scored image
     scores_mean: bool  # the unexplored mean is scored beside the actions, as their baseline
     renoises: bool  # `next_state` adds noise that is no action
+    antithetic: bool  # the second half of a state's actions has the noise of the first, negated
 
     def trained_steps(self, num_steps: int) -> range:
         """The steps, 0-based, whose action has a density."""
@@ -94,10 +95,20 @@ class Kernel(Protocol):
     def transition(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Transition:
         """The distribution of the action."""
 
+    def sensitivity(self, s: Tensor, s_next: Tensor) -> Tensor:
+        """How far the action's mean moves with the velocity, |d mean / d v|, of the shape of `s`."""
+
     def next_state(
         self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor
     ) -> Tensor:
         """The state at `s_next`; `action` is None at a step that isn't trained."""
+
+
+def _check_actions(num_actions: int, antithetic: bool) -> None:
+    if num_actions < 1:
+        raise ValueError(f"num_actions is {num_actions}; a state needs at least one action")
+    if antithetic and num_actions % 2:
+        raise ValueError(f"num_actions is {num_actions}; antithetic actions come in pairs, use an even number")
 
 
 @dataclass(frozen=True)
@@ -109,10 +120,15 @@ class Annealed:
     At `eta` = 1 this is diffusers' `stochastic_sampling`, bit for bit. Below 1 a part of the predicted noise is
     kept, `mean = (1 - s') xhat + sqrt(s'^2 - std^2) x1`, `std = s' sin(eta pi / 2)` (Flow-CPS, arXiv 2509.05952),
     and the Euler ODE is reached at 0, where there is no density.
+
+    With M = `num_actions` above 1 every trained state branches: M re-noisings of one clean estimate, each evaluated
+    once more for the clean image that it leads to, and that image scored. Siblings share their state, so that its own
+    value is their baseline. The trajectory goes on from the first.
     """
 
     eta: float = 1.0
     num_actions: int = 1
+    antithetic: bool = False
     reward_lag: int = 1
     scores_mean: bool = False
     renoises: bool = False
@@ -120,6 +136,7 @@ class Annealed:
     def __post_init__(self) -> None:
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; it must lie in (0, 1] (0 is the ODE, without a density)")
+        _check_actions(self.num_actions, self.antithetic)
 
     def trained_steps(self, num_steps: int) -> range:
         """All but the last: `s_{N+1} = 0` has no density."""
@@ -134,6 +151,11 @@ class Annealed:
         std = s_next * math.sin(self.eta * math.pi / 2)
         noise_estimate = x + (1.0 - expand(s, x)) * v
         return Transition(mean + s_next * math.cos(self.eta * math.pi / 2) * noise_estimate, std)
+
+    def sensitivity(self, s: Tensor, s_next: Tensor) -> Tensor:
+        """`(1 - s') s` at eta = 1."""
+        kept = 0.0 if self.eta == 1.0 else math.cos(self.eta * math.pi / 2)
+        return ((1 - s_next) * s - kept * s_next * (1 - s)).abs()
 
     def next_state(
         self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor
@@ -155,13 +177,15 @@ class Clean:
 
     kappa: float = 0.5
     num_actions: int = 1
+    antithetic: bool = False
     baseline: str = "state"  # "state": the state's own; "group": Eq. 9's mean over the group alone
     reward_lag: int = 0
     renoises: bool = True
 
     def __post_init__(self) -> None:
-        if not self.kappa > 0 or self.num_actions < 1:
-            raise ValueError(f"kappa={self.kappa}, num_actions={self.num_actions}: exploration needs both above 0")
+        if not self.kappa > 0:
+            raise ValueError(f"kappa is {self.kappa}; exploration needs it above 0")
+        _check_actions(self.num_actions, self.antithetic)
         if self.baseline not in ("state", "group"):
             raise ValueError(f"baseline is {self.baseline!r}; use state or group")
 
@@ -178,6 +202,10 @@ class Clean:
         """`N(xhat, (kappa s)^2 I)`."""
         return Transition(clean_estimate(x, v, s), self.kappa * expand(s, x))
 
+    def sensitivity(self, s: Tensor, s_next: Tensor) -> Tensor:
+        """`s`."""
+        return s
+
     def next_state(
         self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor
     ) -> Tensor:
@@ -192,6 +220,7 @@ class Ode:
     """The Euler solver, `x + (s' - s) v`: no action, no density; for evaluation."""
 
     num_actions: int = 1
+    antithetic: bool = False
     reward_lag: int = 1
     scores_mean: bool = False
     renoises: bool = False
@@ -203,6 +232,10 @@ class Ode:
     def transition(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Transition:
         """Nothing to explore: an error."""
         raise ValueError("the ODE sampler is deterministic and has no density; train with Annealed or Clean")
+
+    def sensitivity(self, s: Tensor, s_next: Tensor) -> Tensor:
+        """`s - s'`."""
+        return s - s_next
 
     def next_state(
         self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor

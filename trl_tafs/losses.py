@@ -1,8 +1,9 @@
-"""Loss formulas: the clipped surrogate, its clip range and its level weights. They return; nothing is logged."""
+"""Loss formulas: the clipped surrogate with its clip range, the forward objectives. They return; nothing is logged."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,9 +13,18 @@ from trl_tafs.types import LossOutput
 CLIP_RANGE = 0.025
 """Default clip range in the units of the "sqrt" reduction; measured, see docs/algorithm.md."""
 
-LEVEL_WEIGHTINGS = {
-    "gaussian": lambda std: torch.ones_like(std),  # the density as it is: a factor 1 / (2 std^2) on the distance
-    "uniform": lambda std: 2 * std.square(),  # that factor taken out again: every level counts by its distance
+LEVEL_WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # of an action's std and its mean's sensitivity to the velocity
+    "gaussian": lambda std, sensitivity: torch.ones_like(std),  # the density: 1 / (2 std^2) on the distance
+    "uniform": lambda std, sensitivity: 2 * std.square(),  # that factor taken out: a level counts by its distance
+    "balanced": lambda std, sensitivity: std / sensitivity,  # the noise moves the velocity equally at every level
+}
+
+FORWARD_WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # of a clean estimate's error (T, *) and the level (T, 1...): what its square is multiplied by
+    "adaptive": lambda error, level: 1 / error.abs().flatten(1).mean(1).clamp(min=1e-5).reshape(level.shape),
+    "velocity": lambda error, level: level.reciprocal().square(),  # the error of the velocity, flow matching's
+    "clean": lambda error, level: torch.ones_like(level),
 }
 
 
@@ -63,3 +73,53 @@ def clipped_surrogate(
         "ratio_deviation": (ratio.detach() - 1).abs().max(),
     }
     return LossOutput(loss, metrics)
+
+
+def negative_aware(
+    estimate: Tensor,
+    old_estimate: Tensor,
+    clean: Tensor,
+    level: Tensor,
+    preference: Tensor,
+    nft_beta: float = 1.0,
+    weighting: str = "adaptive",
+) -> LossOutput:
+    r"""DiffusionNFT (arXiv 2509.16117, Eq. 5): good images attract the policy, bad ones its mirror image.
+
+    .. math:: r w^+ |\hat x^+ - x_0|^2 + (1 - r) w^- |\hat x^- - x_0|^2, \qquad
+        \hat x^\pm = (1 \mp \beta) \hat x_{old} \pm \beta \hat x,
+
+    over `beta`, the mean over elements. Where the weights are equal this is, up to a constant,
+    `2 (2 r - 1) <xhat - xhat_old, xhat_old - x_0> + beta |xhat - xhat_old|^2`: matching weighted by `2 r - 1`, and a
+    spring to the old policy.
+
+    Args:
+        estimate: (T, *) clean estimates of the present policy, with gradient.
+        old_estimate: (T, *) of the policy that sampled.
+        clean: (T, *) the images it made.
+        level: (T,).
+        preference: (T,) r in [0, 1], .5 for an image as good as its group.
+        nft_beta: how far the implicit policies lie from the old one.
+        weighting: one of `FORWARD_WEIGHTINGS`; "adaptive" (the paper's) divides by the mean absolute error.
+
+    Returns:
+        The loss, and `old_distance`, the mean square of `xhat - xhat_old`.
+    """
+    level = level.reshape(-1, *[1] * (clean.ndim - 1))
+    step = nft_beta * (estimate - old_estimate)
+    loss = torch.zeros_like(preference)
+    for error, share in ((old_estimate + step - clean, preference), (old_estimate - step - clean, 1 - preference)):
+        weight = FORWARD_WEIGHTINGS[weighting](error.detach(), level)
+        loss = loss + share * (weight * error.square()).flatten(1).mean(1)
+    distance = (estimate - old_estimate).detach().square().mean()
+    return LossOutput(loss.mean() / nft_beta, {"old_distance": distance})
+
+
+def matching_log_prob(estimate: Tensor, clean: Tensor, level: Tensor, weighting: str = "velocity") -> Tensor:
+    """AWM's stand-in for a log-probability (arXiv 2509.25050): `-w |xhat - x_0|^2 / 2`, (T,), summed over elements.
+
+    With "velocity" it is that of a unit Gaussian around the predicted velocity, a term of the likelihood's bound.
+    """
+    error = estimate - clean
+    weight = FORWARD_WEIGHTINGS[weighting](error.detach(), level.reshape(-1, *[1] * (clean.ndim - 1)))
+    return -0.5 * (weight * error.square()).flatten(1).sum(1)

@@ -218,3 +218,45 @@ class AdapterAverage:
         """Inverse of `state_dict`."""
         self.ema.load_state_dict(state)
         self.ema.to(self.parameters[0].device)
+
+
+class OldPolicy:
+    """The lagging policy that draws the rollouts (DiffusionNFT, arXiv 2509.16117).
+
+    After each epoch it becomes `d old + (1 - d) present`, `d = min(ramp * epochs, decay)`.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float, ramp: float) -> None:
+        self.parameters, self.decay, self.ramp = parameters, decay, ramp
+        self.weights = [parameter.detach().clone() for parameter in parameters]
+        self.epochs = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an epoch."""
+        self.epochs += 1
+        share = 1.0 - min(self.ramp * self.epochs, self.decay)
+        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in self.parameters], share)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The denoiser is the old policy inside."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self.parameters):
+            parameter.data, self.weights[i] = self.weights[i], parameter.data
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"weights": self.weights, "epochs": self.epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.epochs = state["epochs"]
+        for weight, value in zip(self.weights, state["weights"], strict=True):
+            weight.copy_(value)

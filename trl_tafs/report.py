@@ -96,7 +96,7 @@ class RunReport:
         values |= {"epoch": epoch, "inner_epoch": inner_epoch}
         values["learning_rate"] = self.trainer.lr_scheduler.get_last_lr()[0]
         accelerator.log(values, step=global_step)
-        if values["clipfrac"] > CLIPPED_WARNING and not self._warned and accelerator.is_main_process:
+        if values.get("clipfrac", 0.0) > CLIPPED_WARNING and not self._warned and accelerator.is_main_process:
             self._warned = True
             warnings.warn(
                 f"epoch {epoch}: {values['clipfrac']:.0%} of the ratios are clipped at train_clip_range="

@@ -58,6 +58,15 @@ class Step:
     transition: Transition | None  # at trained steps
     actions: Tensor | None  # (B, M, *) storage dtype, at trained steps
     next_state: Tensor  # (B, *) storage dtype
+    siblings: Tensor  # (B, M - 1, *) float32, clean estimates of the other actions that led here; M - 1 = 0 without
+
+
+def _draw_actions(kernel: Kernel, noise: Noise, step: int, shape: tuple[int, ...]) -> Tensor:
+    """The noise of a state's actions, (B, M, *shape)."""
+    if not kernel.antithetic:
+        return noise("action", step, (kernel.num_actions, *shape))
+    half = noise("action", step, (kernel.num_actions // 2, *shape))
+    return torch.cat([half, -half], dim=1)
 
 
 def sample_steps(
@@ -76,20 +85,27 @@ def sample_steps(
     num_steps = len(levels) - 1
     trained = kernel.trained_steps(num_steps)
     x = x.to(storage_dtype)
+    branches = none = x[:, None][:, :0]
     for n in range(num_steps):
         s, s_next = levels[n], levels[n + 1]
-        state, v = x.float(), velocity(x, levels[n].expand(len(x)), conditioning).float()
+        state, v = x.float(), velocity(x, s.expand(len(x)), conditioning).float()
+        siblings = [
+            clean_estimate(branch.float(), velocity(branch, s.expand(len(x)), conditioning).float(), s)
+            for branch in branches.unbind(1)
+        ]
         transition, actions = None, None
         if n in trained:
             transition = kernel.transition(state, v, s, s_next)
-            draw = noise("action", n, (kernel.num_actions, *x.shape[1:]))
-            actions = transition.sample(draw).to(storage_dtype)
+            actions = transition.sample(_draw_actions(kernel, noise, n, tuple(x.shape[1:]))).to(storage_dtype)
         first = None if actions is None else actions[:, 0].float()
         renoise = kernel.renoises and n + 1 < num_steps
         fresh = noise("state", n, tuple(x.shape[1:])) if renoise else torch.zeros_like(state)
         following = kernel.next_state(state, v, s, s_next, first, fresh).to(storage_dtype)
-        yield Step(n, x, clean_estimate(state, v, s), transition, actions, following)
+        clean = clean_estimate(state, v, s)
+        others = torch.stack(siblings, dim=1) if siblings else none.float()
+        yield Step(n, x, clean, transition, actions, following, others)
         x = following
+        branches = actions[:, 1:] if actions is not None and kernel.reward_lag else none
 
 
 @torch.no_grad()
@@ -148,7 +164,7 @@ def rollout(
             log_probs.append(step.transition.log_prob(step.actions, reduction))
         if step.index in scored_steps:
             explored = kernel.reward_lag == 0 and step.actions is not None
-            images = [step.actions.float()] if explored else [step.clean.unsqueeze(1)]
+            images = [step.actions.float()] if explored else [step.clean.unsqueeze(1), step.siblings]
             if kernel.scores_mean and explored:
                 images.append(step.clean.unsqueeze(1))
             scored.append(torch.cat(images, dim=1))

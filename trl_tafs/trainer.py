@@ -31,7 +31,7 @@ from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.prompts import PromptSource
 from trl_tafs.report import RunReport
 from trl_tafs.rewards.scoring import RewardError, RewardSet
-from trl_tafs.types import Conditioning, LossOutput, PromptBatch, RewardTable, Transitions
+from trl_tafs.types import Conditioning, LossOutput, PromptBatch, RewardTable
 from trl_tafs.update import Updater
 
 
@@ -154,6 +154,10 @@ class TAFSGRPOTrainer:
         self.average = policy.AdapterAverage(parameters, config.train_ema_decay) if config.train_use_ema else None
         if self.average is not None:
             self.accelerator.register_for_checkpointing(self.average)
+        self.old_policy = None
+        if config.old_policy_decay:
+            self.old_policy = policy.OldPolicy(parameters, config.old_policy_decay, config.old_policy_ramp)
+            self.accelerator.register_for_checkpointing(self.old_policy)
         self.accelerator.register_save_state_pre_hook(self._save_adapter_hook)
         self.accelerator.register_load_state_pre_hook(self._load_adapter_hook)
         self.encode = PromptEncoder(
@@ -179,6 +183,7 @@ class TAFSGRPOTrainer:
             reduction=config.train_log_prob_reduction,
             storage_dtype=self.storage_dtype,
             decode_batch_size=config.sample_batch_size,
+            share_initial_noise=config.share_initial_noise,
             keep_images=self.image_samples_callback is not None,
             reward_threads=config.max_workers if config.async_reward_computation else 0,
             stopwatch=self.report.stopwatch,
@@ -194,8 +199,10 @@ class TAFSGRPOTrainer:
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
             average=self.average,
+            old_policy=self.old_policy,
             objective=self.objective,
             encode=self.encode,
+            velocity=self.velocity,
             loss=lambda rows, conditioning: self.compute_loss(rows, conditioning),
         )
 
@@ -274,9 +281,10 @@ class TAFSGRPOTrainer:
         batches = self._batches(prompts)
         bar = partial(tqdm, total=len(batches), leave=False, position=1, disable=self._silent())
         bars = {"rollout": bar(desc="rollout"), "reward": bar(desc="reward")}
-        parts, fault = self.collector.collect(
-            batches, self.config.seed, epoch, kept["parts"] if kept else (), lambda stage: bars[stage].update()
-        )
+        with nullcontext() if self.old_policy is None else self.old_policy.applied():
+            parts, fault = self.collector.collect(
+                batches, self.config.seed, epoch, kept["parts"] if kept else (), lambda stage: bars[stage].update()
+            )
         for progress in bars.values():
             progress.close()
         if not checkpoint.any_process(self.accelerator, fault is not None):
@@ -326,6 +334,8 @@ class TAFSGRPOTrainer:
             self.report.stopwatch("update"),
         ):
             self.updater.run(parts, advantages, epoch, on_step, bar.update)
+        if self.old_policy is not None:
+            self.old_policy.update()
         return global_step
 
     # DDPOTrainer's hooks --------------------------------------------------------------------------------------
@@ -345,14 +355,15 @@ class TAFSGRPOTrainer:
                 return list(executor.map(score, prompt_image_pairs))
         return [score(pair) for pair in prompt_image_pairs]
 
-    def compute_loss(self, rows: Transitions, conditioning: Conditioning) -> LossOutput:
+    def compute_loss(self, rows: Any, conditioning: Conditioning) -> LossOutput:
         """The objective on one micro-batch."""
         return self.objective(self.velocity, rows, conditioning, self.reference_velocity)
 
-    def calculate_loss(self, rows: Transitions, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
-        """As DDPOTrainer's: `(loss, approx_kl, clipfrac)` of one micro-batch."""
+    def calculate_loss(self, rows: Any, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+        """As DDPOTrainer's: `(loss, approx_kl, clipfrac)` of one micro-batch; NaN where an objective has no ratio."""
         output = self.compute_loss(rows, conditioning)
-        return output.loss, output.metrics["approx_kl"], output.metrics["clipfrac"]
+        none = torch.full_like(output.loss.detach(), float("nan"))
+        return output.loss, output.metrics.get("approx_kl", none), output.metrics.get("clipfrac", none)
 
     def loss(self, advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
         """DDPOTrainer's formula, by the same function that trains."""

@@ -141,6 +141,21 @@ class Transitions(Rows):
 
 
 @dataclass(frozen=True)
+class ForwardRows(Rows):
+    """Rows of the forward objectives: a noisy state, and a clean image that the policy made, with its advantage."""
+
+    state: Tensor  # (T, *) storage dtype
+    clean: Tensor  # (T, *) float32
+    level: Tensor  # (T,) float32, the state's
+    advantage: Tensor  # (T, 1) float32
+    sample: Tensor  # (T,) int64, the row's image
+    old_velocity: Tensor | None = None  # (T, *) of the policy that sampled; None: the present one's
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+@dataclass(frozen=True)
 class LossOutput:
     """A loss to be minimised and what is worth a look, detached, one value each."""
 

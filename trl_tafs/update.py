@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.experience import Part
 from trl_tafs.groups import EpochPlan
 from trl_tafs.metrics import MeanMetrics
-from trl_tafs.policy import AdapterAverage
-from trl_tafs.rollout import noise_seed
+from trl_tafs.objectives import Objective
+from trl_tafs.policy import AdapterAverage, OldPolicy
+from trl_tafs.rollout import SampleNoise, Velocity, noise_seed
 from trl_tafs.types import Conditioning, LossOutput, Rows
 
 
@@ -33,16 +35,21 @@ class Updater:
     optimizer: Any
     lr_scheduler: Any
     average: AdapterAverage | None
-    objective: Any
+    old_policy: OldPolicy | None
+    objective: Objective
     encode: PromptEncoder
+    velocity: Velocity  # of the present policy
     loss: Callable[[Any, Conditioning], LossOutput]  # of one micro-batch
 
-    def rows(self, parts: Sequence[Part], advantages: Tensor) -> Any:
+    def rows(self, parts: Sequence[Part], advantages: Tensor, epoch: int) -> Any:
         """The objective's rows of all parts; advantages (B, S, M)."""
         sizes = [len(part.batch) for part in parts]
         rows, offset = [], 0
         for part, advantage in zip(parts, advantages.split(sizes), strict=True):
-            item = self.objective.rows(part.rollout, advantage)
+            noise = SampleNoise(
+                self.config.seed, epoch, tuple(part.batch.sample_ids.tolist()), part.rollout.final.device
+            )
+            item = self.objective.rows(part.rollout, advantage.to(part.rollout.final.device), noise)
             rows.append(dataclasses.replace(item, sample=item.sample + offset).to(self.accelerator.device))
             offset += len(part.batch)
         return type(rows[0]).cat(rows)
@@ -61,9 +68,11 @@ class Updater:
         self.accelerator.step = 0
         for parameter in self.parameters:
             parameter.grad = None
-        rows = self.rows(parts, advantages)
+        rows = self.rows(parts, advantages, epoch)
         by_image = [prompt for part in parts for prompt in part.batch.prompts]
         prompts = [by_image[image] for image in rows.sample.tolist()]  # a row's, looked up once and on the host
+        if self.old_policy is not None or self.config.train_num_inner_epochs * self.plan.updates_per_inner_epoch > 1:
+            rows = self._observe(rows, prompts)
         metrics = MeanMetrics()
         for inner_epoch in range(self.config.train_num_inner_epochs):
             for index, idle in self.micro_batches(rows, epoch, inner_epoch):
@@ -77,20 +86,30 @@ class Updater:
                 if self.accelerator.sync_gradients:
                     on_step(metrics, inner_epoch)
 
+    def _observe(self, rows: Any, prompts: Sequence[str]) -> Any:
+        """What the objective needs of the policy that sampled, before the first update moves the present one."""
+        size = self.config.train_batch_size
+        with nullcontext() if self.old_policy is None else self.old_policy.applied():
+            chunks = [
+                self.objective.observe(self.velocity, rows[i : i + size], self.encode(prompts[i : i + size]))
+                for i in range(0, len(rows), size)
+            ]
+        return type(rows).cat(chunks)
+
     def micro_batches(self, rows: Any, epoch: int, inner_epoch: int) -> Iterator[tuple[Tensor, bool]]:
         """Row indices of each micro-batch, on the CPU, and whether nothing in it can move the policy.
 
-        Images are shuffled, each with `train_timestep_fraction` of its steps. What carries no advantage (a group
+        Images are shuffled, each with `train_timestep_fraction` of its rows. What carries no advantage (a group
         without variance, no verdict) comes first in an optimizer step, where whole micro-batches of it are skipped.
         """
-        config, steps = self.config, self.config.num_trained_steps
+        config, count = self.config, self.config.rows_per_image
         key = noise_seed(config.seed, epoch, self.accelerator.process_index, "shuffle", inner_epoch)
         generator = torch.Generator().manual_seed(key)
         images = torch.randperm(self.plan.local_images, generator=generator)
-        chosen = torch.rand(len(images), steps, generator=generator).argsort(1)[:, : config.num_replayed_steps]
-        idle = ((rows.advantage == 0).all(1) & (config.beta == 0)).cpu()
+        chosen = torch.rand(len(images), count, generator=generator).argsort(1)[:, : config.num_replayed_rows]
+        idle = self.objective.idle(rows).cpu()
         for update in images.split(self.plan.images_per_update):
-            index = (update[:, None] * steps + chosen[update]).flatten()
+            index = (update[:, None] * count + chosen[update]).flatten()
             index = index[idle[index].int().argsort(descending=True, stable=True)]
             for micro in index.split(config.train_batch_size):
                 yield micro, bool(idle[micro].all())
