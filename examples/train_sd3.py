@@ -19,15 +19,12 @@ The embedded pipeline, on a CPU, in a minute:
     accelerate launch --cpu examples/train_sd3.py --config examples/configs/digits.yaml
 """
 
-from trl import TrlParser
-
-from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer
-from trl_tafs.cli import ScriptArguments, load_pipeline, load_prompts
+from trl_tafs import TAFSGRPOTrainer
+from trl_tafs.cli import load_pipeline, load_prompts, parse_arguments
 from trl_tafs.rewards import parse_rewards
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, TAFSGRPOConfig))
-    script_args, training_args = parser.parse_args_and_config()
+    script_args, training_args = parse_arguments()
 
     if script_args.prompts is None:
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")

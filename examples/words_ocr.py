@@ -24,16 +24,18 @@ import diffusers
 import torch
 import transformers
 from words_components import MAX_LENGTH, load
-from words_data import COLOURS, HELD_OUT_WORDS, LAYOUTS, TRAIN_WORDS, prompt_for
+from words_data import COLOURS, HELD_OUT_WORDS, LAYOUTS, TRAIN_WORDS, prompt_for, random_strings
 from words_judges import ColourJudge, OCRJudge, OCRReward, PrintJudge
 
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline
 from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.evaluation import Setting, sample_images
 from trl_tafs.metrics import sample_grid, save_png
+from trl_tafs.presets import PRESETS
 
 NAMES = list(COLOURS)
-TRAIN_PROMPTS = [(prompt_for(word, colour), {}) for word in TRAIN_WORDS for colour in NAMES]
+# words alone teach those words: strings teach the letters (docs/learning.md)
+TRAIN_PROMPTS = [(prompt_for(word, colour), {}) for word in (*TRAIN_WORDS, *random_strings(1000)) for colour in NAMES]
 HELD_OUT_PROMPTS = [prompt_for(word, NAMES[i % len(NAMES)]) for i, word in enumerate(HELD_OUT_WORDS)]
 ROWS = {  # sampler, steps, guidance
     "4 annealed steps": ("annealed", 4, 1.0),
@@ -104,30 +106,36 @@ COMMON = {
     "num_checkpoint_limit": 1,
     "sample_batch_size": 48,
     "sample_num_batches_per_epoch": 2,
-    "num_generations": 24,
+    "num_generations": 12,
     "train_batch_size": 48,
     "train_learning_rate": 1e-3,
+    "train_use_ema": True,
+    "train_ema_decay": 0.9,
     "sample_grid_freq": 50,
 }
-SETTINGS = {  # what docs/learning.md found; epochs for about equal times
-    "forward": {"objective": "forward"},
-    "clipped": {"train_level_weighting": "balanced"},
-    "paper": {},
+SETTINGS = {  # each objective as docs/learning.md found it best; epochs for two to three minutes of one core
+    "forward": {
+        "objective": "forward",
+        "forward_levels": "trajectory",
+        "train_learning_rate": 5e-4,
+        "num_epochs": 75,
+    },
+    "clipped": {"train_level_weighting": "balanced", "step_credit": "reward_to_go", "num_epochs": 45},
+    "paper": {**PRESETS["paper"], "num_epochs": 45},
 }
-EPOCHS = {"forward": 150, "clipped": 150, "paper": 150}
 
 
 def make_config(args: argparse.Namespace, folder: Path) -> TAFSGRPOConfig:
-    """Four prompts of 24 images an epoch, one optimizer step each, and the setting's own options."""
+    """Eight prompts of 12 images an epoch, one optimizer step each, and the setting's own options."""
     layout = LAYOUTS[args.size]
+    options = COMMON | SETTINGS[args.setting] | args.options
     return TAFSGRPOConfig(
         exp_name="words",
         seed=args.seed,
         project_kwargs={"project_dir": str(folder)},
         height=layout.height,
         width=layout.width,
-        num_epochs=EPOCHS[args.setting] if args.epochs is None else args.epochs,
-        **COMMON | SETTINGS[args.setting],
+        **options | ({} if args.epochs is None else {"num_epochs": args.epochs}),
     )
 
 
@@ -138,7 +146,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--setting", choices=list(SETTINGS), default="forward")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default the setting's")
-    parser.add_argument("--images_per_word", type=int, default=4, help="images of each held-out word that are judged")
+    parser.add_argument("--options", type=json.loads, default={}, help="more of TAFSGRPOConfig's, as JSON")
+    parser.add_argument("--images_per_word", type=int, default=2, help="images of each held-out word that are judged")
     parser.add_argument("--output_dir", type=Path, help="by default runs/words_<size>_<setting>_<seed>")
     return parser.parse_args()
 
@@ -162,11 +171,13 @@ def main() -> None:
     trainer.train()
     seconds = time.perf_counter() - start
     print(f"trained {trainer.first_epoch} epochs in {seconds:.0f} s; judging ...", flush=True)
-    after = {name: panel.row(pipeline, *ROWS[name]) for name in list(ROWS)[:4]}
-    save_grid(panel, pipeline, folder / "grid_after.png", "after: 4 annealed steps, no guidance")
+    with trainer.averaged_adapter():  # what was saved
+        after = {name: panel.row(pipeline, *ROWS[name]) for name in list(ROWS)[:4]}
+        save_grid(panel, pipeline, folder / "grid_after.png", "after: 4 annealed steps, no guidance")
     print_table({f"before, {k}": v for k, v in before.items()} | {f"after, {k}": v for k, v in after.items()})
     summary = {"D": dimension, "size": args.size, "setting": args.setting, "seed": args.seed}
-    summary |= {"seconds": round(seconds, 1), "epochs": trainer.first_epoch, "before": before, "after": after}
+    summary |= {"options": args.options, "seconds": round(seconds, 1), "epochs": trainer.first_epoch}
+    summary |= {"before": before, "after": after}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
 
 

@@ -15,12 +15,11 @@ import tiny
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from tiny import ROOT
-from trl import TrlParser
 
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline, advantages, checkpoint, cli, hub
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed"}
+EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed", "learning"}
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASE, ADAPTER = "stabilityai/stable-diffusion-3.5-medium", "you/sd35m-red"
 FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}
@@ -137,7 +136,7 @@ COMMANDS = [
 
 def parse_training(options):
     """As `trl-tafs train` and the example do; an unknown flag or value is an error."""
-    arguments, config = TrlParser((cli.ScriptArguments, TAFSGRPOConfig)).parse_args_and_config(args=list(options))
+    arguments, config = cli.parse_arguments(list(options))
     assert arguments.prompts
     return config
 
@@ -165,7 +164,7 @@ def flags_of(script):
 def check_script(words):
     script = ROOT / words[0]
     assert script.is_file(), words[0]
-    if "TrlParser" in script.read_text():
+    if "parse_arguments" in script.read_text():
         parse_training(words[1:])
         return
     unknown = {word.partition("=")[0] for word in words[1:] if word.startswith("--")} - flags_of(script)

@@ -21,6 +21,9 @@ class ScriptArguments:
         metadata={"help": "Base model: a repository on the Hub or a local folder in diffusers' format."},
     )
     pretrained_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    preset: str | None = field(
+        default=None, metadata={"help": "Options of a named method, below those given: a name of trl_tafs.presets."}
+    )
     prompts: str | None = field(
         default=None,
         metadata={
@@ -38,6 +41,34 @@ class ScriptArguments:
     eval_reward: list[str] | None = field(
         default=None, metadata={"help": "Held-out rewards for evaluation, as `reward`; by default the training ones."}
     )
+
+
+def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) -> tuple[ScriptArguments, Any]:
+    """The script's arguments and a `TAFSGRPOConfig`: from the command line, else YAML, else a preset, else defaults."""
+    from trl import TrlParser
+
+    from trl_tafs.config import TAFSGRPOConfig
+    from trl_tafs.presets import preset
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser((ScriptArguments, TAFSGRPOConfig), **parser_options)
+    name = _preset_name(argv)
+    if name is not None:
+        parser.set_defaults(**preset(name))
+    return parser.parse_args_and_config(args=argv)
+
+
+def _preset_name(argv: list[str]) -> str | None:
+    """The preset asked for on the command line or, without one there, in the YAML file."""
+    import yaml
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--config")
+    known, _ = parser.parse_known_args(argv)
+    if known.preset is None and known.config and Path(known.config).is_file():
+        return (yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {}).get("preset")
+    return known.preset
 
 
 def load_prompts(source: str) -> Any:
@@ -87,13 +118,10 @@ def load_pipeline(arguments: ScriptArguments, mixed_precision: str) -> Any:
 
 def train(argv: Sequence[str]) -> Callable[[], None]:
     """Train an adapter; all fields of the script's arguments and of `TAFSGRPOConfig` are options, or keys in YAML."""
-    from trl import TrlParser
-
-    from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer
+    from trl_tafs import TAFSGRPOTrainer
     from trl_tafs.rewards.scoring import parse_rewards
 
-    parser = TrlParser((ScriptArguments, TAFSGRPOConfig), prog="trl-tafs train")
-    arguments, config = parser.parse_args_and_config(args=list(argv))
+    arguments, config = parse_arguments(argv, prog="trl-tafs train")
     if arguments.prompts is None:
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
     prompts = load_prompts(arguments.prompts)

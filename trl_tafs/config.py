@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from trl_tafs.advantages import CREDITS
 from trl_tafs.kernels import KERNELS, REDUCTIONS
 from trl_tafs.losses import FORWARD_WEIGHTINGS, LEVEL_WEIGHTINGS
 from trl_tafs.objectives import OBJECTIVES
+from trl_tafs.presets import preset
 
 _DICT_FIELDS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs")
 _WEIGHTINGS = {"clipped": LEVEL_WEIGHTINGS, "forward": FORWARD_WEIGHTINGS, "awm": FORWARD_WEIGHTINGS}
@@ -218,6 +219,11 @@ class TAFSGRPOConfig:
         self._check_ranges()
         self._check_fractions()
         self._check_combinations()
+
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> Self:
+        """A configuration with a preset's options (`trl_tafs.presets`), and `options` on top of them."""
+        return cls(**preset(name) | options)
 
     @property
     def project_dir(self) -> str:

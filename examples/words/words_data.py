@@ -57,6 +57,16 @@ HELD_OUT_WORDS = tuple(
 )
 
 
+def random_strings(count: int, seed: int = 0) -> tuple[str, ...]:
+    """Different strings of four letters, no held-out word among them; sorted, the same for a seed always."""
+    rng, strings = np.random.default_rng(seed), set()
+    while len(strings) < count:
+        string = "".join(LETTERS[i] for i in rng.integers(26, size=WORD_LENGTH))
+        if string not in HELD_OUT_WORDS:
+            strings.add(string)
+    return tuple(sorted(strings))
+
+
 def prompt_for(word: str, colour: str) -> str:
     """The caption: cake, red -> cake in red."""
     return f"{word} in {colour}"
