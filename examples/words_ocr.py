@@ -117,11 +117,17 @@ SETTINGS = {  # each objective as docs/learning.md found it best; epochs for two
     "forward": {
         "objective": "forward",
         "forward_levels": "trajectory",
+        "beta": 0.2,
         "train_learning_rate": 5e-4,
-        "num_epochs": 75,
+        "num_epochs": 60,
     },
-    "clipped": {"train_level_weighting": "balanced", "step_credit": "reward_to_go", "num_epochs": 45},
-    "paper": {**PRESETS["paper"], "num_epochs": 45},
+    "clipped": {
+        "objective": "clipped",
+        "train_level_weighting": "balanced",
+        "step_credit": "reward_to_go",
+        "num_epochs": 38,
+    },
+    "paper": {**PRESETS["paper"], "beta": 0.0, "num_epochs": 38},
 }
 
 

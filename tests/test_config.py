@@ -203,23 +203,29 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"sample_guidance_scale": 4.5}, "sample_guidance_scale=4.5 with train_cfg=False: .* same guidance"),
         ({"train_cfg": True}, "sample_guidance_scale=1.0 with train_cfg=True"),
         ({"num_perturbations": 3, "antithetic_perturbations": True}, "even num_perturbations, not 3; use 4"),
-        ({"num_perturbations": 2, "step_credit": "terminal"}, "a state's own baseline"),
-        ({"objective": "forward", "sample_kernel": "clean"}, "objective='forward' learns from images, not from act"),
+        ({"objective": "clipped", "num_perturbations": 2, "step_credit": "terminal"}, "a state's own baseline"),
+        ({"objective": "forward", "sample_kernel": "clean"}, "learns from images, .* needs objective='clipped'"),
         ({"objective": "awm", "num_perturbations": 2}, "objective='awm' learns from images"),
         (
             {"objective": "forward", "train_level_weighting": "gaussian"},
             "use one of adaptive, velocity, clean with objec",
         ),
-        ({"train_level_weighting": "adaptive"}, "use one of gaussian, uniform, balanced with objective='clipped'"),
+        (
+            {"objective": "clipped", "train_level_weighting": "adaptive"},
+            "use one of gaussian, uniform, balanced with objective='clipped'",
+        ),
         ({"objective": "forward", "forward_levels": "all"}, "forward_levels is 'all'; use one of sampler, random, tr"),
         ({"objective": "forward", "forward_images": "first"}, "forward_images is 'first'; use one of final, every"),
         ({"nft_beta": 0.0}, "nft_beta is 0.0"),
         ({"forward_num_levels": 0}, "forward_num_levels is 0"),
         ({"old_policy_decay": 1.0}, "old_policy_decay is 1.0"),
         ({"old_policy_decay": 0.5, "old_policy_ramp": 0.0}, "old_policy_ramp is 0.0"),
-        ({"sample_kernel": "clean", "per_prompt_stat_tracking": True}, "clean_baseline='group'"),
         (
-            {"sample_kernel": "clean", "num_perturbations": 4, "step_credit": "reward_to_go"},
+            {"objective": "clipped", "sample_kernel": "clean", "per_prompt_stat_tracking": True},
+            "clean_baseline='group'",
+        ),
+        (
+            {"objective": "clipped", "sample_kernel": "clean", "num_perturbations": 4, "step_credit": "reward_to_go"},
             "step_credit='reward_to_go' .* use step_credit='step'",
         ),
         ({"early_stopping_patience": 3}, "early_stopping_patience needs eval_freq"),
@@ -237,12 +243,17 @@ def test_what_cannot_work_is_an_error_that_says_the_numbers(changes, told):
     "changes",
     [
         {"sample_guidance_scale": 4.5, "train_cfg": True},
-        {"sample_kernel": "clean", "num_perturbations": 8},
-        {"num_perturbations": 4, "antithetic_perturbations": True},
+        {"objective": "clipped", "sample_kernel": "clean", "num_perturbations": 8},
+        {"objective": "clipped", "num_perturbations": 4, "antithetic_perturbations": True},
         {"objective": "forward", "train_level_weighting": "velocity", "forward_levels": "trajectory"},
         {"objective": "awm", "forward_images": "every", "step_credit": "gain"},
-        {"train_level_weighting": "balanced", "share_initial_noise": True, "old_policy_decay": 0.9},
-        {"sample_kernel": "clean", "clean_baseline": "group", "per_prompt_stat_tracking": True},
+        {
+            "objective": "clipped",
+            "train_level_weighting": "balanced",
+            "share_initial_noise": True,
+            "old_policy_decay": 0.9,
+        },
+        {"objective": "clipped", "sample_kernel": "clean", "clean_baseline": "group", "per_prompt_stat_tracking": True},
         {"early_stopping_patience": 3, "eval_freq": 2, "metric_for_best_model": "eval/annealed_4/a"},
         {"num_advantage_steps": 3},
         {"sample_num_steps": 2, "num_advantage_steps": 1},
@@ -259,10 +270,23 @@ def test_what_can_work_is_taken(changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sample_kernel": "clean", "step_credit": "gain"},  # torch.stack fails in the first rollout
-        {"sample_kernel": "clean", "step_credit": "terminal"},  # no signal for any step but the last
-        {"sample_kernel": "clean", "num_perturbations": 4, "step_credit": "terminal"},  # likewise
-        {"sample_kernel": "clean", "num_advantage_steps": 1},  # likewise
+        {
+            "objective": "clipped",
+            "sample_kernel": "clean",
+            "step_credit": "gain",
+        },  # torch.stack fails in the first rollout
+        {
+            "objective": "clipped",
+            "sample_kernel": "clean",
+            "step_credit": "terminal",
+        },  # no signal for any step but the last
+        {
+            "objective": "clipped",
+            "sample_kernel": "clean",
+            "num_perturbations": 4,
+            "step_credit": "terminal",
+        },  # likewise
+        {"objective": "clipped", "sample_kernel": "clean", "num_advantage_steps": 1},  # likewise
         {"per_prompt_stat_tracking_min_count": 32, "per_prompt_stat_tracking": True},  # above the buffer: never reached
         {"train_gradient_accumulation_steps": 0},
         {"train_gradient_accumulation_steps": -1},

@@ -183,7 +183,7 @@ def noise_of(batch=5):
 
 def forward_rows(result, advantages=None, **options):
     advantages = torch.zeros(5, 3, 1) if advantages is None else advantages
-    return ForwardObjective(**options).rows(result, advantages, noise_of())
+    return ForwardObjective(**{"levels": "sampler", **options}).rows(result, advantages, noise_of())
 
 
 def test_final_images_at_the_samplers_levels_are_rows_in_order():
@@ -272,12 +272,12 @@ def test_what_was_observed_on_policy_changes_nothing(objective):
 def test_off_policy_the_spring_pulls_back_to_what_was_observed_and_matching_is_clipped():
     old, velocity, result = Linear(), Linear(1), rolled_out(Annealed())
     text = condition(5)[forward_rows(result).sample]
-    spring = ForwardObjective()
+    spring = ForwardObjective(levels="sampler")
     rows = spring.observe(old, spring.rows(result, torch.zeros(5, 3, 1), noise_of()), text)
     assert not spring.idle(rows).any()
     assert spring(velocity, rows, text).metrics["old_distance"] > 0
     assert any(g.abs().sum() > 0 for g in torch.autograd.grad(spring(velocity, rows, text).loss, velocity.parameters()))
-    matching = MatchingObjective(clip_range=1e-3)
+    matching = MatchingObjective(levels="sampler", clip_range=1e-3)
     rows = matching.observe(old, matching.rows(result, torch.ones(5, 3, 1), noise_of()), text)
     assert matching(velocity, rows, text).metrics["clipfrac"] > 0.9
 

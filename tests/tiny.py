@@ -28,6 +28,7 @@ def brightness(images, prompts, metadata):
 def config(folder, **changes):
     """Two groups of 8 images in batches of 8, one optimizer step an epoch, everything in `folder`."""
     settings = {
+        "objective": "clipped",
         "seed": 1,
         "project_kwargs": {"project_dir": str(folder)},
         "mixed_precision": "no",

@@ -16,7 +16,8 @@ from trl_tafs.presets import preset
 
 _DICT_FIELDS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs")
 _WEIGHTINGS = {"clipped": LEVEL_WEIGHTINGS, "forward": FORWARD_WEIGHTINGS, "awm": FORWARD_WEIGHTINGS}
-_DEFAULT_WEIGHTING = {"clipped": "gaussian", "forward": "adaptive", "awm": "velocity"}
+_DEFAULT_BETA = {"forward": 0.2}
+_DEFAULT_WEIGHTING = {"clipped": "balanced", "forward": "adaptive", "awm": "velocity"}
 
 
 def _default_exp_name() -> str:
@@ -35,7 +36,8 @@ class TAFSGRPOConfig:
     r"""Configuration of [`TAFSGRPOTrainer`]; read from the command line and YAML by `trl.TrlParser`.
 
     Defaults are the paper's where it gives them (N = 4 steps, groups of 48, AdamW 3e-4 / 1e-4, LoRA 32 / 64,
-    512 px). See `docs/configuration.md` for the whole list with the reasons.
+    512 px), but for the objective: its Eq. 10 learns slowly where the latent space is large (docs/learning.md), and is
+    `from_preset("paper")`. See `docs/configuration.md` for the whole list with the reasons.
     """
 
     # Run ------------------------------------------------------------------------------------------------------
@@ -125,14 +127,14 @@ class TAFSGRPOConfig:
 
     # Training -------------------------------------------------------------------------------------------------
     objective: str = option(
-        "clipped",
-        "clipped: GRPO's surrogate (Eq. 10); forward: DiffusionNFT's, which needs clean images and no likelihood; awm: "
-        "advantage-weighted matching, its simpler sibling.",
+        "forward",
+        "forward: DiffusionNFT's, which needs clean images and no likelihood, and learns where D is large; clipped: "
+        "GRPO's surrogate, the paper's Eq. 10; awm: advantage-weighted matching, forward's simpler sibling.",
     )
     forward_levels: str = option(
-        "sampler",
-        "Forward objectives, states that an image is matched from: sampler (noised to the sampler's levels), random "
-        "(to random ones), or trajectory (those of its own rollout).",
+        "trajectory",
+        "Forward objectives, states that an image is matched from: trajectory (those of its own rollout), sampler "
+        "(noised to the sampler's levels), or random (to random ones, as in DiffusionNFT).",
     )
     forward_num_levels: int = option(4, "Random levels of one image.")
     forward_images: str = option(
@@ -177,11 +179,16 @@ class TAFSGRPOConfig:
     )
     train_level_weighting: str | None = option(
         None,
-        "clipped: gaussian (default), the density as it is; uniform, without its 1/(2 sigma^2), faster at some "
-        "fidelity; balanced, every level moves the velocity equally. forward, awm: adaptive (forward's default), "
-        "velocity (awm's), or clean, the error of the clean image.",
+        "clipped: balanced (default), every level moves the velocity equally; gaussian, the density as it is (Eq. 10); "
+        "uniform, without its 1/(2 sigma^2). forward, awm: adaptive (forward's default), velocity (awm's), or clean, "
+        "the error of the clean image.",
     )
-    beta: float = option(0.0, "Weight of the KL to the base without the adapter (paper: none).")
+    beta: float | None = option(
+        None,
+        "Weight of the KL to the base without the adapter; the forward objectives': half the squared distance of the "
+        "velocities. None: .2 for forward, which costs it nothing and keeps what the reward doesn't see; 0 for the "
+        "others (paper: none).",
+    )
     train_gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
     train_use_ema: bool = option(False, "Evaluate and save an exponential average of the adapter.")
     train_ema_decay: float = option(0.99, "Its decay an optimizer step.")
@@ -215,6 +222,8 @@ class TAFSGRPOConfig:
         for name in _DICT_FIELDS:
             setattr(self, name, _decode_dict(name, getattr(self, name)))
         self.run_name = self.run_name or self.exp_name
+        if self.beta is None:
+            self.beta = _DEFAULT_BETA.get(self.objective, 0.0)
         self._check_choices()
         self._check_ranges()
         self._check_fractions()
@@ -370,8 +379,8 @@ class TAFSGRPOConfig:
             )
         if self.objective != "clipped" and (self.sample_kernel != "annealed" or self.num_perturbations > 1):
             raise ValueError(
-                f"objective={self.objective!r} learns from images, not from actions: use sample_kernel='annealed' with "
-                f"num_perturbations=1, not {self.sample_kernel!r} with {self.num_perturbations}"
+                f"objective={self.objective!r} learns from images, not from actions; sample_kernel="
+                f"{self.sample_kernel!r} with num_perturbations={self.num_perturbations} needs objective='clipped'"
             )
         if self.sample_kernel == "clean" and self.sample_eta != 1.0:
             raise ValueError(f"sample_eta={self.sample_eta} is the annealed kernel's; the clean one has sample_kappa")

@@ -109,8 +109,8 @@ class ForwardObjective:
     the D-dimensional noise of an action.
 
     Args:
-        levels: where the states come from. "random": images noised to random levels, as in the paper; "sampler":
-            noised to the sampler's own levels; "trajectory": the states that led to the image, as they were.
+        levels: where the states come from. "trajectory": the states that led to the image, as they were; "sampler":
+            the image noised to the sampler's own levels; "random": to random ones, as in the paper.
         images: "final", or "every": each scored step's clean image with its own advantage.
         num_levels: random levels of one image.
         nft_beta: distance of the implicit policies from the old one, see `losses.negative_aware`.
@@ -119,7 +119,7 @@ class ForwardObjective:
         beta: weight of the squared distance of the velocity to the base's, a mean over elements.
     """
 
-    levels: str = "sampler"
+    levels: str = "trajectory"
     images: str = "final"
     num_levels: int = 4
     nft_beta: float = 1.0

@@ -11,6 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "step_credit": "step",  # Eq. 10 credits step n with A^n
         "train_level_weighting": "gaussian",  # the density's own
         "num_perturbations": 1,  # one action a state
+        "beta": 0.0,  # no KL
     },
 }
 

@@ -143,6 +143,7 @@ def settings(args: argparse.Namespace) -> TAFSGRPOConfig:
         num_generations=32,
         train_batch_size=192,
         train_learning_rate=args.learning_rate,
+        objective=args.objective,
         train_level_weighting=args.level_weighting,
         step_credit=args.step_credit,
         eval_freq=8,
@@ -159,7 +160,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--level_weighting", default="gaussian", choices=["gaussian", "uniform"])
+    parser.add_argument("--objective", default="forward", choices=["forward", "clipped", "awm"])
+    parser.add_argument("--level_weighting", help="see TAFSGRPOConfig.train_level_weighting")
     parser.add_argument("--step_credit", default="step")
     parser.add_argument("--images_per_digit", type=int, default=50, help="images of each digit that are judged")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))

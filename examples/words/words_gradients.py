@@ -28,10 +28,11 @@ from words_ocr import COMMON, TRAIN_PROMPTS
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "gradients.json"
-BALANCED = {"train_level_weighting": "balanced"}
+CLIPPED = {"objective": "clipped", "train_level_weighting": "gaussian"}
+BALANCED = {"objective": "clipped", "train_level_weighting": "balanced"}
 ESTIMATORS = {
-    "clipped, step": {},
-    "clipped, step, uniform": {"train_level_weighting": "uniform"},
+    "clipped, step": CLIPPED,
+    "clipped, step, uniform": {**CLIPPED, "train_level_weighting": "uniform"},
     "clipped, step, balanced": BALANCED,
     "clipped, reward-to-go, balanced": {**BALANCED, "step_credit": "reward_to_go"},
     "clipped, terminal, balanced": {**BALANCED, "step_credit": "terminal"},
@@ -42,10 +43,14 @@ ESTIMATORS = {
         "num_perturbations": 2,
         "antithetic_perturbations": True,
     },
-    "clean kernel, M = 4": {"sample_kernel": "clean", "num_perturbations": 4},
+    "clean kernel, M = 4": {**CLIPPED, "sample_kernel": "clean", "num_perturbations": 4},
     "forward, random levels": {"objective": "forward", "forward_levels": "random"},
-    "forward, sampler's levels": {"objective": "forward"},
-    "forward, sampler's levels, clean": {"objective": "forward", "train_level_weighting": "clean"},
+    "forward, sampler's levels": {"objective": "forward", "forward_levels": "sampler"},
+    "forward, sampler's levels, clean": {
+        "objective": "forward",
+        "forward_levels": "sampler",
+        "train_level_weighting": "clean",
+    },
     "forward, trajectory": {"objective": "forward", "forward_levels": "trajectory"},
 }
 
