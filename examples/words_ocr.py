@@ -152,10 +152,37 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--setting", choices=list(SETTINGS), default="forward")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default the setting's")
+    parser.add_argument("--seconds", type=float, help="of CPU time to train for, instead of a number of epochs")
     parser.add_argument("--options", type=json.loads, default={}, help="more of TAFSGRPOConfig's, as JSON")
     parser.add_argument("--images_per_word", type=int, default=2, help="images of each held-out word that are judged")
     parser.add_argument("--output_dir", type=Path, help="by default runs/words_<size>_<setting>_<seed>")
+    parser.add_argument("--base", type=Path, help="the base's figures, read where the file is there, else written")
     return parser.parse_args()
+
+
+def judged_base(panel: Panel, pipeline, path: Path | None) -> dict[str, dict[str, float]]:
+    """The base by all rows of `ROWS`; its noise is fixed, so that a file of an earlier run serves as well."""
+    if path is not None and path.exists():
+        return json.loads(path.read_text())
+    rows = {name: panel.row(pipeline, *row) for name, row in ROWS.items()}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def train(trainer: TAFSGRPOTrainer, seconds: float | None) -> tuple[float, float]:
+    """Train the set number of epochs, or whole epochs until `seconds` of CPU time are spent; (wall, CPU) seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    if seconds is None:
+        trainer.train()
+    while seconds is not None and time.process_time() - cpu < seconds:
+        trainer.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
+        trainer.first_epoch += 1
+    spent = time.perf_counter() - wall, time.process_time() - cpu
+    if seconds is not None:
+        trainer.save_pretrained()
+    return spent
 
 
 def main() -> None:
@@ -169,21 +196,21 @@ def main() -> None:
     pipeline, panel = load(args.size, TAFSStableDiffusion3Pipeline), Panel(args.size, args.images_per_word, seed=1000)
     dimension = math.prod(pipeline.latent_shape(panel.setting.height, panel.setting.width))
     print(f"D = {dimension:,}; judging the base on {len(HELD_OUT_WORDS)} held-out words ...", flush=True)
-    before = {name: panel.row(pipeline, *row) for name, row in ROWS.items()}
+    before = judged_base(panel, pipeline, args.base)
     save_grid(panel, pipeline, folder / "grid_before.png", "before: 4 annealed steps, no guidance")
 
     trainer = TAFSGRPOTrainer(make_config(args, folder), {"ocr": OCRReward()}, TRAIN_PROMPTS, pipeline)
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    print(f"trained {trainer.first_epoch} epochs in {seconds:.0f} s; judging ...", flush=True)
+    seconds, cpu_seconds = train(trainer, args.seconds)
+    print(
+        f"trained {trainer.first_epoch} epochs in {seconds:.0f} s ({cpu_seconds:.0f} s of CPU); judging ...", flush=True
+    )
     with trainer.averaged_adapter():  # what was saved
         after = {name: panel.row(pipeline, *ROWS[name]) for name in list(ROWS)[:4]}
         save_grid(panel, pipeline, folder / "grid_after.png", "after: 4 annealed steps, no guidance")
     print_table({f"before, {k}": v for k, v in before.items()} | {f"after, {k}": v for k, v in after.items()})
     summary = {"D": dimension, "size": args.size, "setting": args.setting, "seed": args.seed}
-    summary |= {"options": args.options, "seconds": round(seconds, 1), "epochs": trainer.first_epoch}
-    summary |= {"before": before, "after": after}
+    summary |= {"options": args.options, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+    summary |= {"epochs": trainer.first_epoch, "before": before, "after": after}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
 
 

@@ -48,12 +48,16 @@ def test_every_field_has_help_and_a_default(name):
     assert field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers_but_for_the_objective():
     config = TAFSGRPOConfig()
+    assert (config.objective, config.forward_levels, config.forward_images) == ("forward", "trajectory", "final")
+    assert (config.beta, config.level_weighting) == (0.2, "adaptive")
     assert (config.sample_num_steps, config.num_generations) == (4, None)
     assert (config.lora_rank, config.lora_alpha) == (32, 64)
     assert (config.train_learning_rate, config.train_adam_weight_decay) == (3e-4, 1e-4)
-    assert (config.beta, config.scale_rewards, config.step_credit) == (0.0, "group", "step")
+    assert (config.scale_rewards, config.step_credit) == ("group", "step")
+    clipped = TAFSGRPOConfig(objective="clipped")
+    assert (clipped.beta, clipped.level_weighting) == (0.0, "balanced")
     assert (config.sample_guidance_scale, config.train_cfg) == (1.0, False)
     assert (config.height, config.width) == (None, None)
     assert config.sample_kernel == "annealed"

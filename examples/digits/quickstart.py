@@ -201,9 +201,9 @@ def main() -> None:
         eval_prompts=PROMPTS,
         eval_reward_function={"reward": panel.judges["reward"], "held_out": panel.judges["held_out"]},
     )
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     trainer.train()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     print(f"trained {args.epochs} epochs in {seconds:.0f} s; judging ...", flush=True)
     after = panel.table(pipeline)
     save_grid(pipeline, args.output_dir / "grid_after.png", "after: 4 annealed steps, no guidance")
@@ -222,7 +222,8 @@ def main() -> None:
                 f"after, {n} {sampler} steps": after[sampler][n],
             }
     print_table(rows | many)
-    summary = {"before": before, "after": after, "others": many, "seconds": round(seconds, 1), "epochs": args.epochs}
+    summary = {"before": before, "after": after, "others": many, "epochs": args.epochs}
+    summary |= {"images": len(panel.prompts), "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
     (args.output_dir / "summary.json").write_text(json.dumps(summary | {"seed": args.seed}, indent=1))
     code = check_adapter(trainer, args.output_dir / "adapter")
     print(f"\nThe adapter in plain diffusers, as just run (bit-equal to the trained policy):\n\n{code}")

@@ -35,11 +35,11 @@ def load(size: str, pipeline_class: type = StableDiffusion3Pipeline) -> StableDi
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Colours and "in" are one token each, everything else is spelled in letters."""
+    """Colours and "in" are one token each, words are spelled in letters, but for endings that a colour has (ag-ed)."""
     merges, pieces = [], []
     for word in WHOLE_WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:  # from the end, so that no pair within a spelled word is ever merged
+        while len(parts) > 1:  # from the end: only a word's ending can be merged
             merges.append((parts[-2], parts[-1]))
             parts[-2:] = ["".join(merges[-1])]
             pieces.append(parts[-1])
