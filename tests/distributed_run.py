@@ -11,7 +11,7 @@ from trl_tafs import policy
 from trl_tafs.rewards import RewardError
 
 
-def run(folder, model, batches, fail_at=None, resume=""):
+def run(folder, model, batches, fail_at=None, resume="", **changes):
     """Two epochs of two groups of 8; what a rank saw of them."""
     AcceleratorState._reset_state()
     seen = []
@@ -38,10 +38,13 @@ def run(folder, model, batches, fail_at=None, resume=""):
         eval_prompts=["one", "two", "three"],
         eval_reward_function={"judge": lambda images, p, m: images.mean((1, 2, 3))},
         resume_from=resume,
+        prompt_function=["one", "two", "three"] if changes else tiny.prompts,
+        **changes,
     )
+
     prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
     rollouts = [
-        trainer.collector.roll_out(b, trainer.config.seed, 0) for b in trainer._batches(trainer._local(prompts))
+        trainer.collector.roll_out(b, trainer.config.seed, 0) for b in trainer._batches(trainer._share(prompts))
     ]
     trainer.train()
     return {
@@ -64,5 +67,6 @@ if __name__ == "__main__":
     results["kept"] = len(list((folder / "failed" / "pending").glob("*.pt")))
     torch.distributed.barrier()
     results["resumed"] = run(folder / "failed", model, 2, resume="latest")
+    results["streaming"] = run(folder / "streaming", model, 2, group_allocation="streaming", min_generations=4)
     torch.save(results, folder / f"result_{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

@@ -12,6 +12,7 @@ from trl_tafs.advantages import (
     group_mean_std,
     normalize_groups,
     normalize_states,
+    trace_advantages,
 )
 from trl_tafs.types import RewardTable
 
@@ -458,3 +459,109 @@ def test_unequal_groups_in_any_order_get_the_same_advantages(credit, scale):
     assert got.shape == (11, 3, 1)
     assert got.dtype == torch.float32
     torch.testing.assert_close(advantages(values[order], groups[order], credit, scale=scale), got[order])
+
+
+# Continuous time ------------------------------------------------------------------------------------------------
+
+
+def levels_of(num_steps):
+    """N + 1 levels from 1 to 0."""
+    return torch.linspace(1, 0, num_steps + 1)
+
+
+def analytic_advantages(num_steps, trace, discount, at):
+    """Of an analytic flow's value: a clean estimate whose reward, less the group's, moves as V(s) = cos(3 s) + s^2."""
+    levels = levels_of(num_steps)
+    values = (torch.cos(3 * levels) + levels**2).reshape(1, -1, 1)
+    advantage = trace_advantages(values, levels, trace, discount)[0, :, 0]
+    return advantage[(levels[:-1, None] - torch.tensor(at)).abs().argmin(0)]
+
+
+@pytest.mark.parametrize(("trace", "discount"), [(0.0, 0.0), (2.0, 0.0), (0.0, 1.5), (1.0, 0.5)])
+def test_refining_the_schedule_converges_to_one_advantage_function(trace, discount):
+    at = (1.0, 0.75, 0.5, 0.25)
+    found = {n: analytic_advantages(n, trace, discount, at) for n in (4, 8, 16, 32, 2048)}
+    errors = [(found[n] - found[2048]).abs().max().item() for n in (4, 8, 16, 32)]
+    assert all(b <= a + 1e-4 for a, b in zip(errors, errors[1:], strict=False)), "it telescopes where there is no trace"
+    assert errors[-1] < 0.15 * errors[0] + 1e-4
+    # the limit, by quadrature: the integral of e^{-(trace + discount)(s - u)} (dV - discount V du), u falling from s
+    u = torch.linspace(0, 1, 200_001, dtype=torch.float64)
+    value, slope = torch.cos(3 * u) + u**2, -3 * torch.sin(3 * u) + 2 * u
+    for s, got in zip(at, found[2048].tolist(), strict=True):
+        kernel = torch.exp(-(trace + discount) * (s - u)) * (u <= s)
+        assert got == pytest.approx((kernel * (-slope - discount * value)).mean().item(), abs=5e-3)
+
+
+def test_a_factor_a_step_instead_of_a_rate_would_not_converge():
+    values = {n: (torch.cos(3 * levels_of(n)) + levels_of(n) ** 2).reshape(1, -1, 1) for n in (8, 32)}
+    kept = {n: -math.log(0.9) / levels_of(n).diff().abs()[0].item() for n in values}  # .9 a step, as a rate
+    a, b = (trace_advantages(values[n], levels_of(n), kept[n])[0, 0, 0].item() for n in values)
+    assert abs(a - b) > 0.1
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.7])
+def test_without_a_trace_it_telescopes(discount):
+    levels = torch.tensor([1.0, 0.9, 0.4, 0.3])
+    values = random_rewards(5, 4, 2)
+    got = trace_advantages(values, levels, 0.0, discount)
+    expected = values[:, 3:] * torch.exp(-discount * (levels[:-1] - levels[-1]))[None, :, None] - values[:, :-1]
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_fast_trace_is_the_increment_alone():
+    levels, values = torch.tensor([1.0, 0.75, 0.5]), random_rewards(5, 3, 1)
+    torch.testing.assert_close(trace_advantages(values, levels, 1e4), values.diff(dim=1))
+
+
+def test_trace_by_hand():
+    # levels 1, .5, .25; V 1, 3, 4; trace ln 2 / .25: half is left after .25, a quarter after .5
+    got = trace_advantages(
+        torch.tensor([1.0, 3.0, 4.0]).reshape(1, 3, 1), torch.tensor([1.0, 0.5, 0.25]), math.log(2) / 0.25
+    )
+    torch.testing.assert_close(got.flatten(), torch.tensor([2 + 0.25 * 1, 1.0]))
+
+
+def test_the_trace_credit_scores_one_step_more_and_is_normalised():
+    credit = Credit("trace", None, trace=1.0)
+    assert credit.scored_steps(range(1, 4), 4) == range(0, 4)
+    values, group_ids, levels = random_rewards(8, 4), ids(4, 4), torch.tensor([1.0, 0.75, 0.5, 0.25])
+    got = Advantages(credit)(table(values), group_ids, ["p"] * 8, 3, levels)
+    expected = normalize_groups(trace_advantages(values[..., None], levels, 1.0), group_ids)
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="needs the levels"):
+        credit(values[..., None], 3, lambda v: v)
+
+
+def test_terminal_credit_scores_the_image_that_is_returned_even_if_only_early_steps_train():
+    assert Credit("terminal").scored_steps(range(1, 4), 10) == range(9, 10)
+    assert Credit("step").scored_steps(range(1, 4), 10) == range(1, 4)
+
+
+# Groups of unequal size -----------------------------------------------------------------------------------------
+
+
+def test_unequal_groups_are_each_normalised_exactly():
+    sizes = (2, 7, 3, 12)
+    values, group_ids = random_rewards(sum(sizes), 3), ids(*sizes)
+    shuffled = torch.randperm(len(values), generator=torch.Generator().manual_seed(3))
+    got = torch.empty_like(values)
+    got[shuffled] = normalize_groups(values[shuffled], group_ids[shuffled])
+    for group in range(4):
+        mine = values[group_ids == group]
+        torch.testing.assert_close(got[group_ids == group], (mine - mine.mean(0)) / (mine.std(0) + EPS))
+
+
+def test_a_prompt_with_a_single_image_takes_its_expected_reward_as_baseline():
+    values, group_ids = torch.tensor([[0.9], [0.2], [0.4], [0.6], [0.7]]), torch.tensor([0, 1, 1, 1, 2])
+    known = {"a": 0.5, "b": 9.0, "c": NAN}
+    prompts = ["a", "b", "b", "b", "c"]
+
+    def baseline(asked):
+        return torch.tensor([[known[p]] for p in asked])
+
+    got = Advantages(Credit("step"), baseline=baseline)(table(values), group_ids, prompts, 1)[:, 0, 0]
+    deviation = 0.2  # of .2 .4 .6, the one group that has one
+    expected = torch.tensor([(0.9 - 0.5) / deviation, -1.0, 0.0, 1.0, 0.0])
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # "c" was never seen: no verdict
+    alone = Advantages(Credit("step"))(table(values), group_ids, prompts, 1)[:, 0, 0]
+    assert alone[0] == 0, "without a tracker a single image says nothing"

@@ -54,8 +54,11 @@ def assert_same(trainer, other):
         {"train_use_ema": True},
         {"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_min_count": 2},
         {"objective": "forward", "old_policy_decay": 0.75, "old_policy_ramp": 0.5, "forward_levels": "random"},
+        {"group_allocation": "variance", "step_credit": "trace", "num_generations": 4, "min_generations": 1},
+        {"group_allocation": "streaming"},
+        {"sample_kernel": "flow_sde", "sample_window_size": 1, "sample_window_interval": 1, "step_credit": "terminal"},
     ],
-    ids=["plain", "ema", "statistics", "old policy"],
+    ids=["plain", "ema", "statistics", "old policy", "variance", "streaming", "window"],
 )
 def test_two_and_two_epochs_are_four_bit_for_bit(pipeline_folder, tmp_path, changes):
     straight = run(tmp_path / "straight", pipeline_folder, **changes)
@@ -67,6 +70,10 @@ def test_two_and_two_epochs_are_four_bit_for_bit(pipeline_folder, tmp_path, chan
         assert all(torch.equal(a, b) for a, b in pairs)
     if straight.algorithm.stat_tracker is not None:
         assert straight.algorithm.stat_tracker.state_dict() == resumed.algorithm.stat_tracker.state_dict()
+
+    if straight.algorithm.prompt_tracker is not None:
+        mine, theirs = (trainer.algorithm.prompt_tracker.state_dict() for trainer in (straight, resumed))
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine) and len(mine["keys"]) > 1
 
     def lines(name):
         read = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -113,7 +120,7 @@ def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_fold
         run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=2, save_freq=0)
     assert len(calls) == 9, "two retries"
     kept = checkpoint.load_pending(tmp_path / "failed", 2, 0)
-    assert [part["scores"] is not None for part in kept["parts"]] == [True, False]
+    assert [part["scores"] is not None for part in kept[0]["parts"]] == [True, False]
 
     scored = []
 
@@ -125,6 +132,32 @@ def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_fold
     assert_same(straight, resumed)
     assert scored == [2, 24, 24, 24], "preflight, the batch that failed, and the last epoch's two: nothing twice"
     assert not (tmp_path / "failed" / "pending").exists()
+
+
+def test_a_reward_that_fails_in_the_second_wave_costs_neither_wave(pipeline_folder, tmp_path):
+    streaming = {"group_allocation": "streaming", "min_generations": 4}
+    straight = run(tmp_path / "straight", pipeline_folder, **streaming)
+    calls = []
+
+    def breaks(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) == 5:  # preflight, two waves of the first epoch, the first of the second: in its second wave
+            raise ConnectionError("judge is down")
+        return tiny.brightness(images, prompts, metadata)
+
+    with pytest.raises(RewardError, match="epoch 1"):
+        run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=0, **streaming)
+    kept = checkpoint.load_pending(tmp_path / "failed", 1, 0)
+    assert [[part["scores"] is not None for part in wave["parts"]] for wave in kept] == [[True], [False]]
+    scored = []
+
+    def again(images, prompts, metadata):
+        scored.append(len(images))
+        return tiny.brightness(images, prompts, metadata)
+
+    resumed = run(tmp_path / "failed", pipeline_folder, reward=again, resume_from="latest", **streaming)
+    assert_same(straight, resumed)
+    assert scored == [2, 24, 24, 24, 24, 24], "preflight, the wave that failed, and two more epochs: nothing twice"
 
 
 def test_an_asynchronous_reward_that_fails_is_asked_again_for_what_it_owes(pipeline_folder, tmp_path):
@@ -141,7 +174,7 @@ def test_an_asynchronous_reward_that_fails_is_asked_again_for_what_it_owes(pipel
     with pytest.raises(RewardError, match="epoch 0"):
         run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=0, **threads)
     kept = checkpoint.load_pending(tmp_path / "failed", 0, 0)
-    assert kept["parts"][0]["scores"] is None
+    assert kept[0]["parts"][0]["scores"] is None
     resumed = run(tmp_path / "failed", pipeline_folder, resume_from="latest", **threads)
     assert_same(straight, resumed)
 
@@ -252,6 +285,10 @@ def test_evaluations_survive_a_resume(pipeline_folder, tmp_path):
     resumed = run(tmp_path / "halves", pipeline_folder, resume_from="latest", **settings)
     assert resumed.report.evaluations == straight.report.evaluations
     assert resumed.best_metric == straight.best_metric
+
+    if straight.algorithm.prompt_tracker is not None:
+        mine, theirs = (trainer.algorithm.prompt_tracker.state_dict() for trainer in (straight, resumed))
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine) and len(mine["keys"]) > 1
 
     def lines(name):
         read = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
 """Two processes do what one does: the same noise, the same groups, the same update; a fault on one stops both."""
 
+import json
 import os
 import subprocess
 import sys
@@ -52,3 +53,17 @@ def test_a_reward_that_fails_on_one_process_stops_both_and_loses_nothing(two):
     for key, value in results[0]["straight"]["weights"].items():
         assert torch.equal(value, results[0]["resumed"]["weights"][key])
     assert results[0]["straight"]["curve"] == results[1]["resumed"]["curve"]
+
+
+def test_two_processes_share_unequal_groups_as_one_does(two, pipeline_folder, tmp_path):
+    folder, results = two
+    first, second = (result["streaming"] for result in results)
+    one = distributed_run.run(tmp_path, pipeline_folder, 4, group_allocation="streaming", min_generations=4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    sizes = [line["groups/size_max"] for line in lines if "groups/size_max" in line]
+    assert len(sizes) == 2 and max(sizes) > 8, "groups did differ"
+    log = (folder / "streaming" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["groups/size_max"] for line in log if "groups/size_max" in line] == sizes
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key]), "the processes stay in step"
+    assert [r for _, r in first["curve"]] == pytest.approx([r for _, r in one["curve"]], abs=1e-5)

@@ -1,6 +1,8 @@
 import dataclasses
+import json
 
 import pytest
+import tiny
 
 from trl_tafs import TAFSGRPOConfig, cli
 from trl_tafs.presets import PRESETS, preset
@@ -45,3 +47,33 @@ def test_command_line_before_yaml_before_preset_before_default(tmp_path):
     assert config.step_credit == "step"
     with pytest.raises(ValueError, match="no preset 'papers'"):
         cli.parse_arguments(["--preset", "papers", "--config", str(file)])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains_and_its_first_update_is_on_policy(name, pipeline, tmp_path):
+    small = {"num_generations": 8, "num_epochs": 1, "sample_batch_size": 16, "sample_num_batches_per_epoch": 1}
+    small |= {"train_batch_size": 16}
+    trainer = tiny.trainer(pipeline, tmp_path, **preset(name) | small)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (update,) = [line for line in lines if "loss" in line]
+    assert update["grad_norm"] > 0
+    if "ratio_deviation" in update:
+        assert update["ratio_deviation"] < 1e-5
+
+
+def test_presets_are_told_apart_by_what_their_papers_tell_them_apart():
+    def differs(name, other):
+        a, b = (dataclasses.asdict(TAFSGRPOConfig.from_preset(key)) for key in (name, other))
+        return {key for key in a if a[key] != b[key]} - {"exp_name", "run_name"}
+
+    assert differs("paper", "tafs") == {"train_level_weighting"}
+    assert differs("tafs", "tafs_without_step_advantage") == {"step_credit"}
+    assert differs("tafs", "tafs_without_annealing") == {"sample_kernel", "sample_eta"}
+    assert differs("tafs", "superflow") == {"group_allocation", "step_credit", "credit_trace"}
+    assert differs("tafs_nft", "tafs_nft_stepwise") == {"forward_images"}
+    assert differs("flow_grpo", "flow_grpo_fast") == {
+        *("sample_window_size", "sample_window_range", "sample_window_order", "sample_window_interval"),
+        *("sample_eta", "beta"),
+    }
+    assert dataclasses.asdict(TAFSGRPOConfig()) == dataclasses.asdict(TAFSGRPOConfig.from_preset("tafs_nft"))

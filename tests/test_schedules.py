@@ -4,7 +4,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from trl_tafs.schedules import level_to_timestep, shift_levels, shift_levels_exponential, uniform_levels, with_zero
+from trl_tafs.schedules import (
+    SlidingWindow,
+    level_to_timestep,
+    shift_levels,
+    shift_levels_exponential,
+    uniform_levels,
+    with_zero,
+)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 10])
@@ -72,3 +79,28 @@ def test_timestep_is_a_thousand_levels_in_float32():
     assert timestep.dtype == torch.float32
     assert timestep.tolist() == [1000.0, 250.0]
     assert level_to_timestep(torch.tensor(0.5), 10).item() == 5.0
+
+
+def test_a_progressive_window_moves_a_step_onwards_and_back_to_the_start():
+    window = SlidingWindow(size=4, num_steps=6, interval=25)
+    assert [window.at(epoch).start for epoch in (0, 24, 25, 50, 74, 75)] == [0, 0, 1, 2, 2, 0]
+    assert all(len(window.at(epoch)) == 4 and window.at(epoch).stop <= 6 for epoch in range(200))
+
+
+def test_a_random_window_is_drawn_anew_each_move_and_is_the_same_on_every_process():
+    windows = [SlidingWindow(size=2, num_steps=5, interval=1, order="random", seed=3) for _ in range(2)]
+    places = [[window.at(epoch).start for epoch in range(200)] for window in windows]
+    assert places[0] == places[1], "a function of the seed and the epoch alone"
+    assert set(places[0]) == {0, 1, 2, 3}
+    assert min(places[0].count(start) for start in range(4)) > 25
+    assert SlidingWindow(2, 5, 1, "random", seed=4).at(0) is not None
+    assert [SlidingWindow(2, 5, 1, "random", seed=4).at(e).start for e in range(200)] != places[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [((5, 4), "window of 5 steps"), ((0, 4), "window of 0 steps"), ((2, 4, 0), "every 0"), ((2, 4, 1, "up"), "'up'")],
+)
+def test_a_window_that_can_not_be_is_an_error(options, told):
+    with pytest.raises(ValueError, match=told):
+        SlidingWindow(*options)

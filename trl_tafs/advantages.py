@@ -6,6 +6,7 @@ what has no verdict, or a group without variance, gets 0.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def group_mean_std(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(constant, torch.zeros_like(std), std)
 
 
-def normalize_groups(values: Tensor, group_ids: Tensor, scale: str = "group") -> Tensor:
+def normalize_groups(values: Tensor, group_ids: Tensor, scale: str = "group", centred: Tensor | None = None) -> Tensor:
     """Eq. 9: `(R - mean) / (std + 1e-4)` over the samples of one prompt, each column by itself.
 
     Args:
@@ -51,17 +52,24 @@ def normalize_groups(values: Tensor, group_ids: Tensor, scale: str = "group") ->
         group_ids: (B,) int64.
         scale: "group", the paper's; "batch", the deviation of all groups together; "none", the mean alone (as
             TRL's `scale_rewards`).
+        centred: (B,) bool, rows that are a group by themselves and have had a baseline of another origin taken out;
+            they are divided by the mean deviation of the other groups.
 
     Returns:
         (B, ...), NaN where `values` is, exactly 0 in a group without variance.
     """
     mean, std = group_mean_std(values, group_ids)
-    centred = torch.where(std > 0, values - mean, torch.where(values.isnan(), values, torch.zeros_like(values)))
+    residual = torch.where(std > 0, values - mean, torch.where(values.isnan(), values, torch.zeros_like(values)))
+    if centred is not None and centred.any():
+        rows = centred.reshape(-1, *[1] * (values.ndim - 1))
+        residual = torch.where(rows, values, residual)
+        others = std.masked_fill((std == 0) | rows, float("nan")).nanmean(dim=0, keepdim=True)
+        std = torch.where(rows, others.nan_to_num(1.0), std)
     if scale == "none":
-        return centred
+        return residual
     if scale == "batch":
         std = group_mean_std(values, torch.zeros_like(group_ids))[1]
-    return centred / (std + EPS)
+    return residual / (std + EPS)
 
 
 def normalize_states(values: Tensor, group_ids: Tensor, scale: str = "group") -> Tensor:
@@ -146,6 +154,35 @@ def normalize_then_sum(table: RewardTable, group_ids: Tensor, normalize: Normali
     return normalize_groups(total, batch).masked_fill(idle, 0.0)
 
 
+def trace_advantages(values: Tensor, levels: Tensor, trace: float = 0.0, discount: float = 0.0) -> Tensor:
+    r"""SuperFlow's step-level advantages as we read its abstract (arXiv 2512.17951), in continuous time.
+
+    .. math:: A_n = \sum_{m \ge n} e^{-(\kappa + \rho)(s_n - s_m)} \delta_m, \qquad
+        \delta_m = e^{-\rho (s_m - s_{m+1})} V_{m+1} - V_m.
+
+    Generalised advantage estimation whose trace and discount are rates per unit of level, not factors per step: as the
+    schedule is refined, `A` tends to a function of the level, `\int e^{-(\kappa+\rho)(s - u)} (dV - \rho V du)`. At
+    `trace` = 0 it telescopes to `e^{-\rho (s_n - s_{end})} V_{end} - V_n`; for a large one it is the increment alone.
+
+    Args:
+        values: (B, n + 1, K) V at `levels`, the rewards of the clean estimates there.
+        levels: (n + 1,) falling.
+        trace: kappa, 1 / level.
+        discount: rho, 1 / level.
+
+    Returns:
+        (B, n, K) for the actions that lead from each level but the last to the next.
+    """
+    gaps = (levels[:-1] - levels[1:]).tolist()
+    advantage, steps = torch.zeros_like(values[:, 0]), []
+    for n in range(len(gaps) - 1, -1, -1):
+        kept = math.exp(-discount * gaps[n])
+        delta = kept * values[:, n + 1] - values[:, n]
+        advantage = delta + kept * math.exp(-trace * gaps[n]) * advantage
+        steps.append(advantage)
+    return torch.stack(steps[::-1], dim=1)
+
+
 @dataclass(frozen=True)
 class Credit:
     """Step-aware credit: which of the scored steps' rewards an action at step n answers for.
@@ -158,11 +195,15 @@ class Credit:
     - "sum": the sum over all used steps, for every action (Algorithm 1, line 18)
     - "reward_to_go": the sum over the used steps that follow the action
     - "gain": the normalised increment `R^{n+1} - R^n`: what this action added
-    - "terminal": `A^N` for every action
+    - "trace": `trace_advantages`, normalised: between the increment alone and all that follows, by rates per unit of
+      level
+    - "terminal": the final image's, for every action
     """
 
     name: str = "step"
     num_advantage_steps: int | None = None
+    trace: float = 0.0  # kappa of "trace"
+    discount: float = 0.0  # rho of "trace"
 
     def __post_init__(self) -> None:
         if self.name not in CREDITS:
@@ -170,15 +211,26 @@ class Credit:
         if self.num_advantage_steps is not None and self.num_advantage_steps < 1:
             raise ValueError(f"num_advantage_steps is {self.num_advantage_steps}; at least one step is needed")
 
-    def scored_steps(self, own: range) -> range:
-        """The steps to decode and score, given those of the actions' own clean images."""
-        used = 1 if self.name == "terminal" else min(self.num_advantage_steps or len(own), len(own))
-        return range(own.stop - used - (1 if self.name == "gain" else 0), own.stop)
+    def scored_steps(self, own: range, num_steps: int | None = None) -> range:
+        """The steps to decode and score, given those of the actions' own clean images, of `num_steps` sampled."""
+        if self.name == "terminal":
+            last = own.stop if num_steps is None else num_steps
+            return range(last - 1, last)
+        used = min(self.num_advantage_steps or len(own), len(own))
+        return range(own.stop - used - (1 if self.name in ("gain", "trace") else 0), own.stop)
 
-    def __call__(self, values: Tensor, num_trained: int, normalize: Normalize) -> Tensor:
-        """Rewards (B, Q, K) of `scored_steps` to advantages (B, S, K), S = `num_trained`; NaN becomes 0."""
+    def __call__(self, values: Tensor, num_trained: int, normalize: Normalize, levels: Tensor | None = None) -> Tensor:
+        """Rewards (B, Q, K) of `scored_steps` to advantages (B, S, K), S = `num_trained`; NaN becomes 0.
+
+        `normalize` is Eq. 9; `levels` (Q,) are the scored steps', for "trace". What is done to the rewards before it is
+        linear, so that taking out the group's mean after it or before it is the same.
+        """
         if self.name == "gain":
             values = values[:, 1:] - values[:, :-1]
+        if self.name == "trace":
+            if levels is None:
+                raise ValueError("step credit 'trace' needs the levels of the scored steps")
+            values = trace_advantages(values, levels, self.trace, self.discount)
         per_step = normalize(values).nan_to_num(0.0)
         credited = CREDITS[self.name](per_step)
         earlier = num_trained - credited.shape[1]
@@ -190,13 +242,18 @@ CREDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda a: a.sum(1, keepdim=True).expand_as(a),
     "reward_to_go": lambda a: a.flip(1).cumsum(1).flip(1),
     "gain": lambda a: a,
+    "trace": lambda a: a,
     "terminal": lambda a: a[:, -1:],
 }
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """Everything between the rewards and the loss: combine, normalise, credit, clip."""
+    """Everything between the rewards and the loss: combine, normalise, credit, clip.
+
+    `baseline(prompts) -> (B, Q)`, where it is given, is the expected reward of each prompt at each scored step, NaN
+    where it isn't known: the baseline of a prompt that has a single image.
+    """
 
     credit: Credit
     scale: str = "group"
@@ -205,21 +262,32 @@ class Advantages:
     drop_mean: bool = False  # the last of the K images is the mean, a baseline and no action
     clip: float = 5.0
     tracker: PerPromptStatTracker | None = None
+    baseline: Callable[[Sequence[str]], Tensor] | None = None
 
-    def __call__(self, table: RewardTable, group_ids: Tensor, prompts: Sequence[str], num_trained: int) -> Tensor:
+    def __call__(
+        self,
+        table: RewardTable,
+        group_ids: Tensor,
+        prompts: Sequence[str],
+        num_trained: int,
+        levels: Tensor | None = None,
+    ) -> Tensor:
         """(B, Q, K, R) rewards of whole groups to (B, S, M) advantages, float32, finite, within +-clip."""
+        alone = group_sums(torch.ones(len(group_ids)), group_ids)[1] == 1 if self.baseline is not None else None
 
         def normalize(values: Tensor, name: str = "") -> Tensor:
             if self.own_baseline:
                 return normalize_states(values, group_ids, self.scale)
             if self.tracker is not None:
                 return self.tracker.update([f"{name}:{p}" if name else p for p in prompts], values)
-            return normalize_groups(values, group_ids, self.scale)
+            return normalize_groups(values, group_ids, self.scale, alone)
 
         if self.aggregation == "normalize_then_sum":
             values, inner = normalize_then_sum(table, group_ids, normalize), lambda normalised: normalised
         else:
             values, inner = combine_rewards(table, group_ids), normalize
-        advantages = self.credit(values, num_trained, inner)
+            if alone is not None:
+                values = torch.where(alone[:, None, None], values - self.baseline(prompts)[..., None], values)
+        advantages = self.credit(values, num_trained, inner, levels)
         advantages = advantages[..., :-1] if self.drop_mean else advantages
         return advantages.clamp(-self.clip, self.clip)

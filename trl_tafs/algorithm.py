@@ -10,11 +10,13 @@ from torch import Tensor
 
 from trl_tafs.advantages import Advantages, Credit, PerPromptStatTracker
 from trl_tafs.config import TAFSGRPOConfig
-from trl_tafs.kernels import KERNELS, Kernel
+from trl_tafs.groups import EpochPlan, FixedGroups, GroupSizes, PromptTracker, StreamingGroups, VarianceGroups
+from trl_tafs.kernels import KERNELS, Kernel, Windowed
 from trl_tafs.losses import clip_range_for
 from trl_tafs.objectives import OBJECTIVES, Objective
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.rollout import default_scored_steps
+from trl_tafs.schedules import SlidingWindow
 
 
 @dataclass(frozen=True)
@@ -22,43 +24,92 @@ class Algorithm:
     """What rolls out, what is scored, who is credited, what is minimised."""
 
     kernel: Kernel
+    window: SlidingWindow | None  # of the steps where the kernel acts; None: wherever it can
     levels: Tensor  # (N + 1,) on the training device
     latent_shape: tuple[int, ...]
-    scored_steps: range  # 0-based
+    groups: GroupSizes
+    prompt_tracker: PromptTracker | None
     advantages: Advantages
     stat_tracker: PerPromptStatTracker | None
     clip_range: float  # in the units of the reduction
     objective: Objective
 
+    def kernel_at(self, epoch: int) -> Kernel:
+        """The kernel of an epoch: with its window, where there is one."""
+        return self.kernel if self.window is None else Windowed(self.kernel, self.window.at(epoch))
+
+    def scored_steps_at(self, epoch: int) -> range:
+        """The steps, 0-based, whose clean images are scored in an epoch."""
+        num_steps = len(self.levels) - 1
+        return self.advantages.credit.scored_steps(default_scored_steps(self.kernel_at(epoch), num_steps), num_steps)
+
 
 def build_algorithm(
-    config: TAFSGRPOConfig, pipeline: TAFSPipelineMixin, height: int, width: int, device: torch.device
+    config: TAFSGRPOConfig, plan: EpochPlan, pipeline: TAFSPipelineMixin, height: int, width: int, device: torch.device
 ) -> Algorithm:
     """The algorithm that `config` asks for, at one image size."""
     kernel = build_kernel(config)
     latent_shape = pipeline.latent_shape(height, width)
-    credit = Credit("terminal" if config.credits_final_image else config.step_credit, config.num_advantage_steps)
     buffer, least = config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
     tracker = PerPromptStatTracker(buffer, least) if config.per_prompt_stat_tracking else None
+    prompt_tracker = build_prompt_tracker(config)
     clip_range = config.train_clip_range or clip_range_for(config.train_log_prob_reduction, math.prod(latent_shape))
     return Algorithm(
         kernel=kernel,
+        window=build_window(config),
         levels=pipeline.rollout_levels(config.sample_num_steps, height, width).to(device),
         latent_shape=latent_shape,
-        scored_steps=credit.scored_steps(default_scored_steps(kernel, config.sample_num_steps)),
+        groups=build_groups(config, plan, prompt_tracker),
+        prompt_tracker=prompt_tracker,
         advantages=Advantages(
-            credit=credit,
+            credit=build_credit(config),
             scale=config.scale_rewards,
             aggregation=config.multi_objective_aggregation,
             own_baseline=kernel.scores_mean or kernel.num_actions > 1,
             drop_mean=kernel.scores_mean,
             clip=config.train_adv_clip_max,
             tracker=tracker,
+            baseline=prompt_tracker.means if prompt_tracker is not None and plan.least_images == 1 else None,
         ),
         stat_tracker=tracker,
         clip_range=clip_range,
         objective=build_objective(config, kernel, clip_range),
     )
+
+
+def build_credit(config: TAFSGRPOConfig) -> Credit:
+    """The credit rule; objectives of the final image know one reward only."""
+    name = "terminal" if config.credits_final_image else config.step_credit
+    return Credit(name, config.num_advantage_steps, config.credit_trace, config.credit_discount)
+
+
+def build_window(config: TAFSGRPOConfig) -> SlidingWindow | None:
+    """Where the sampler explores, if not everywhere."""
+    if config.sample_window_size is None:
+        return None
+    return SlidingWindow(
+        size=config.sample_window_size,
+        num_steps=config.sample_window_range or config.sample_num_steps - 1,
+        interval=config.sample_window_interval,
+        order=config.sample_window_order,
+        seed=config.seed,
+    )
+
+
+def build_prompt_tracker(config: TAFSGRPOConfig) -> PromptTracker | None:
+    """What is known of each prompt, where group sizes follow it; one value a scored step."""
+    if config.group_allocation == "fixed":
+        return None
+    num_values = len(build_credit(config).scored_steps(range(config.num_trained_steps), config.sample_num_steps))
+    return PromptTracker(num_values, config.group_memory, config.group_tracker_capacity)
+
+
+def build_groups(config: TAFSGRPOConfig, plan: EpochPlan, tracker: PromptTracker | None) -> GroupSizes:
+    """How an epoch's images are shared among its prompts."""
+    if tracker is None:
+        return FixedGroups(plan.group_size)
+    allocation = {"variance": VarianceGroups, "streaming": StreamingGroups}[config.group_allocation]
+    return allocation(tracker, plan.group_size, plan.least_images, plan.most_images, config.group_optimism)
 
 
 def build_objective(config: TAFSGRPOConfig, kernel: Kernel, clip_range: float) -> Objective:
@@ -83,11 +134,11 @@ def build_objective(config: TAFSGRPOConfig, kernel: Kernel, clip_range: float) -
 def build_kernel(config: TAFSGRPOConfig) -> Kernel:
     """The transition kernel with its own options."""
     options = {
-        "annealed": {"eta": config.sample_eta},
         "clean": {"kappa": config.sample_kappa, "baseline": config.clean_baseline},
+        "ode": {},
     }
     return KERNELS[config.sample_kernel](
         num_actions=config.num_perturbations,
         antithetic=config.antithetic_perturbations,
-        **options[config.sample_kernel],
+        **options.get(config.sample_kernel, {"eta": config.sample_eta}),
     )

@@ -16,6 +16,7 @@ from trl_tafs.presets import preset
 
 _DICT_FIELDS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs")
 _WEIGHTINGS = {"clipped": LEVEL_WEIGHTINGS, "forward": FORWARD_WEIGHTINGS, "awm": FORWARD_WEIGHTINGS}
+_DEFAULT_ETA = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
 _DEFAULT_BETA = {"forward": 0.2}
 _DEFAULT_WEIGHTING = {"clipped": "balanced", "forward": "adaptive", "awm": "velocity"}
 
@@ -65,8 +66,11 @@ class TAFSGRPOConfig:
 
     # Sampling -------------------------------------------------------------------------------------------------
     sample_num_steps: int = option(4, "N, denoising steps of a rollout (paper: 4).")
-    sample_eta: float = option(
-        1.0, "Share of the noise that is drawn afresh, in (0, 1]: 1 is annealing, towards 0 the Euler ODE (Flow-CPS)."
+    sample_eta: float | None = option(
+        None,
+        "How much noise a step draws afresh; towards 0 every kernel is the Euler ODE. annealed, cps: in (0, 1], 1 is "
+        "annealing; flow_sde: Flow-GRPO's a; dance_sde: the diffusion itself. None: 1 for annealed, .8 for cps, .7 for "
+        "flow_sde, .3 for dance_sde, those of their authors.",
     )
     sample_guidance_scale: float = option(
         1.0, "Classifier-free guidance in rollout and training alike; 1 (off): a few-step policy needs half the work."
@@ -74,7 +78,20 @@ class TAFSGRPOConfig:
     sample_batch_size: int = option(8, "Images a process draws at once.")
     sample_num_batches_per_epoch: int = option(12, "Batches a process draws each epoch: 96 images, two groups of 48.")
     sample_kernel: str = option(
-        "annealed", "What an action is: annealed (the next noisy state) or clean (the explored clean image)."
+        "annealed",
+        "The sampler, and what an action is: annealed (the paper's; the next noisy state), clean (the explored clean "
+        "image), flow_sde (Flow-GRPO's), dance_sde (DanceGRPO's), cps (Flow-CPS: annealed with a part of the old "
+        "noise), or ode (no action: for the forward objectives).",
+    )
+    sample_window_size: int | None = option(
+        None, "Only so many steps in a row are explored and trained, the others are the ODE's (MixGRPO: 4). None: all."
+    )
+    sample_window_interval: int = option(25, "Epochs between two moves of the window (MixGRPO: 25).")
+    sample_window_order: str = option(
+        "progressive", "How the window moves: progressive, a step onwards, or random, the same place on all processes."
+    )
+    sample_window_range: int | None = option(
+        None, "The window stays within the first so many steps (Flow-GRPO-Fast: half of them). None: all that train."
     )
     sample_kappa: float = option(0.5, "Clean kernel: exploration of the clean image, std = kappa x level.")
     num_perturbations: int = option(
@@ -92,6 +109,20 @@ class TAFSGRPOConfig:
     num_generations: int | None = option(
         None, "G, images of a prompt (paper: 48). None: 48, or the largest divisor of the epoch's images below it."
     )
+    group_allocation: str = option(
+        "fixed",
+        "How an epoch's images are shared among its prompts: fixed, num_generations each; variance (SuperFlow), more "
+        "where a prompt's rewards varied before; streaming, min_generations each, then the rest where these varied.",
+    )
+    min_generations: int | None = option(
+        None, "Least images of a prompt, where group sizes vary. None: a quarter of num_generations, at least 2."
+    )
+    max_generations: int | None = option(None, "Most images of a prompt. None: four times num_generations.")
+    group_optimism: float = option(
+        0.5, "How much more a prompt is thought to vary that little is known of, in units of the mean deviation."
+    )
+    group_memory: float = option(0.9, "Share of what is known of a prompt that an epoch keeps.")
+    group_tracker_capacity: int = option(1_000_000, "Prompts that are remembered; the one seen longest ago goes first.")
     height: int | None = option(None, "Pixels. None: 512 (paper), or the model's own size where that is smaller.")
     width: int | None = option(None, "Pixels, as height.")
     max_sequence_length: int | None = option(None, "Tokens of a prompt. None: the family's default.")
@@ -116,9 +147,13 @@ class TAFSGRPOConfig:
     # Credit ---------------------------------------------------------------------------------------------------
     step_credit: str = option(
         "step",
-        "Which rewards an action answers for: step (Eq. 10), sum (Alg. 1, line 18), reward_to_go, gain, or terminal "
-        "(w/o Step Adv.).",
+        "Which rewards an action answers for: step (Eq. 10), sum (Alg. 1, line 18), reward_to_go, gain, trace "
+        "(SuperFlow: increments, weighted in continuous time), or terminal (w/o Step Adv.).",
     )
+    credit_trace: float = option(
+        0.0, "trace: how fast later increments fade, per unit of level; 0: all count, a large one: gain."
+    )
+    credit_discount: float = option(0.0, "trace: how fast later value fades, per unit of level.")
     num_advantage_steps: int | None = option(None, "Only the last so many steps' rewards are used (Table 5).")
     train_adv_clip_max: float = option(5.0, "Advantages are clipped to +- this.")
     per_prompt_stat_tracking: bool = option(False, "DDPO's running statistics of a prompt instead of the group's.")
@@ -222,6 +257,8 @@ class TAFSGRPOConfig:
         for name in _DICT_FIELDS:
             setattr(self, name, _decode_dict(name, getattr(self, name)))
         self.run_name = self.run_name or self.exp_name
+        if self.sample_eta is None:
+            self.sample_eta = _DEFAULT_ETA.get(self.sample_kernel, 1.0)
         if self.beta is None:
             self.beta = _DEFAULT_BETA.get(self.objective, 0.0)
         self._check_choices()
@@ -241,8 +278,8 @@ class TAFSGRPOConfig:
 
     @property
     def num_trained_steps(self) -> int:
-        """S, the steps of an image that carry an action: N - 1 for both kernels."""
-        return self.sample_num_steps - 1
+        """S, the steps of an image that carry an action: N - 1 for all kernels, or the window's."""
+        return self.sample_window_size or self.sample_num_steps - 1
 
     @property
     def rows_per_image(self) -> int:
@@ -274,6 +311,8 @@ class TAFSGRPOConfig:
             "clean_baseline": ("state", "group"),
             "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
             "scale_rewards": ("group", "batch", "none"),
+            "group_allocation": ("fixed", "variance", "streaming"),
+            "sample_window_order": ("progressive", "random"),
             "step_credit": tuple(CREDITS),
             "objective": tuple(OBJECTIVES),
             "forward_levels": ("sampler", "random", "trajectory"),
@@ -316,6 +355,11 @@ class TAFSGRPOConfig:
             "eval_images_per_prompt": 1,
             "sample_grid_rows": 1,
             "reward_retry_delay": 0,
+            "sample_window_interval": 1,
+            "credit_trace": 0,
+            "credit_discount": 0,
+            "group_optimism": 0,
+            "group_tracker_capacity": 1,
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -328,6 +372,8 @@ class TAFSGRPOConfig:
             "eval_batch_size",
             "early_stopping_patience",
             "max_sequence_length",
+            "sample_window_size",
+            "min_generations",
             "height",
             "width",
         ):
@@ -351,12 +397,16 @@ class TAFSGRPOConfig:
         for name in (*positive, *(("train_clip_range",) if self.train_clip_range is not None else ())):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("sample_eta", "train_timestep_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must lie in (0, 1]"
-                    + (" (at 0 the sampler is an ODE, without a density to train)" if name == "sample_eta" else "")
-                )
+        if not 0 < self.train_timestep_fraction <= 1:
+            raise ValueError(f"train_timestep_fraction is {self.train_timestep_fraction}; it must lie in (0, 1]")
+        most = 1.0 if self.sample_kernel in ("annealed", "cps") else float("inf")
+        if not 0 < self.sample_eta <= most:
+            raise ValueError(
+                f"sample_eta is {self.sample_eta}; with sample_kernel={self.sample_kernel!r} it must lie in "
+                f"(0, {most:g}] (at 0 the sampler is an ODE, without a density to train)"
+            )
+        if not 0 < self.group_memory <= 1:
+            raise ValueError(f"group_memory is {self.group_memory}; it must lie in (0, 1]")
         if self.beta < 0:
             raise ValueError(f"beta is {self.beta}; the KL's weight can't be negative")
         if self.num_advantage_steps is not None and not 1 <= self.num_advantage_steps <= self.num_trained_steps:
@@ -377,13 +427,13 @@ class TAFSGRPOConfig:
                 f"antithetic_perturbations needs an even num_perturbations, not {self.num_perturbations}; use "
                 f"{self.num_perturbations + 1}"
             )
-        if self.objective != "clipped" and (self.sample_kernel != "annealed" or self.num_perturbations > 1):
+        self._check_sampler()
+        self._check_groups()
+        if self.objective != "clipped" and (self.sample_kernel == "clean" or self.num_perturbations > 1):
             raise ValueError(
                 f"objective={self.objective!r} learns from images, not from actions; sample_kernel="
                 f"{self.sample_kernel!r} with num_perturbations={self.num_perturbations} needs objective='clipped'"
             )
-        if self.sample_kernel == "clean" and self.sample_eta != 1.0:
-            raise ValueError(f"sample_eta={self.sample_eta} is the annealed kernel's; the clean one has sample_kappa")
         own_baseline = self.num_perturbations > 1 or (self.sample_kernel == "clean" and self.clean_baseline == "state")
         if own_baseline and self.per_prompt_stat_tracking:
             raise ValueError(
@@ -402,6 +452,51 @@ class TAFSGRPOConfig:
             raise ValueError("early_stopping_patience needs eval_freq above 0 and a metric_for_best_model")
         if self.metric_for_best_model is not None and not self.eval_freq:
             raise ValueError("metric_for_best_model needs eval_freq above 0")
+
+    def _check_sampler(self) -> None:
+        if self.objective == "clipped" and self.sample_kernel == "ode":
+            raise ValueError(
+                "sample_kernel='ode' has no density, and objective='clipped' needs one; use annealed, flow_sde, "
+                "dance_sde or cps, or objective='forward'"
+            )
+        if self.sample_kernel in ("clean", "ode") and self.sample_eta != 1.0:
+            raise ValueError(
+                f"sample_eta={self.sample_eta} says nothing to sample_kernel={self.sample_kernel!r}; leave it out "
+                "(clean has sample_kappa)"
+            )
+        if self.sample_window_size is None:
+            if self.sample_window_range is not None:
+                raise ValueError(f"sample_window_range={self.sample_window_range} needs a sample_window_size")
+            return
+        covered = self.sample_num_steps - 1 if self.sample_window_range is None else self.sample_window_range
+        if not self.sample_window_size <= covered < self.sample_num_steps:
+            raise ValueError(
+                f"a window of sample_window_size={self.sample_window_size} steps doesn't lie within the first "
+                f"{covered} of {self.sample_num_steps}, the last of which never trains; use a range of "
+                f"{self.sample_window_size} to {self.sample_num_steps - 1}"
+            )
+        if self.sample_kernel in ("clean", "ode"):
+            raise ValueError(f"a window of explored steps needs a stochastic kernel, not {self.sample_kernel!r}")
+
+    def _check_groups(self) -> None:
+        if self.group_allocation == "fixed":
+            if self.min_generations is not None or self.max_generations is not None:
+                raise ValueError("min_generations and max_generations need group_allocation='variance' or 'streaming'")
+            return
+        if self.per_prompt_stat_tracking:
+            raise ValueError(
+                f"per_prompt_stat_tracking replaces the groups' statistics, which group_allocation="
+                f"{self.group_allocation!r} is for; use one of them"
+            )
+        if self.min_generations == 1 and self.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "min_generations=1 takes a prompt's expected reward as the baseline, which is known of the sum of the "
+                "rewards: use multi_objective_aggregation='sum_then_normalize', or min_generations=2"
+            )
+        if self.min_generations == 1 and self.group_allocation == "streaming":
+            raise ValueError(
+                "group_allocation='streaming' looks at how the first draws vary; use min_generations=2 or more"
+            )
 
 
 def _decode_dict(name: str, value: dict | str | None) -> dict[str, Any]:

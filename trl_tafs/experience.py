@@ -18,7 +18,7 @@ from trl_tafs.metrics import Stopwatch
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.rewards.scoring import RewardSet, Scores
 from trl_tafs.rollout import SampleNoise, Velocity, rollout
-from trl_tafs.types import PromptBatch, Rollout
+from trl_tafs.types import PromptBatch, RewardTable, Rollout
 
 
 @dataclass
@@ -38,17 +38,26 @@ class Part:
 
 
 @dataclass
+class Wave:
+    """What is drawn together: all of an epoch's images, or with streaming groups the first or the second share."""
+
+    prompts: PromptBatch  # of all processes
+    parts: list[Part]  # of this one
+    table: RewardTable  # of all processes, (B, Q, K, R)
+
+
+@dataclass
 class Collector:
     """Algorithm 1, lines 5 to 17, for the batches of one process."""
 
     pipeline: TAFSPipelineMixin
-    kernel: Kernel
+    kernel_at: Callable[[int], Kernel]  # of an epoch
     encode: PromptEncoder
     rewards: RewardSet
     velocity: Velocity
     levels: Tensor  # (N + 1,) on the device
     latent_shape: tuple[int, ...]
-    scored_steps: range
+    scored_steps_at: Callable[[int], range]  # of an epoch
     reduction: str
     storage_dtype: torch.dtype
     decode_batch_size: int
@@ -65,14 +74,14 @@ class Collector:
         initial = groups("shared", 0, self.latent_shape) if self.share_initial_noise else None
         trajectories = rollout(
             self.velocity,
-            self.kernel,
+            self.kernel_at(epoch),
             self.encode(batch.prompts),
             self.levels,
             noise("initial", 0, self.latent_shape) if initial is None else initial,
             noise,
             storage_dtype=self.storage_dtype,
             reduction=self.reduction,
-            scored_steps=self.scored_steps,
+            scored_steps=self.scored_steps_at(epoch),
         )
         return Part(batch, trajectories)
 

@@ -11,6 +11,7 @@ step n is credited with the clean estimate of step n + 1, 0 when it is itself th
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +84,7 @@ class Transition:
 class Kernel(Protocol):
     """What rollout and replay ask of a kernel."""
 
+    has_density: bool  # False: the path is deterministic; its states are kept, and there is nothing to score
     num_actions: int  # M, actions drawn at a trained state
     reward_lag: int  # 1: credited with the next step's clean estimate; 0: the action is the scored image
     scores_mean: bool  # the unexplored mean is scored beside the actions, as their baseline
@@ -90,7 +92,7 @@ class Kernel(Protocol):
     antithetic: bool  # the second half of a state's actions has the noise of the first, negated
 
     def trained_steps(self, num_steps: int) -> range:
-        """The steps, 0-based, whose action has a density."""
+        """The steps, 0-based, that carry an action: whose states and actions are kept."""
 
     def transition(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Transition:
         """The distribution of the action."""
@@ -118,8 +120,9 @@ class Annealed:
     .. math:: x_{n+1} = (1 - s_{n+1}) \hat x_n + s_{n+1} \epsilon.
 
     At `eta` = 1 this is diffusers' `stochastic_sampling`, bit for bit. Below 1 a part of the predicted noise is
-    kept, `mean = (1 - s') xhat + sqrt(s'^2 - std^2) x1`, `std = s' sin(eta pi / 2)` (Flow-CPS, arXiv 2509.05952),
-    and the Euler ODE is reached at 0, where there is no density.
+    kept, `mean = (1 - s') xhat + sqrt(s'^2 - std^2) x1`, `std = s' sin(eta pi / 2)` (Flow-CPS, arXiv 2509.05952,
+    `sample_kernel="cps"`), and the Euler ODE is reached at 0, where there is no density. The coefficients (1 - s', s')
+    are those of the flow at every eta; the variance of the states is below the flow's, since `xhat` is a mean.
 
     With M = `num_actions` above 1 every trained state branches: M re-noisings of one clean estimate, each evaluated
     once more for the clean image that it leads to, and that image scored. Siblings share their state, so that its own
@@ -129,6 +132,7 @@ class Annealed:
     eta: float = 1.0
     num_actions: int = 1
     antithetic: bool = False
+    has_density: bool = True
     reward_lag: int = 1
     scores_mean: bool = False
     renoises: bool = False
@@ -179,6 +183,7 @@ class Clean:
     num_actions: int = 1
     antithetic: bool = False
     baseline: str = "state"  # "state": the state's own; "group": Eq. 9's mean over the group alone
+    has_density: bool = True
     reward_lag: int = 0
     renoises: bool = True
 
@@ -215,19 +220,102 @@ class Clean:
         return (1.0 - s_next) * clean + s_next * noise
 
 
+def euler(x: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Tensor:
+    """One step of the probability-flow ODE, `x + (s' - s) v`, (B, *)."""
+    return x + (expand(s_next, x) - expand(s, x)) * v
+
+
+@dataclass(frozen=True)
+class Sde(ABC):
+    r"""Euler-Maruyama steps of an SDE with the flow's own marginals, whatever its diffusion `g`.
+
+    .. math:: x' = x + v\, dt - \tfrac{g^2}{2} \nabla \log p_s(x)\, dt + g \sqrt{-dt}\, \epsilon, \quad dt = s' - s < 0,
+
+    with the score `-(x - (1 - s) xhat) / s^2 = -(x + (1 - s) v) / s`, so that the mean is
+    `x (1 + g^2 dt / 2s) + v (1 + g^2 (1 - s) / 2s) dt`. Only as steps are refined are the marginals the flow's: at few
+    steps the variance falls short. `FlowSde` and `DanceSde` differ in `g` alone; `eta` = 0 is the Euler ODE, without a
+    density. The last step is Euler's: noise added there would stay in the image.
+    """
+
+    eta: float = 0.7
+    num_actions: int = 1
+    antithetic: bool = False
+    has_density: bool = True
+    reward_lag: int = 1
+    scores_mean: bool = False
+    renoises: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.eta > 0:
+            raise ValueError(f"eta is {self.eta}; an SDE needs it above 0 (0 is the ODE, without a density)")
+        _check_actions(self.num_actions, self.antithetic)
+
+    @abstractmethod
+    def diffusion(self, s: Tensor, s_next: Tensor) -> Tensor:
+        """`g`, of the shape of `s`."""
+
+    def trained_steps(self, num_steps: int) -> range:
+        """All but the last, which is the ODE's."""
+        return range(num_steps - 1)
+
+    def transition(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Transition:
+        """`N(x (1 + g^2 dt / 2s) + v (1 + g^2 (1 - s) / 2s) dt, -g^2 dt I)`."""
+        g = expand(self.diffusion(s, s_next), x)
+        s, dt = expand(s, x), expand(s_next - s, x)
+        drift = g.square() / (2 * s)
+        mean = x * (1 + drift * dt) + v * (1 + drift * (1 - s)) * dt
+        return Transition(mean, g * torch.sqrt(-dt))
+
+    def sensitivity(self, s: Tensor, s_next: Tensor) -> Tensor:
+        """`|dt| (1 + g^2 (1 - s) / 2s)`."""
+        return (s - s_next) * (1 + self.diffusion(s, s_next).square() * (1 - s) / (2 * s))
+
+    def next_state(
+        self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor
+    ) -> Tensor:
+        """The action itself; an Euler step where there is none."""
+        return euler(x, v, s, s_next) if action is None else action
+
+
+@dataclass(frozen=True)
+class FlowSde(Sde):
+    """Flow-GRPO's (arXiv 2505.05470, Eq. 9): `g = eta sqrt(s / (1 - s))`, at s = 1 with the next level below the root.
+
+    More noise where the level is high. `eta` is the paper's a, .7.
+    """
+
+    eta: float = 0.7
+
+    def diffusion(self, s: Tensor, s_next: Tensor) -> Tensor:
+        """`eta sqrt(s / (1 - s~))`, `s~` being the next level at s = 1, where it would be infinite."""
+        return self.eta * torch.sqrt(s / (1 - torch.where(s >= 1, s_next, s)))
+
+
+@dataclass(frozen=True)
+class DanceSde(Sde):
+    """DanceGRPO's (arXiv 2505.07818): `g = eta` at every level, .3 in its recipe."""
+
+    eta: float = 0.3
+
+    def diffusion(self, s: Tensor, s_next: Tensor) -> Tensor:
+        """`eta`."""
+        return torch.full_like(s, self.eta)
+
+
 @dataclass(frozen=True)
 class Ode:
-    """The Euler solver, `x + (s' - s) v`: no action, no density; for evaluation."""
+    """The Euler solver, `x + (s' - s) v`: no density. For evaluation, and for objectives that need none."""
 
     num_actions: int = 1
     antithetic: bool = False
+    has_density: bool = False
     reward_lag: int = 1
     scores_mean: bool = False
     renoises: bool = False
 
     def trained_steps(self, num_steps: int) -> range:
-        """None."""
-        return range(0)
+        """All but the last, as the stochastic kernels, so that their states are kept."""
+        return range(num_steps - 1)
 
     def transition(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Transition:
         """Nothing to explore: an error."""
@@ -241,7 +329,42 @@ class Ode:
         self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor
     ) -> Tensor:
         """One Euler step."""
-        return x + (expand(s_next, x) - expand(s, x)) * v
+        return euler(x, v, s, s_next)
 
 
-KERNELS = {"annealed": Annealed, "clean": Clean}  # those that can be trained
+@dataclass(frozen=True)
+class Windowed:
+    """Another kernel inside a window of steps, the Euler ODE outside (MixGRPO, arXiv 2507.21802).
+
+    Only the window's steps are explored and trained. `schedules.SlidingWindow` says where it lies in which epoch.
+    """
+
+    kernel: Kernel
+    window: range  # 0-based steps
+
+    def __getattr__(self, name: str) -> object:
+        """What isn't about the window is the inner kernel's."""
+        if name.startswith("__") or name == "kernel":
+            raise AttributeError(name)
+        return getattr(self.kernel, name)
+
+    def trained_steps(self, num_steps: int) -> range:
+        """The window's, as far as the kernel trains them."""
+        own = self.kernel.trained_steps(num_steps)
+        return range(max(own.start, self.window.start), min(own.stop, self.window.stop))
+
+    def next_state(
+        self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor
+    ) -> Tensor:
+        """The kernel's where there is an action, Euler's elsewhere."""
+        return euler(x, v, s, s_next) if action is None else self.kernel.next_state(x, v, s, s_next, action, noise)
+
+
+KERNELS = {
+    "annealed": Annealed,
+    "clean": Clean,
+    "flow_sde": FlowSde,
+    "dance_sde": DanceSde,
+    "cps": Annealed,
+    "ode": Ode,
+}

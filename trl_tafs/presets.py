@@ -1,18 +1,142 @@
-"""Named sets of options: what a method sets apart from the defaults, with its source."""
+"""Named sets of options: what a method sets apart from the defaults, with its source beside each value.
+
+One trainer runs every method, so that a comparison swaps one thing at a time. What the sources leave to the model or
+the hardware (batch sizes, prompts an epoch, resolution) is left to you. Where a source takes another optimizer or a
+full fine-tune, a preset keeps this trainer's LoRA and AdamW. Public configurations are named by repository and file.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+# TAFS-GRPO's own: Yue et al. 2026, arXiv 2602.01591. N = 4, groups of 48, LoRA 32 / 64 and AdamW 3e-4 / 1e-4 are the
+# defaults already.
+_TAFS = {
+    "objective": "clipped",  # Eq. 10
+    "sample_kernel": "annealed",  # Eq. 5 and 7; the action is the next noisy state (docs/algorithm.md)
+    "step_credit": "step",  # Eq. 10 credits step n with A^n
+    "beta": 0.0,  # Eq. 10 has no KL
+}
+# GRPO on the SDE of Flow-GRPO: Liu et al. 2025, arXiv 2505.05470; flow_grpo, config/grpo.py, general_ocr_sd3.
+_FLOW_GRPO = {
+    "objective": "clipped",  # section 4.1
+    "sample_kernel": "flow_sde",  # Eq. 9
+    "sample_eta": 0.7,  # a, section 5
+    "sample_num_steps": 10,  # sample.num_steps
+    "num_generations": 24,  # sample.num_image_per_prompt
+    "step_credit": "terminal",  # one reward a trajectory
+    "scale_rewards": "batch",  # sample.global_std
+    "train_level_weighting": "gaussian",  # the density as it is
+    "beta": 0.04,  # train.beta
+}
+_SD3_GUIDANCE = {"sample_guidance_scale": 4.5, "train_cfg": True}  # general_ocr_sd3: sample.guidance_scale, train.cfg
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # TAFS-GRPO as its paper has it (arXiv 2602.01591); steps, LoRA and AdamW are the defaults already
-    "paper": {
-        "objective": "clipped",  # Eq. 10
-        "step_credit": "step",  # Eq. 10 credits step n with A^n
-        "train_level_weighting": "gaussian",  # the density's own
-        "num_perturbations": 1,  # one action a state
-        "beta": 0.0,  # no KL
+    # Eq. 10 to the letter
+    "paper": {**_TAFS, "train_level_weighting": "gaussian", "num_perturbations": 1},
+    # Eq. 10 with the level weights that learn where D is large (docs/learning.md)
+    "tafs": {**_TAFS, "train_level_weighting": "balanced"},
+    # the clean image itself is the action, explored explicitly (docs/algorithm.md)
+    "tafs_clean": {
+        **_TAFS,
+        "sample_kernel": "clean",
+        "sample_kappa": 0.5,  # docs/algorithm.md
+        "num_perturbations": 4,  # explorations of one mean cost no evaluation of the denoiser
+        "train_level_weighting": "gaussian",
     },
+    # DiffusionNFT's objective on annealed few-step rollouts, from the final image's reward: the defaults
+    "tafs_nft": {"objective": "forward", "forward_levels": "trajectory", "forward_images": "final", "beta": 0.2},
+    # the same with every step's clean image and its own reward
+    "tafs_nft_stepwise": {
+        "objective": "forward",
+        "forward_levels": "trajectory",
+        "forward_images": "every",
+        "step_credit": "step",
+        "beta": 0.2,
+    },
+    # Chen et al. 2025, arXiv 2512.17951: group sizes by the rewards' variance, step-level advantages in continuous
+    # time. Its paper is known here by its abstract; trace, discount, optimism and memory are our choice.
+    "superflow": {
+        **_TAFS,
+        "train_level_weighting": "balanced",
+        "group_allocation": "variance",
+        "step_credit": "trace",
+        "credit_trace": 1.0,
+        "credit_discount": 0.0,
+    },
+    "flow_grpo": {**_FLOW_GRPO, **_SD3_GUIDANCE},
+    # flow_grpo, config/grpo.py, pickscore_sd3_fast: two SDE steps, elsewhere the ODE, at a place drawn anew each epoch
+    "flow_grpo_fast": {
+        **_FLOW_GRPO,
+        **_SD3_GUIDANCE,
+        "sample_eta": 0.8,  # sample.noise_level
+        "sample_window_size": 2,  # sample.train_num_steps
+        "sample_window_range": 5,  # sample.sde_window_range = (0, num_steps // 2), of the later configurations
+        "sample_window_order": "random",
+        "sample_window_interval": 1,
+        "beta": 0.0,  # train.beta
+    },
+    # Xue et al. 2025, arXiv 2505.07818; DanceGRPO, scripts/finetune/finetune_flux_grpo.sh
+    "dance_grpo": {
+        "objective": "clipped",
+        "sample_kernel": "dance_sde",
+        "sample_eta": 0.3,  # --eta
+        "sample_num_steps": 16,  # --sampling_steps
+        "num_generations": 12,  # --num_generations
+        "share_initial_noise": True,  # --init_same_noise
+        "train_timestep_fraction": 0.6,  # --timestep_fraction
+        "step_credit": "terminal",
+        "train_level_weighting": "gaussian",
+        "beta": 0.0,
+    },
+    # Li et al. 2025, arXiv 2507.21802; MixGRPO, scripts/finetune/finetune_flux_grpo_MixGRPO.sh
+    "mix_grpo": {
+        "objective": "clipped",
+        "sample_kernel": "flow_sde",  # --flow_grpo_sampling
+        "sample_eta": 0.7,  # --eta
+        "sample_num_steps": 25,  # --sampling_steps
+        "sample_window_size": 4,  # --group_size, of steps
+        "sample_window_interval": 25,  # --iters_per_group
+        "sample_window_order": "progressive",  # --sample_strategy, with --roll_back
+        "num_generations": 12,  # --num_generations
+        "share_initial_noise": True,  # --init_same_noise
+        "step_credit": "terminal",
+        "train_level_weighting": "gaussian",
+        "beta": 0.0,  # --kl_coeff
+    },
+    # Wang and Yu 2025, arXiv 2509.05952; flow_grpo, config/grpo.py, geneval_sd3_fast_nocfg, without its window
+    "flow_cps": {**_FLOW_GRPO, "sample_kernel": "cps", "sample_eta": 0.8, "beta": 0.0},
+    # Zheng et al. 2025, arXiv 2509.16117; DiffusionNFT, config/nft.py; its solver of second order is the Euler ODE here
+    "diffusion_nft": {
+        "objective": "forward",
+        "sample_kernel": "ode",  # sample.deterministic
+        "sample_num_steps": 10,  # sample.num_steps
+        "num_generations": 24,  # sample.num_image_per_prompt
+        "scale_rewards": "batch",  # sample.global_std
+        "forward_levels": "random",  # Algorithm 1
+        "forward_num_levels": 10,  # one a sampling step
+        "nft_beta": 1.0,  # beta
+        "old_policy_decay": 0.5,  # decay_type 1: min(.001 epoch, .5)
+        "old_policy_ramp": 0.001,
+        "beta": 1e-4,  # train.beta
+    },
+    # Xue et al. 2025, arXiv 2509.25050; advantage_weighted_matching, config/dgx_awm.py, ocr_sd3_no_cfg_1node
+    "awm": {
+        "objective": "awm",
+        "sample_kernel": "ode",  # sample.sde_frac = 0, a solver of its own
+        "sample_num_steps": 14,  # sample.num_steps
+        "num_generations": 24,  # sample.num_image_per_prompt
+        "scale_rewards": "batch",  # sample.global_std
+        "forward_levels": "random",
+        "forward_num_levels": 6,  # train.train_timesteps
+        "train_adv_clip_max": 1.0,  # train.advantage_max
+        "train_level_weighting": "velocity",  # Eq. 6's weight; its public configuration has a robust one
+        "beta": 0.003,  # train.beta
+    },
+    # the paper's Table 3, "w/o TAFS": the same number of SDE steps; an SDE's few-step estimates are scored as TAFS's
+    "tafs_without_annealing": {**_TAFS, "sample_kernel": "flow_sde", "train_level_weighting": "balanced"},
+    # the paper's Table 3, "w/o Step Adv."
+    "tafs_without_step_advantage": {**_TAFS, "step_credit": "terminal", "train_level_weighting": "balanced"},
 }
 
 

@@ -55,18 +55,25 @@ class PromptSource:
 
     def batch(self, epoch: int, num_groups: int, group_size: int) -> PromptBatch:
         """The images of an epoch: `num_groups` prompts, `group_size` images each, in order."""
-        groups = self.groups(epoch, num_groups)
-        return PromptBatch(
-            prompts=tuple(prompt for prompt, _ in groups for _ in range(group_size)),
-            metadata=tuple(metadata for _, metadata in groups for _ in range(group_size)),
-            group_ids=torch.arange(num_groups).repeat_interleave(group_size),
-            sample_ids=torch.arange(num_groups * group_size),
-        )
+        return expand_groups(self.groups(epoch, num_groups), [group_size] * num_groups)
 
     def _row(self, position: int) -> tuple[str, dict[str, Any]]:
         sweep, offset = divmod(position, len(self.rows))
         order = np.random.default_rng(noise_seed(self.seed, sweep, "order")).permutation(len(self.rows))
         return row_to_prompt(self.rows[int(order[offset])])
+
+
+def expand_groups(
+    groups: Sequence[tuple[str, dict[str, Any]]], sizes: Sequence[int], first_sample: int = 0
+) -> PromptBatch:
+    """Each group's prompt as often as `sizes` says, in order; images are numbered from `first_sample`."""
+    counts = torch.tensor(sizes)
+    return PromptBatch(
+        prompts=tuple(prompt for (prompt, _), size in zip(groups, sizes, strict=True) for _ in range(size)),
+        metadata=tuple(metadata for (_, metadata), size in zip(groups, sizes, strict=True) for _ in range(size)),
+        group_ids=torch.arange(len(groups)).repeat_interleave(counts),
+        sample_ids=torch.arange(first_sample, first_sample + int(counts.sum())),
+    )
 
 
 def _as_rows(source: Any) -> Sequence[Any]:

@@ -86,6 +86,17 @@ class RunReport:
         self.reward_curve.append((epoch, mean))
         self.trainer.accelerator.log(values, step=global_step)
 
+    def log_groups(self, group_ids: Tensor, group_std: Tensor, epoch: int, global_step: int) -> None:
+        """How an epoch's images were shared: sizes, and the correlation of a prompt's size with its deviation, (B,)."""
+        sizes = torch.bincount(group_ids)
+        deviations = torch.zeros(len(sizes)).index_copy(0, group_ids, group_std)
+        values = {"groups/size_min": sizes.min().item(), "groups/size_max": sizes.max().item(), "epoch": epoch}
+        if len(sizes) > 1 and sizes.float().std() > 0 and deviations.std() > 0:
+            values["groups/size_std_correlation"] = torch.corrcoef(torch.stack([sizes.float(), deviations]))[
+                0, 1
+            ].item()
+        self.trainer.accelerator.log(values, step=global_step)
+
     def log_update(self, metrics: MeanMetrics, epoch: int, inner_epoch: int, global_step: int) -> None:
         """One optimizer step: its metrics, reduced over processes at once."""
         accelerator = self.trainer.accelerator

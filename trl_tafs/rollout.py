@@ -55,8 +55,8 @@ class Step:
     index: int  # n, 0-based
     state: Tensor  # (B, *) storage dtype
     clean: Tensor  # (B, *) float32
-    transition: Transition | None  # at trained steps
-    actions: Tensor | None  # (B, M, *) storage dtype, at trained steps
+    transition: Transition | None  # at trained steps of a kernel with a density
+    actions: Tensor | None  # (B, M, *) storage dtype, at trained steps of a kernel with a density
     next_state: Tensor  # (B, *) storage dtype
     siblings: Tensor  # (B, M - 1, *) float32, clean estimates of the other actions that led here; M - 1 = 0 without
 
@@ -94,7 +94,7 @@ def sample_steps(
             for branch in branches.unbind(1)
         ]
         transition, actions = None, None
-        if n in trained:
+        if n in trained and kernel.has_density:
             transition = kernel.transition(state, v, s, s_next)
             actions = transition.sample(_draw_actions(kernel, noise, n, tuple(x.shape[1:]))).to(storage_dtype)
         first = None if actions is None else actions[:, 0].float()
@@ -158,10 +158,15 @@ def rollout(
     states, actions, log_probs, clean, scored = [], [], [], [], []
     for step in sample_steps(velocity, kernel, conditioning, levels, x, noise, storage_dtype):
         clean.append(step.clean)
-        if step.transition is not None:
+        if step.index in trained:
+            certain = step.transition is None  # a deterministic path: the state that follows, with nothing to choose
             states.append(step.state)
-            actions.append(step.actions)
-            log_probs.append(step.transition.log_prob(step.actions, reduction))
+            actions.append(step.next_state.unsqueeze(1) if certain else step.actions)
+            log_probs.append(
+                torch.zeros(len(x), 1, device=x.device)
+                if certain
+                else step.transition.log_prob(step.actions, reduction)
+            )
         if step.index in scored_steps:
             explored = kernel.reward_lag == 0 and step.actions is not None
             images = [step.actions.float()] if explored else [step.clean.unsqueeze(1), step.siblings]

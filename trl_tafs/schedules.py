@@ -6,6 +6,7 @@ A level `s` in [0, 1] is the share of noise: `x_s = (1 - s) x_0 + s eps` (rectif
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,3 +47,41 @@ def with_zero(levels: Tensor) -> Tensor:
 def level_to_timestep(level: Tensor, num_train_timesteps: int = 1000) -> Tensor:
     """What the denoiser is told: `t = 1000 s`, float32, the same product that diffusers' scheduler takes."""
     return level * num_train_timesteps
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """Which sampling steps are explored and trained in which epoch (MixGRPO, arXiv 2507.21802; Flow-GRPO-Fast).
+
+    Args:
+        size: steps in the window.
+        num_steps: steps, from the first, that it ever covers.
+        interval: epochs between two moves.
+        order: "progressive", a step onwards each move and back to the start after the end; "random", to a place drawn
+            by (seed, move), the same on every process.
+        seed: of the random order.
+    """
+
+    size: int
+    num_steps: int
+    interval: int = 25
+    order: str = "progressive"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= self.num_steps:
+            raise ValueError(f"a window of {self.size} steps doesn't lie within {self.num_steps}")
+        if self.interval < 1:
+            raise ValueError(f"a window moves every {self.interval} epochs; it must be at least 1")
+        if self.order not in ("progressive", "random"):
+            raise ValueError(f"order is {self.order!r}; use progressive or random")
+
+    def at(self, epoch: int) -> range:
+        """The window's steps, 0-based, in an epoch."""
+        places, move = self.num_steps - self.size + 1, epoch // self.interval
+        if self.order == "random":
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + move)
+            start = int(torch.randint(places, (1,), generator=generator))
+        else:
+            start = move % places
+        return range(start, start + self.size)

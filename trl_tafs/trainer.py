@@ -23,12 +23,12 @@ from trl_tafs.algorithm import build_algorithm
 from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.evaluation import Evaluator, Setting
-from trl_tafs.experience import Collector, Part
+from trl_tafs.experience import Collector, Part, Wave
 from trl_tafs.groups import plan_epoch
 from trl_tafs.losses import clipped_surrogate
 from trl_tafs.metrics import LocalTracker, MeanMetrics
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.prompts import PromptSource
+from trl_tafs.prompts import PromptSource, expand_groups
 from trl_tafs.report import RunReport
 from trl_tafs.rewards.scoring import RewardError, RewardSet
 from trl_tafs.types import Conditioning, LossOutput, PromptBatch, RewardTable
@@ -104,10 +104,11 @@ class TAFSGRPOTrainer:
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self._make_policy(peft_config)
-        algorithm = build_algorithm(config, sd_pipeline, self.height, self.width, self.accelerator.device)
+        algorithm = build_algorithm(config, self.plan, sd_pipeline, self.height, self.width, self.accelerator.device)
         self.algorithm, self.kernel, self.objective = algorithm, algorithm.kernel, algorithm.objective
-        if algorithm.stat_tracker is not None:
-            self.accelerator.register_for_checkpointing(algorithm.stat_tracker)
+        for tracker in (algorithm.stat_tracker, algorithm.prompt_tracker):
+            if tracker is not None:
+                self.accelerator.register_for_checkpointing(tracker)
         self.report = RunReport(self)
         self.first_epoch, self.global_step = 0, 0
         self.best_metric: float | None = None
@@ -173,13 +174,13 @@ class TAFSGRPOTrainer:
         config, algorithm = self.config, self.algorithm
         return Collector(
             pipeline=self.sd_pipeline,
-            kernel=algorithm.kernel,
+            kernel_at=algorithm.kernel_at,
             encode=self.encode,
             rewards=self.rewards,
             velocity=self.velocity,
             levels=algorithm.levels,
             latent_shape=algorithm.latent_shape,
-            scored_steps=algorithm.scored_steps,
+            scored_steps_at=algorithm.scored_steps_at,
             reduction=config.train_log_prob_reduction,
             storage_dtype=self.storage_dtype,
             decode_batch_size=config.sample_batch_size,
@@ -244,52 +245,72 @@ class TAFSGRPOTrainer:
         Returns:
             The number of optimizer steps done so far.
         """
-        prompts = self._same_everywhere(self.prompts.batch(epoch, self.plan.num_groups, self.plan.group_size))
-        parts = self._collect(self._local(prompts), epoch, global_step)
-        table = self._gather_rewards(parts)
+        waves = self._sample(epoch, global_step)
+        prompts, parts = PromptBatch.cat([wave.prompts for wave in waves]), [p for wave in waves for p in wave.parts]
+        table = RewardTable.cat([wave.table for wave in waves])
         combined = combine_rewards(table, prompts.group_ids)
         self._log_rewards(table, combined, prompts, epoch, global_step)
-        self._show_samples(parts, combined, epoch, global_step)
-        advantages = self.algorithm.advantages(table, prompts.group_ids, prompts.prompts, self.config.num_trained_steps)
-        global_step = self._update(parts, self._local(advantages), epoch, global_step)
+        self._show_samples(parts, self._local(combined, waves), epoch, global_step)
+        scored = self.algorithm.levels[list(self.algorithm.scored_steps_at(epoch))]
+        trained = self.config.num_trained_steps
+        advantages = self.algorithm.advantages(table, prompts.group_ids, prompts.prompts, trained, scored)
+        self.algorithm.groups.update(prompts.prompts, combined.mean(2), epoch)
+        global_step = self._update(parts, self._local(advantages, waves), epoch, global_step)
         self.report.log_timing(epoch, global_step)
         if self.accelerator.is_main_process:
             checkpoint.drop_pending(self.config.project_dir)
         return global_step
 
-    def _same_everywhere(self, prompts: PromptBatch) -> PromptBatch:
-        """The main process's prompts: a prompt function with randomness of its own would split the groups."""
-        return broadcast_object_list([prompts])[0] if self.accelerator.num_processes > 1 else prompts
+    def _sample(self, epoch: int, global_step: int) -> list[Wave]:
+        """An epoch's images, scored: in one wave, or in two where the second depends on the first one's rewards."""
+        allocation, waves = self.algorithm.groups, []
+        groups = self._same_everywhere(self.prompts.groups(epoch, self.plan.num_groups))
+        sizes = allocation.first([prompt for prompt, _ in groups], epoch)
+        while sizes is not None:
+            prompts = expand_groups(groups, sizes, sum(len(wave.prompts) for wave in waves))
+            parts = self._collect(prompts, epoch, global_step, waves)
+            waves.append(Wave(prompts, parts, self._gather_rewards(parts)))
+            final = combine_rewards(waves[0].table, waves[0].prompts.group_ids)[:, -1].mean(1)
+            sizes = allocation.rest(final, waves[0].prompts.group_ids) if len(waves) == 1 else None
+        return waves
 
-    def _local(self, rows: Any) -> Any:
-        """This process's slice of an epoch's images."""
-        start = self.accelerator.process_index * self.plan.local_images
-        return rows[start : start + self.plan.local_images]
+    def _same_everywhere(self, groups: list) -> list:
+        """The main process's prompts: a prompt function with randomness of its own would split the groups."""
+        return broadcast_object_list([groups])[0] if self.accelerator.num_processes > 1 else groups
+
+    def _share(self, rows: Any) -> Any:
+        """This process's slice of a wave's images."""
+        count = len(rows) // self.accelerator.num_processes
+        start = self.accelerator.process_index * count
+        return rows[start : start + count]
+
+    def _local(self, rows: Tensor, waves: Sequence[Wave]) -> Tensor:
+        """This process's rows of what belongs to all images of all waves."""
+        return torch.cat([self._share(part) for part in rows.split([len(wave.prompts) for wave in waves])])
 
     def _batches(self, prompts: PromptBatch) -> list[PromptBatch]:
         size = self.config.sample_batch_size
         return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
-    def _collect(self, prompts: PromptBatch, epoch: int, global_step: int) -> list[Part]:
+    def _collect(self, prompts: PromptBatch, epoch: int, global_step: int, earlier: Sequence[Wave]) -> list[Part]:
         """Roll out and score this process's images; on a fault all processes keep theirs and stop together."""
-        rank, folder = self.accelerator.process_index, self.config.project_dir
-        kept = checkpoint.load_pending(folder, epoch, rank)
-        identity = {"epoch": epoch, "global_step": global_step, "prompts": list(prompts.prompts)}
-        identity |= {"settings": self.report.lasting_settings(), "rewards": len(self.rewards.names)}
-        if kept is not None and kept["identity"] != identity:
-            kept = None
-        batches = self._batches(prompts)
+        rank, folder, mine = self.accelerator.process_index, self.config.project_dir, self._share(prompts)
+        identity = self._identity(mine, epoch, global_step)
+        kept = (checkpoint.load_pending(folder, epoch, rank) or [])[len(earlier) : len(earlier) + 1]
+        kept = kept[0]["parts"] if kept and kept[0]["identity"] == identity else ()
+        batches = self._batches(mine)
         bar = partial(tqdm, total=len(batches), leave=False, position=1, disable=self._silent())
         bars = {"rollout": bar(desc="rollout"), "reward": bar(desc="reward")}
         with nullcontext() if self.old_policy is None else self.old_policy.applied():
             parts, fault = self.collector.collect(
-                batches, self.config.seed, epoch, kept["parts"] if kept else (), lambda stage: bars[stage].update()
+                batches, self.config.seed, epoch, kept, lambda stage: bars[stage].update()
             )
         for progress in bars.values():
             progress.close()
         if not checkpoint.any_process(self.accelerator, fault is not None):
             return parts
-        payload = {"identity": identity, "parts": [part.payload() for part in parts]}
+        done = [(self._identity(self._share(wave.prompts), epoch, global_step), wave.parts) for wave in earlier]
+        payload = [{"identity": who, "parts": [part.payload() for part in p]} for who, p in (*done, (identity, parts))]
         path = checkpoint.save_pending(folder, epoch, rank, payload)
         self.save_checkpoint()
         reason = fault or "a reward failed on another process"
@@ -297,6 +318,16 @@ class TAFSGRPOTrainer:
             f"epoch {epoch}, step {global_step}: {reason}. The epoch's {len(parts)} rollouts are kept in {path}; "
             "resume_from='latest' goes on from them"
         ) from fault
+
+    def _identity(self, prompts: PromptBatch, epoch: int, global_step: int) -> dict[str, Any]:
+        """What kept rollouts must have been drawn for to be used."""
+        return {
+            "epoch": epoch,
+            "global_step": global_step,
+            "prompts": list(prompts.prompts),
+            "settings": self.report.lasting_settings(),
+            "rewards": len(self.rewards.names),
+        }
 
     def _gather_rewards(self, parts: Sequence[Part]) -> RewardTable:
         """All processes' rewards, (B, Q, K, R), in the order of the sample ids."""
@@ -317,7 +348,10 @@ class TAFSGRPOTrainer:
         self, table: RewardTable, combined: Tensor, prompts: PromptBatch, epoch: int, global_step: int
     ) -> None:
         group_std = group_mean_std(combined, prompts.group_ids)[1]
-        self.report.log_rewards(table, combined, group_std, self.algorithm.scored_steps, epoch, global_step)
+        scored_steps = self.algorithm.scored_steps_at(epoch)
+        self.report.log_rewards(table, combined, group_std, scored_steps, epoch, global_step)
+        if self.algorithm.prompt_tracker is not None:
+            self.report.log_groups(prompts.group_ids, group_std[:, -1, 0], epoch, global_step)
 
     def _update(self, parts: Sequence[Part], advantages: Tensor, epoch: int, global_step: int) -> int:
         """Inner epochs over the rollouts: replay, loss, backward, optimizer steps; a log line each."""

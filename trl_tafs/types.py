@@ -68,6 +68,16 @@ class PromptBatch:
     def __getitem__(self, rows: slice) -> PromptBatch:
         return PromptBatch(self.prompts[rows], self.metadata[rows], self.group_ids[rows], self.sample_ids[rows])
 
+    @classmethod
+    def cat(cls, items: list[PromptBatch]) -> PromptBatch:
+        """One after the other."""
+        return cls(
+            prompts=tuple(prompt for item in items for prompt in item.prompts),
+            metadata=tuple(entry for item in items for entry in item.metadata),
+            group_ids=torch.cat([item.group_ids for item in items]),
+            sample_ids=torch.cat([item.sample_ids for item in items]),
+        )
+
 
 @dataclass(frozen=True)
 class Embeddings(Rows):
@@ -122,6 +132,11 @@ class RewardTable:
     values: Tensor  # (B, Q, K, R) float32
     names: tuple[str, ...]  # R
     weights: Tensor  # (R,) float32
+
+    @classmethod
+    def cat(cls, items: list[RewardTable]) -> RewardTable:
+        """The rows of tables of the same rewards, one after the other."""
+        return cls(torch.cat([item.values for item in items]), items[0].names, items[0].weights)
 
 
 @dataclass(frozen=True)
