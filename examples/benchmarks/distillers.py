@@ -1,0 +1,127 @@
+"""The two gradient-based distillers of the paper's Table 2, one small baseline each, to place a row.
+
+Both need what TAFS-GRPO doesn't: a reward with a gradient. Here it is the digits' classifier, differentiated through
+the VAE. They train the same LoRA from the same weights as the trainer does.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from runs import EVALUATED
+from tasks import Digits
+from torch import Tensor
+
+from trl_tafs import TAFSGRPOConfig, policy
+from trl_tafs.conditioning import PromptEncoder
+from trl_tafs.kernels import Annealed, Ode, clean_estimate
+from trl_tafs.rollout import sample_steps
+
+BATCH, NUM_STEPS = 64, 4
+Loss = Callable[[Any, Digits, PromptEncoder, torch.Generator], Tensor]
+
+
+def reward_of(task: Digits, pipeline: Any, latents: Tensor, prompts: list[str]) -> Tensor:
+    """The classifier's log-probability of the asked digit, with gradient through the VAE, ()."""
+    from digits_data import digit_of
+
+    latents = latents / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
+    images = (pipeline.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+    logits = task.judges["reward"].model(images.mean(1, keepdim=True))
+    asked = torch.tensor([digit_of(prompt) for prompt in prompts])
+    return -F.cross_entropy(logits, asked)
+
+
+def draw_prompts(task: Digits, rng: torch.Generator) -> list[str]:
+    """A batch of training prompts."""
+    return [task.train_prompts[i][0] for i in torch.randint(10, (BATCH,), generator=rng).tolist()]
+
+
+def reward_instruct(pipeline: Any, task: Digits, encode: PromptEncoder, rng: torch.Generator) -> Tensor:
+    """Reward-Instruct (arXiv 2503.13070): ascend the reward of few-step samples, held by a distance to the base.
+
+    The sampler runs without gradient to a random one of its four steps, whose clean estimate is scored.
+    """
+    prompts, levels = draw_prompts(task, rng), pipeline.rollout_levels(NUM_STEPS, 8, 8)
+    condition, last = encode(prompts), int(torch.randint(NUM_STEPS, (1,), generator=rng))
+    x = torch.randn((BATCH, *pipeline.latent_shape(8, 8)), generator=rng)
+
+    def noise(stream: str, step: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn((BATCH, *shape), generator=rng)
+
+    with torch.no_grad():
+        for step in sample_steps(pipeline.velocity, Annealed(), condition, levels, x, noise):
+            if step.index == last:
+                x = step.state
+                break
+    level = levels[last].expand(BATCH)
+    v = pipeline.velocity(x, level, condition)
+    with torch.no_grad(), policy.adapter_disabled(pipeline.denoiser):
+        base = pipeline.velocity(x, level, condition)
+    return 0.2 * (v - base).square().mean() - reward_of(task, pipeline, clean_estimate(x, v, level), prompts)
+
+
+def rg_lcd(pipeline: Any, task: Digits, encode: PromptEncoder, rng: torch.Generator) -> Tensor:
+    """Reward-guided latent consistency distillation (arXiv 2403.11027): consistency along the base's ODE, plus reward.
+
+    A state of the base's 20-step ODE is sampled, one more step of the base taken, and the clean estimates at both made
+    equal; the teacher's costs are part of the method's.
+    """
+    prompts, count = draw_prompts(task, rng), 20
+    condition, levels = encode(prompts), pipeline.rollout_levels(count, 8, 8)
+    at = int(torch.randint(count - 1, (1,), generator=rng))
+    x = torch.randn((BATCH, *pipeline.latent_shape(8, 8)), generator=rng)
+    with torch.no_grad(), policy.adapter_disabled(pipeline.denoiser):
+        for step in sample_steps(pipeline.velocity, Ode(), condition, levels, x, lambda *_: x):
+            if step.index == at:
+                state, following = step.state, step.next_state
+                break
+    level, next_level = levels[at].expand(BATCH), levels[at + 1].expand(BATCH)
+    with torch.no_grad():
+        target = clean_estimate(following, pipeline.velocity(following, next_level, condition), next_level)
+    estimate = clean_estimate(state, pipeline.velocity(state, level, condition), level)
+    consistency = (estimate - target).square().mean()
+    return consistency - 0.1 * reward_of(task, pipeline, estimate, prompts)
+
+
+DISTILLERS: dict[str, Loss] = {"reward_instruct": reward_instruct, "rg_lcd": rg_lcd}
+
+
+def updates(pipeline: Any, task: Digits, loss: Loss, rate: float, seed: int) -> Iterator[None]:
+    """Optimizer steps, one a turn."""
+    config = TAFSGRPOConfig(seed=seed, train_learning_rate=rate, mixed_precision="no")
+    policy.prepare_base(pipeline, config, torch.device("cpu"))
+    policy.attach_lora(pipeline, config, None)
+    parameters = policy.trainable_parameters(pipeline.denoiser)
+    optimizer = policy.make_optimizer(parameters, config)
+    encode = PromptEncoder(pipeline, torch.device("cpu"), max_sequence_length=task.options["max_sequence_length"])
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        loss(pipeline, task, encode, rng).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+def run_distiller(name: str, rate: float, seed: int, seconds: float) -> dict[str, Any]:
+    """One baseline for `seconds` of CPU time, judged as the methods are."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    task = Digits()
+    pipeline, start, steps = task.pipeline(), time.process_time(), 0
+    for _ in updates(pipeline, task, DISTILLERS[name], rate, seed):
+        steps += 1
+        spent = time.process_time() - start
+        if spent > seconds:
+            break
+    rows = {how: task.judge(task.images(pipeline, *EVALUATED[how])) for how in EVALUATED}
+    rows = {how: {k: round(v, 4) for k, v in row.items()} for how, row in rows.items()}
+    best = max(rows["annealed 4"]["reward"], rows["ode 4"]["reward"])
+    facts = {"seconds": round(spent, 2), "epochs": steps, "rows": rows, "best": best}
+    return {"method": {"preset": name, "rate": rate}, "seed": seed, "at_time": facts}

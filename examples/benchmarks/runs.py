@@ -1,0 +1,161 @@
+"""One run of the benchmark: a method, a task, a seed, a learning rate; told as a plain dictionary."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from tasks import TASKS, Task
+
+from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer
+from trl_tafs.conditioning import PromptEncoder
+from trl_tafs.kernels import Annealed
+from trl_tafs.presets import preset
+from trl_tafs.rollout import SampleNoise, sample_steps
+
+CURVE_POINTS = 4
+EVALUATED = {"annealed 4": ("annealed", 4), "ode 4": ("ode", 4), "ode 10": ("ode", 10)}
+STEP_COUNTS = (1, 2, 3, 4, 5, 6, 8)
+
+
+class Evaluations:
+    """Counts what training asks of the denoiser, in images, by phase: `rollout`, `policy` (with gradient), `other`."""
+
+    def __init__(self, trainer: TAFSGRPOTrainer) -> None:
+        """Listen to the trainer's denoiser; nothing is counted outside of `training`."""
+        self.counts: Counter[str] = Counter()
+        self.phase: str | None = None
+        trainer.sd_pipeline.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+        collect = trainer.collector.collect
+
+        def collecting(*args: Any, **kwargs: Any) -> Any:
+            self.phase = "rollout"
+            try:
+                return collect(*args, **kwargs)
+            finally:
+                self.phase = "other"
+
+        trainer.collector.collect = collecting
+
+    def _count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.phase is not None:
+            self.counts["policy" if torch.is_grad_enabled() else self.phase] += len(kwargs["hidden_states"])
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Count inside."""
+        self.phase = "other"
+        yield
+        self.phase = None
+
+    @property
+    def total(self) -> int:
+        """All phases."""
+        return sum(self.counts.values())
+
+
+def make_trainer(task: Task, method: dict[str, Any], seed: int, folder: str) -> TAFSGRPOTrainer:
+    """A trainer of one method, without guidance and in groups of the task's size, as all methods here."""
+    settings = preset(method["preset"]) | {"sample_guidance_scale": 1.0, "train_cfg": False} | task.options
+    settings |= {"train_learning_rate": method["rate"]} | method["options"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = TAFSGRPOConfig(
+        exp_name="bench",
+        seed=seed,
+        project_kwargs={"project_dir": folder},
+        mixed_precision="no",
+        height=task.height,
+        width=task.width,
+        disable_tqdm=True,
+        sample_grid_freq=0,
+        **settings,
+    )
+    return TAFSGRPOTrainer(config, task.rewards(), task.train_prompts, task.pipeline())
+
+
+def train(
+    trainer: TAFSGRPOTrainer,
+    seconds: float,
+    evaluations: int | None,
+    look: Callable[[], dict[str, float]],
+    judge: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """Train until both budgets are spent, at most twice the time; judge where either is.
+
+    Judging costs no time of the budget. The result has `at_time`, `at_evaluations` (the same, where the budget of
+    evaluations wasn't reached in twice the time) and a `curve` of (seconds, evaluations, value).
+    """
+    counter, spent, curve = Evaluations(trainer), 0.0, [{"seconds": 0.0, "evaluations": 0} | look()]
+    result: dict[str, Any] = {}
+    while "at_time" not in result or ("at_evaluations" not in result and evaluations and spent < 2 * seconds):
+        start = time.process_time()
+        with counter.training():
+            trainer.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
+        trainer.first_epoch += 1
+        spent += time.process_time() - start
+        facts = {"seconds": round(spent, 2), "evaluations": counter.total, "epochs": trainer.first_epoch}
+        if seconds * len(curve) / CURVE_POINTS <= spent < seconds:
+            curve.append(facts | look())
+        if "at_time" not in result and spent >= seconds:
+            result["at_time"] = facts | judge()
+            curve.append(facts | look())
+        if "at_evaluations" not in result and evaluations and counter.total >= evaluations:
+            result["at_evaluations"] = facts | judge()
+    if "at_evaluations" not in result:
+        result["at_evaluations"] = facts | judge() if evaluations else result["at_time"]
+    images = trainer.plan.total_images * trainer.first_epoch
+    result["nfe"] = {phase: round(count / images, 2) for phase, count in counter.counts.items()}
+    return result | {"curve": curve, "seconds_per_epoch": round(spent / trainer.first_epoch, 3)}
+
+
+@torch.no_grad()
+def correlations(task: Task, pipeline: Any, num_steps: int = 4) -> dict[str, float]:
+    """Table 7: Pearson's r of each step's reward with the final one's, over the judged prompts."""
+    encode = PromptEncoder(pipeline, torch.device("cpu"), max_sequence_length=task.options["max_sequence_length"])
+    noise = SampleNoise(7, -3, tuple(range(len(task.prompts))))
+    x = noise("initial", 0, pipeline.latent_shape(task.height, task.width))
+    levels = pipeline.rollout_levels(num_steps, task.height, task.width)
+    steps = sample_steps(pipeline.velocity, Annealed(), encode(task.prompts), levels, x, noise)
+    ((_, reward),) = task.rewards().items()
+    scored = [reward(pipeline.decode_latents(step.clean), task.prompts, None) for step in steps]
+    rewards = torch.stack([torch.as_tensor(item[0] if isinstance(item, tuple) else item) for item in scored]).double()
+    r = torch.corrcoef(rewards)[-1].nan_to_num(0.0).tolist()
+    return {f"R^{n + 1} with R^{num_steps}": round(r[n], 3) for n in range(num_steps - 1)}
+
+
+def run(task_name: str, method: dict[str, Any], seed: int, seconds: float, evaluations: int | None, full: bool) -> dict:
+    """One run; `full` adds what the figures need: step counts, correlations, the base's own figures."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    task = TASKS[task_name]()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(task, method, seed, folder)
+        pipeline = trainer.sd_pipeline
+
+        def value(sampler: str, steps: int) -> float:
+            return round(task.quick(task.images(pipeline, sampler, steps)), 4)
+
+        def look() -> dict[str, float]:
+            return {"value": value("annealed", 4)}
+
+        def judge() -> dict[str, Any]:
+            if not full:
+                return {"best": max(value("annealed", 4), value("ode", 4))}
+            rows = {name: task.judge(task.images(pipeline, *how)) for name, how in EVALUATED.items()}
+            rows = {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}
+            return {"rows": rows, "best": max(rows["annealed 4"]["reward"], rows["ode 4"]["reward"])}
+
+        before = correlations(task, pipeline) if full and seed == 0 else None
+        result = train(trainer, seconds, evaluations, look, judge)
+        if full and seed == 0:
+            pairs = [(sampler, n) for sampler in ("annealed", "ode") for n in STEP_COUNTS]
+            result["steps"] = {f"{sampler} {n}": value(sampler, n) for sampler, n in pairs}
+            result["correlations"] = {"before": before, "after": correlations(task, pipeline)}
+    return {"task": task_name, "method": method, "seed": seed, "budget": seconds} | result

@@ -1,0 +1,167 @@
+"""The two embedded tasks of the benchmark: what is trained, on which prompts, and who judges it."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_tafs.conditioning import PromptEncoder
+from trl_tafs.evaluation import Setting, sample_images
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(EXAMPLES / "digits"), str(EXAMPLES / "words"), str(EXAMPLES)]
+
+
+class Task(ABC):
+    """One embedded pipeline with its reward, prompts and judges."""
+
+    name: str
+    height: int
+    width: int
+    seconds: float  # of CPU time, each run's
+    rates: tuple[float, ...]  # learning rates that are tried for every method alike
+    options: dict[str, Any]  # of TAFSGRPOConfig: sizes that are the same for every method
+    prompts: list[str]  # judged
+    train_prompts: list[tuple[str, dict]]
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """The pre-trained pipeline, anew."""
+
+    @abstractmethod
+    def rewards(self) -> dict[str, Any]:
+        """What is trained on."""
+
+    @abstractmethod
+    def judge(self, images: Tensor) -> dict[str, float]:
+        """All judges on images of `prompts`; `reward` first."""
+
+    @abstractmethod
+    def quick(self, images: Tensor) -> float:
+        """The rewarding metric alone."""
+
+    def images(self, pipeline: Any, sampler: str, num_steps: int, guidance: float = 1.0) -> Tensor:
+        """(B, 3, H, W) of `prompts`, with noise that is the same for every method."""
+        device = torch.device("cpu")
+        setting = Setting(self.height, self.width, 100, 1000, torch.float32, device)
+        length = self.options["max_sequence_length"]
+        encode = PromptEncoder(pipeline, device, guidance_scale=guidance, max_sequence_length=length)
+        ids = range(len(self.prompts))
+        return sample_images(
+            pipeline, encode, pipeline.velocity, setting, self.prompts, ids, sampler=sampler, num_steps=num_steps
+        )
+
+
+class Digits(Task):
+    """D = 64: a classifier's reward, a held-out classifier, an OCR model, Frechet distance, diversity."""
+
+    name, height, width = "digits", 8, 8
+    seconds, rates = 16.0, (3e-4, 1e-3, 3e-3)
+
+    def __init__(self) -> None:
+        """300 images, 30 of each digit."""
+        from digits_data import prompt_for
+        from digits_judges import DigitReward, HeldOutJudge, OCRJudge
+
+        self.labels = torch.arange(10).repeat_interleave(30)
+        self.prompts = [prompt_for(label) for label in self.labels.tolist()]
+        self.train_prompts = [(prompt_for(digit), {}) for digit in range(10)]
+        self.judges = {"reward": DigitReward(), "held_out": HeldOutJudge(), "ocr": OCRJudge()}
+        self.options = {"sample_batch_size": 96, "sample_num_batches_per_epoch": 2, "num_generations": 32}
+        self.options |= {"train_batch_size": 192, "max_sequence_length": 8}
+
+    def pipeline(self) -> Any:
+        """Quickstart's."""
+        from quickstart import load
+
+        return load()
+
+    def rewards(self) -> dict[str, Any]:
+        """The classifier's probability of the asked digit."""
+        return {"reward": self.judges["reward"]}
+
+    def judge(self, images: Tensor) -> dict[str, float]:
+        """Accuracies, fidelity (less is better), diversity (1: that of real digits)."""
+        from digits_judges import diversity, fidelity
+
+        values = {name: judge.accuracy(images, self.prompts) for name, judge in self.judges.items()}
+        return values | {"fidelity": fidelity(images, self.labels), "diversity": diversity(images, self.labels)}
+
+    def quick(self, images: Tensor) -> float:
+        """Accuracy by the rewarding classifier."""
+        return self.judges["reward"].accuracy(images, self.prompts)
+
+
+class Words(Task):
+    """D = 1,536: an OCR engine's reward on random words, judged on held-out ones by it, an older one, and pixels."""
+
+    name = "words"
+    seconds, rates = 32.0, (3e-4, 1e-3, 3e-3)
+
+    def __init__(self) -> None:
+        """One image of each of 92 held-out words."""
+        import words_ocr
+        from words_data import LAYOUTS
+        from words_judges import ColourJudge, OCRJudge, OCRReward, PrintJudge
+
+        self.height, self.width = LAYOUTS["small"].height, LAYOUTS["small"].width
+        self.prompts, self.train_prompts = words_ocr.HELD_OUT_PROMPTS, words_ocr.TRAIN_PROMPTS
+        self.judges = {"reward": OCRReward(), "held_out": OCRJudge(), "colour": ColourJudge(), "fidelity": PrintJudge()}
+        sizes = ("sample_batch_size", "sample_num_batches_per_epoch", "num_generations", "train_batch_size")
+        self.options = {name: words_ocr.COMMON[name] for name in (*sizes, "max_sequence_length")}
+
+    def pipeline(self) -> Any:
+        """The small one."""
+        from words_components import load
+
+        from trl_tafs import TAFSStableDiffusion3Pipeline
+
+        return load("small", TAFSStableDiffusion3Pipeline)
+
+    def rewards(self) -> dict[str, Any]:
+        """1 - normalised edit distance of what PP-OCRv6 reads."""
+        return {"reward": self.judges["reward"]}
+
+    def judge(self, images: Tensor) -> dict[str, float]:
+        """Means; fidelity is PrintJudge's (more is better), diversity the spread of the ground's and ink's pixels."""
+        values = {n: torch.as_tensor(j(images, self.prompts)).mean().item() for n, j in self.judges.items()}
+        return values | {"diversity": images.std(0).mean().item()}
+
+    def quick(self, images: Tensor) -> float:
+        """The rewarding engine's mean."""
+        return torch.as_tensor(self.judges["reward"](images, self.prompts)).mean().item()
+
+
+class Mixed(Digits):
+    """Digits among prompts that teach nothing, as in real prompt sets: ten learnable, ten solved, ten hopeless.
+
+    A solved prompt's reward is 1 whatever is drawn, a hopeless one's 0; only the learnable ones are judged.
+    """
+
+    name = "mixed"
+
+    def __init__(self) -> None:
+        """Each digit's prompt three times, with its kind in the metadata."""
+        super().__init__()
+        kinds = ("learnable", "solved", "hopeless")
+        spaces = {"learnable": "", "solved": " ", "hopeless": "  "}  # a prompt of its own for the tracker
+        self.train_prompts = [(p + spaces[kind], {"kind": kind}) for p, _ in self.train_prompts for kind in kinds]
+        self.options |= {"num_generations": 16}
+
+    def rewards(self) -> dict[str, Any]:
+        """The classifier's, where the prompt is learnable."""
+        constant = {"solved": 1.0, "hopeless": 0.0}
+
+        def reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> list[float]:
+            values = self.judges["reward"](images, [prompt.strip() for prompt in prompts])[0].tolist()
+            return [constant.get(m["kind"], value) for value, m in zip(values, metadata, strict=True)]
+
+        return {"reward": reward}
+
+
+TASKS = {"digits": Digits, "words": Words, "mixed": Mixed}
