@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 # More than one thread on a contended CPU can be many times slower; the models here are tiny.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MKL_NUM_THREADS=1
 
-.PHONY: help setup quickstart words test test-slow lint format docs clean
+.PHONY: help setup quickstart words bench-methods test test-slow lint format docs clean
 
 help:
 	@echo "make quickstart   train a 4-step generator on the embedded pipeline, with a before/after table"
 	@echo "make words        teach a model that writes words to be read by an OCR engine, with a before/after table"
+	@echo "make bench-methods  every preset on both embedded tasks, into docs/benchmarks.md (about an hour)"
 	@echo "make test         the tests (under 10 minutes on two cores)"
 	@echo "make test-slow    the slow ones"
 	@echo "make lint         ruff"
@@ -33,6 +34,9 @@ quickstart: setup
 
 words: setup
 	$(ONE_THREAD) $(BIN)/python examples/words_ocr.py
+
+bench-methods: setup
+	$(ONE_THREAD) $(BIN)/python examples/benchmarks/methods.py
 
 test: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from trl_tafs import cli, config
+from trl_tafs import cli, config, presets
 
 TARGET = Path(__file__).with_name("configuration.md")
 SECTION = re.compile(r" {4}# (.+?) -{5,}$")
@@ -90,6 +90,14 @@ def default(field: dataclasses.Field) -> str:
     return f"`{field.default!r}`".replace("'", '"')
 
 
+def preset_rows() -> str:
+    """Each preset with the options that set it apart."""
+    rows = ["| Preset | Options |", "|---|---|"]
+    for name, options in presets.PRESETS.items():
+        rows.append(f"| `{name}` | " + ", ".join(f"`{key}={value!r}`" for key, value in options.items()) + " |")
+    return "\n".join(rows)
+
+
 def text() -> str:
     """The whole document."""
     parts = [INTRO]
@@ -99,6 +107,11 @@ def text() -> str:
     parts.append(
         "## Command line only\n\nOf `trl-tafs train` and `examples/train_sd3.py`, beside all of the above and "
         f"`--config FILE.yaml`.\n\n{table(cli.ScriptArguments, names)}\n"
+    )
+    parts.append(
+        "## Presets\n\n`TAFSGRPOConfig.from_preset(name, ...)`, `--preset NAME`: the methods of the papers, whose "
+        "options you can still change. Where each value is from stands beside it in `trl_tafs/presets.py`; how they "
+        f"compare: [benchmarks.md](benchmarks.md).\n\n{preset_rows()}\n"
     )
     return "\n".join(parts)
 

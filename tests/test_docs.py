@@ -19,7 +19,17 @@ from tiny import ROOT
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline, advantages, checkpoint, cli, hub
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed", "learning"}
+EXPECTED = {
+    "algorithm",
+    "configuration",
+    "adapters",
+    "rewards",
+    "checkpoints",
+    "extending",
+    "distributed",
+    "learning",
+    "benchmarks",
+}
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASE, ADAPTER = "stabilityai/stable-diffusion-3.5-medium", "you/sd35m-red"
 FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}

@@ -1,0 +1,96 @@
+"""The benchmark of methods: its arithmetic here, a short run of it among the slow tests."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+BENCHMARKS = ROOT / "examples" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import report  # noqa: E402
+import runs  # noqa: E402
+from tasks import TASKS  # noqa: E402
+
+TAFS = {"preset": "tafs", "options": {}, "rate": 1e-3}
+
+
+def run_of(value, ode=0.1, seconds_per_epoch=1.0, nfe=4, **more):
+    judged = {"reward": value, "held_out": value, "ocr": value, "fidelity": 5.0, "diversity": 1.0}
+    rows = {"annealed 4": judged, "ode 4": judged | {"reward": ode}, "ode 10": judged | {"reward": 0.3}}
+    at = {"seconds": 10.0, "evaluations": 100, "epochs": 10, "rows": rows, "best": max(value, ode)}
+    curve = [{"seconds": t, "value": v} for t, v in ((0.0, 0.2), (10.0, value))]
+    told = {"at_time": at, "at_evaluations": at, "curve": curve, "seconds_per_epoch": seconds_per_epoch, "seed": 0}
+    return told | {"nfe": {"rollout": nfe, "policy": 3.0}, "budget": 10.0} | more
+
+
+def test_tables_are_made_of_the_runs(tmp_path):
+    methods = {
+        "tafs": [run_of(0.8), run_of(0.9)],
+        "flow_grpo": [run_of(0.3, ode=0.6, seconds_per_epoch=2.5, nfe=10)] * 2,
+    }
+    rates = {"tafs": 1e-3, "flow_grpo": 3e-4}
+    results = {"digits": {"rates": rates, "methods": methods}, "table_4": {"3": methods["tafs"]}}
+    report.write(results, tmp_path, "the command", [0, 1])
+    told = json.loads((tmp_path / "results" / "methods.json").read_text())
+    tafs, flow = (told["presets"][name]["digits"] for name in ("tafs", "flow_grpo"))
+    assert tafs["at_time"]["reward"] == pytest.approx([0.85, 0.0707], abs=1e-4)
+    assert flow["at_time"]["reward"] == [0.6, 0.0], "by the sampler that suits it"
+    assert (flow["time_ratio"], flow["nfe"]["rollout"], flow["rate"]) == (2.5, 10, 3e-4)
+    assert told["command"] == "the command" and told["seeds"] == [0, 1] and "torch" in told["versions"]
+    page = (tmp_path / "benchmarks.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    assert lines[0].startswith("| `tafs`") and "0.850 +- 0.071" in lines[0], "the best first"
+    for picture in ("methods_curves.png", "methods_steps.png"):
+        assert (tmp_path / "results" / picture).stat().st_size > 0 and picture in page
+
+
+def test_a_run_counts_evaluations_by_phase_and_stops_at_its_budgets():
+    told = runs.run("digits", TAFS | {"options": {"beta": 0.1}}, 0, 0.5, 1500, False)
+    assert told["nfe"] == {"rollout": 4.0, "policy": 3.0, "other": 3.0}, "4 to draw, 3 to train, 3 for the KL's base"
+    assert told["at_time"]["seconds"] >= 0.5 and told["at_evaluations"]["evaluations"] >= 1500
+    assert told["at_evaluations"]["evaluations"] % (192 * 10) == 0, "judging isn't counted"
+    assert told["curve"][0]["seconds"] == 0
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_judges_its_own_images(name):
+    task = TASKS[name]()
+    values = task.judge(task.images(task.pipeline(), "annealed", 4))
+    assert {"reward", "held_out", "fidelity", "diversity"} <= set(values)
+    assert (
+        0.2 < values["reward"] < 0.7
+        and abs(task.quick(task.images(task.pipeline(), "annealed", 4)) - values["reward"]) < 1e-6
+    )
+
+
+def test_the_mixed_task_has_prompts_that_teach_nothing():
+    task = TASKS["mixed"]()
+    reward = task.rewards()["reward"]
+    images = task.images(task.pipeline(), "annealed", 4)[:9]
+    prompts, metadata = zip(*task.train_prompts[:9], strict=True)
+    values = reward(images, list(prompts), list(metadata))
+    kinds = [m["kind"] for m in metadata]
+    assert {v for v, k in zip(values, kinds, strict=True) if k == "solved"} == {1.0}
+    assert {v for v, k in zip(values, kinds, strict=True) if k == "hopeless"} == {0.0}
+    assert len(set(prompts)) == 9, "the tracker tells them apart"
+
+
+@pytest.mark.slow
+def test_quick_benchmark_ranks_what_is_robust(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "methods.py"), "--quick", "--jobs", "2"]
+    done = subprocess.run(
+        [*command, "--runs", str(tmp_path / "runs"), "--docs", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads((tmp_path / "results" / "methods.json").read_text())["presets"]
+    reward = {name: row["digits"]["at_time"]["reward"][0] for name, row in told.items()}
+    assert reward["tafs"] > reward["tafs_sum"] + 0.02, "Algorithm 1's sum credits actions with what came before them"
+    assert reward["tafs"] > reward["flow_grpo"] + 0.1, "ten SDE steps at equal time"
+    assert abs(reward["base"] - 0.46) < 0.06, "what doesn't move doesn't learn"
