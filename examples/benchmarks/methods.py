@@ -3,7 +3,7 @@
     python examples/benchmarks/methods.py --jobs 2             # or: make bench-methods
     python examples/benchmarks/methods.py --quick              # digits, one seed, the methods of the slow test
 
-Each method is given the same three learning rates for half the time with one seed, and then three seeds at the best of
+Each method is given the same learning rates for half the time with one seed, and then three seeds at the best of
 them. Time is CPU time of one thread, so that runs side by side don't count against each other. Guidance is off and
 groups are of one size for all. What was run already is read from `--runs`.
 """

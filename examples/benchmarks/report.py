@@ -26,7 +26,7 @@ Seeds {seeds}: the mean and, after +-, the standard deviation over seeds. Time i
 seconds a run. `NFE old` is the evaluations of the denoiser that an image takes to be drawn, `NFE` those with gradient,
 `other` those of old or reference policies. Judged at 4 steps without guidance, by the better of the annealed sampler
 and the ODE; `ODE 10` is the reward at 10 ODE steps. "At equal evaluations" is where a method has spent as many as
-`tafs` in the time, or twice the time. `base` is `tafs` at a learning rate of 1e-9: nothing moves.
+`tafs` in the time, or half as much time again. `base` is `tafs` at a learning rate of 1e-9: nothing moves.
 """
 LABELS = {"digits": "Digits, D = 64", "words": "Words, D = 1,536"}
 COLUMNS = {

@@ -87,14 +87,14 @@ def train(
     look: Callable[[], dict[str, float]],
     judge: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Train until both budgets are spent, at most twice the time; judge where either is.
+    """Train until both budgets are spent, at most half as long again; judge where either is.
 
     Judging costs no time of the budget. The result has `at_time`, `at_evaluations` (the same, where the budget of
-    evaluations wasn't reached in twice the time) and a `curve` of (seconds, evaluations, value).
+    evaluations wasn't reached by then) and a `curve` of (seconds, evaluations, value).
     """
     counter, spent, curve = Evaluations(trainer), 0.0, [{"seconds": 0.0, "evaluations": 0} | look()]
     result: dict[str, Any] = {}
-    while "at_time" not in result or ("at_evaluations" not in result and evaluations and spent < 2 * seconds):
+    while "at_time" not in result or ("at_evaluations" not in result and evaluations and spent < 1.5 * seconds):
         start = time.process_time()
         with counter.training():
             trainer.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
