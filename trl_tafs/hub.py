@@ -146,6 +146,8 @@ def _adapter_layers(denoiser, adapter_name, state_dict):
 def _annealed_scheduler(pipeline, scheduler_config):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
+    if scheduler_config is None and hasattr(pipeline, "annealed_scheduler"):
+        return pipeline.annealed_scheduler()
     config = pipeline.scheduler.config if scheduler_config is None else scheduler_config
     config = {name: value for name, value in config.items() if not name.startswith("_")}  # no _name_or_path
     return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True)
