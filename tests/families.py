@@ -18,8 +18,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SCMScheduler,
 )
-from digits_components import clip_tokenizer, t5_tokenizer
 from digits_components import build_pipeline as build_digits
+from digits_components import clip_tokenizer, t5_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
@@ -361,20 +361,28 @@ class Family:
     options: dict = field(default_factory=dict)  # of the builder
 
 
-LAST_CONTEXT = ("add_q_proj",)
+LAST = "transformer_blocks.1.attn."  # what only leads to the last block's context stream, which is discarded
 FAMILIES = {
-    "sd3": Family("TAFSStableDiffusion3Pipeline", sd3, size=8, wide=(8, 16), dead=("transformer_blocks.1.attn.add_q_proj",)),
+    "sd3": Family("TAFSStableDiffusion3Pipeline", sd3, size=8, wide=(8, 16), dead=(LAST + "add_q_proj",)),
     "flux-dev": Family("TAFSFluxPipeline", flux),
     "flux-schnell": Family("TAFSFluxPipeline", flux, options={"guidance_embeds": False, "dynamic": False}),
     "sana": Family("TAFSSanaPipeline", sana, size=32, wide=(32, 64)),
-    "sana-sprint": Family("TAFSSanaSprintPipeline", sana_sprint, size=32, wide=(32, 64), guidance=None, tolerance=1e-5, has_ode=False),
-    "qwen-image": Family("TAFSQwenImagePipeline", qwen_image, dead=("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out")),
+    "sana-sprint": Family(
+        "TAFSSanaSprintPipeline",
+        sana_sprint,
+        size=32,
+        wide=(32, 64),
+        guidance=None,
+        tolerance=1e-5,
+        has_ode=False,
+    ),
+    "qwen-image": Family("TAFSQwenImagePipeline", qwen_image, dead=(LAST + "add_q_proj", LAST + "to_add_out")),
     "flux2": Family("TAFSFlux2Pipeline", flux2, guidance=None),
     "flux2-klein": Family("TAFSFlux2KleinPipeline", flux2_klein),
     "flux2-klein-distilled": Family("TAFSFlux2KleinPipeline", flux2_klein, guidance=None, options={"is_distilled": True}),
     "z-image": Family("TAFSZImagePipeline", z_image),
     "hidream": Family("TAFSHiDreamPipeline", hidream, wide=(8, 32), tolerance=1e-5),
-}  # fmt: skip
+}
 
 
 def stock(name: str, seed: int = 0):

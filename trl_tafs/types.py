@@ -112,6 +112,14 @@ class Conditioning(Rows):
     def __len__(self) -> int:
         return len(self.positive.text)
 
+    def padded_to_multiple(self, multiple: int) -> Conditioning:
+        """The texts padded to a multiple of `multiple` tokens."""
+
+        def pad(half: Embeddings | None) -> Embeddings | None:
+            return None if half is None else half.padded(-(-half.text.shape[1] // multiple) * multiple)
+
+        return dataclasses.replace(self, positive=pad(self.positive), negative=pad(self.negative))
+
     @classmethod
     def cat(cls, items: list[Conditioning]) -> Conditioning:
         """Concatenate rows of one and the same guidance."""

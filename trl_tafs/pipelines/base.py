@@ -94,6 +94,9 @@ class TAFSPipelineMixin(ABC):
     guidance_argument = "guidance_scale"  # what the stock `__call__` calls the scale of classifier-free guidance
     # The states' dtype; None: the denoiser's. Some stock pipelines keep float32 around a bfloat16 denoiser.
     latent_dtype: torch.dtype | None = None
+    # Cached prompts of different lengths are padded to multiples of this, so that a row's result hardly depends on the
+    # other rows of its batch; None: the family pads by itself.
+    text_multiple: int | None = None
     # The scale that a guidance-distilled denoiser is given where none is asked for; None: it takes none.
     default_embedded_guidance: float | None = None
 

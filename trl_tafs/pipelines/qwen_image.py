@@ -28,6 +28,7 @@ class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline)
     )
     guidance_batch = None
     guidance_argument = "true_cfg_scale"
+    text_multiple = 64
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Qwen2.5-VL: text (B, L, C), as long as the longest prompt, and a mask where they differ."""
