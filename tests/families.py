@@ -379,7 +379,9 @@ FAMILIES = {
     "qwen-image": Family("TAFSQwenImagePipeline", qwen_image, dead=(LAST + "add_q_proj", LAST + "to_add_out")),
     "flux2": Family("TAFSFlux2Pipeline", flux2, guidance=None),
     "flux2-klein": Family("TAFSFlux2KleinPipeline", flux2_klein),
-    "flux2-klein-distilled": Family("TAFSFlux2KleinPipeline", flux2_klein, guidance=None, options={"is_distilled": True}),
+    "flux2-klein-distilled": Family(
+        "TAFSFlux2KleinPipeline", flux2_klein, guidance=None, options={"is_distilled": True}
+    ),
     "z-image": Family("TAFSZImagePipeline", z_image),
     "hidream": Family("TAFSHiDreamPipeline", hidream, wide=(8, 32), tolerance=1e-5),
 }

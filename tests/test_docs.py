@@ -16,7 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from tiny import ROOT
 
-from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline, advantages, checkpoint, cli, hub
+from trl_tafs import AutoTAFSPipeline, TAFSGRPOConfig, TAFSGRPOTrainer, advantages, checkpoint, cli, hub
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed", "learning"}
@@ -149,7 +149,7 @@ def parse_sampling(options, monkeypatch):
     def stop(*args, **kwargs):
         raise Parsed
 
-    monkeypatch.setattr(TAFSStableDiffusion3Pipeline, "from_pretrained", stop)
+    monkeypatch.setattr(AutoTAFSPipeline, "from_pretrained", stop)
     with pytest.raises(Parsed):
         cli.main(["sample", *options])
 

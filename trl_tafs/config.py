@@ -71,6 +71,11 @@ class TAFSGRPOConfig:
     sample_guidance_scale: float = option(
         1.0, "Classifier-free guidance in rollout and training alike; 1 (off): a few-step policy needs half the work."
     )
+    sample_embedded_guidance_scale: float | None = option(
+        None,
+        "Guidance that a distilled model takes as an input (FLUX.1-dev, FLUX.2-dev, SanaSprint), which costs no second "
+        "evaluation. None: the stock pipeline's default; an error for a model that takes none.",
+    )
     sample_batch_size: int = option(8, "Images a process draws at once.")
     sample_num_batches_per_epoch: int = option(12, "Batches a process draws each epoch: 96 images, two groups of 48.")
     sample_kernel: str = option(
@@ -98,6 +103,11 @@ class TAFSGRPOConfig:
     negative_prompts: str | None = option("", "Negative prompt, where guidance is on.")
     offload_text_encoders: bool = option(
         False, "Keep text encoders on the CPU except while they encode: 11 GB less for SD3.5's T5-XXL in bf16."
+    )
+    prompt_cache_dir: str | None = option(
+        None,
+        "Folder for encoded prompts. A list or dataset of prompts is encoded before training, and what is found there "
+        "needs no text encoder: a pipeline loaded with text_encoder=None (and _2, ...) will do.",
     )
 
     # Rewards --------------------------------------------------------------------------------------------------
@@ -197,6 +207,11 @@ class TAFSGRPOConfig:
     lora_rank: int = option(32, "Rank (paper: 32).")
     lora_alpha: int = option(64, "Alpha (paper: 64).")
     lora_target_modules: list[str] | None = option(None, "None: the family's attention projections.")
+    lora_fold_alpha: bool = option(
+        False,
+        "Publish the adapter with alpha / r multiplied into its weights and alpha = r: the same images in diffusers, "
+        "and the right strength in tools that ignore the file's metadata (ComfyUI).",
+    )
     adapter_name_or_path: str | None = option(None, "A LoRA in diffusers' format, local or on the Hub, to continue.")
 
     # Evaluation and pictures ----------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def save_adapter(
     state_dict: dict[str, torch.Tensor] | None = None,
     adapter_name: str = "default",
     scheduler_config: dict[str, Any] | None = None,
+    fold_alpha: bool = False,
 ) -> Path:
     """Write the LoRA of the pipeline's denoiser, in float32, and the scheduler that samples it.
 
@@ -105,12 +106,15 @@ def save_adapter(
         state_dict: weights to write instead of the attached ones (an EMA of them), as PEFT names them.
         adapter_name: which of the attached adapters.
         scheduler_config: instead of the pipeline's; `stochastic_sampling=True` is added in either case.
+        fold_alpha: multiply the strength into the weights, for tools that ignore the metadata; see `folded_alpha`.
 
     Raises:
         ValueError: no such adapter, weights of other names, or a LoRA that the format cannot hold.
     """
     denoiser = getattr(pipeline, "denoiser_name", "transformer")
     layers = _adapter_layers(getattr(pipeline, denoiser), adapter_name, state_dict)
+    if fold_alpha:
+        layers, lora_config = folded_alpha(layers, lora_config)
     metadata = lora_metadata(lora_config)
     folder = Path(folder)
     (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +145,25 @@ def _adapter_layers(denoiser, adapter_name, state_dict):
             raise ValueError(f"{len(wrong)} names are not in both, the first {wrong[0]!r}, only in {where}")
         layers = state_dict
     return {name: layers[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(layers)}
+
+
+def folded_alpha(layers: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """The same LoRA with its strength in the weights: B times alpha / r (rslora: alpha / sqrt(r)), then alpha = r.
+
+    Tools that ignore the file's metadata (ComfyUI) then apply it at the right strength. A power of two, such as the
+    default 64 / 32, changes no bit of what diffusers computes; others round.
+    """
+    from peft.utils.other import get_pattern_key
+
+    folded, patterns = dict(layers), config.alpha_pattern
+    for key, weight in layers.items():
+        if ".lora_B" not in key or weight.ndim < 2:
+            continue
+        module, rank = key.partition(".lora_B")[0], weight.shape[1]
+        alpha = patterns.get(get_pattern_key(patterns, module), config.lora_alpha)
+        folded[key] = weight * (alpha / (rank**0.5 if config.use_rslora else rank))
+    settings = {"lora_alpha": config.r, "use_rslora": False, "alpha_pattern": dict(config.rank_pattern)}
+    return folded, type(config)(**(lora_metadata(config) | settings))
 
 
 def _annealed_scheduler(pipeline, scheduler_config):

@@ -225,6 +225,13 @@ class RunReport:
             height=trainer.height,
             width=trainer.width,
             guidance_scale=config.sample_guidance_scale,
+            call=trainer.sd_pipeline.call_arguments(
+                config.sample_num_steps,
+                config.sample_guidance_scale,
+                config.negative_prompts,
+                config.sample_embedded_guidance_scale,
+            ),
+            scheduler_class=type(trainer.sd_pipeline.annealed_scheduler()).__name__,
             max_sequence_length=self.card_sequence_length(),
             torch_dtype=str(trainer.storage_dtype).removeprefix("torch."),
             **card.base_model_facts(trainer.sd_pipeline),
@@ -239,9 +246,9 @@ class RunReport:
 
     def card_sequence_length(self) -> int | None:
         """Tokens of a prompt in training, where diffusers' own default is another."""
-        family_default = getattr(self.trainer.sd_pipeline, "default_max_sequence_length", lambda: None)()
-        length = self.trainer.config.max_sequence_length or family_default
-        return None if length == 256 else length
+        pipeline = self.trainer.sd_pipeline
+        length = self.trainer.config.max_sequence_length or pipeline.default_max_sequence_length()
+        return None if length == pipeline.stock_max_sequence_length() else length
 
     def write_card(self, folder: Path, repo_id: str | None) -> Path:
         """README.md and training settings beside the adapter."""

@@ -92,6 +92,8 @@ class TAFSGRPOTrainer:
         default_height, default_width = sd_pipeline.default_size()
         self.height, self.width = config.height or default_height, config.width or default_width
         sd_pipeline.check_size(self.height, self.width)
+        sd_pipeline.check_guidance(config.sample_guidance_scale)
+        sd_pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
         self.prompts = PromptSource(prompt_function, config.seed)
         self.rewards = self._reward_set(reward_function, config.reward_weights)
         self.evaluator = self._make_evaluator(eval_prompts, eval_reward_function)
@@ -164,9 +166,11 @@ class TAFSGRPOTrainer:
             pipeline,
             self.accelerator.device,
             guidance_scale=config.sample_guidance_scale,
+            embedded_guidance_scale=config.sample_embedded_guidance_scale,
             negative_prompt=config.negative_prompts,
             max_sequence_length=config.max_sequence_length,
             offload=config.offload_text_encoders,
+            cache_dir=config.prompt_cache_dir,
         )
 
     def _make_collector(self) -> Collector:
@@ -438,6 +442,7 @@ class TAFSGRPOTrainer:
         if self.config.push_to_hub:
             self._prepare_repo(None, self.config.hub_private_repo)
         prompt, metadata = self.prompts.groups(self.first_epoch, 1)[0]
+        self.encode.prepare(self.prompts.known())
         self.encode([prompt])
         images = torch.rand(2, 3, self.height, self.width, generator=torch.Generator().manual_seed(0))
         self.rewards(images, [prompt] * 2, [metadata] * 2)
@@ -511,7 +516,13 @@ class TAFSGRPOTrainer:
         folder = Path(save_directory or Path(self.config.project_dir) / "adapter")
         if self.accelerator.is_main_process:
             with self.averaged_adapter():
-                hub.save_adapter(self.sd_pipeline, folder, lora_config=self.lora_config, adapter_name=self.adapter_name)
+                hub.save_adapter(
+                    self.sd_pipeline,
+                    folder,
+                    lora_config=self.lora_config,
+                    adapter_name=self.adapter_name,
+                    fold_alpha=self.config.lora_fold_alpha,
+                )
                 self.report.draw_card_pictures(folder)
             self.report.write_card(folder, repo_id)
         self.accelerator.wait_for_everyone()

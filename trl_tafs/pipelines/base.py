@@ -169,8 +169,13 @@ class TAFSPipelineMixin(ABC):
         return min(own, self.max_paper_resolution), min(own, self.max_paper_resolution)
 
     def default_max_sequence_length(self) -> int:
-        """Tokens of a prompt: the stock pipeline's."""
-        return inspect.signature(self.stock_class().__call__).parameters["max_sequence_length"].default
+        """Tokens of a prompt where none are given."""
+        return self.stock_max_sequence_length()
+
+    @classmethod
+    def stock_max_sequence_length(cls) -> int:
+        """Tokens of a prompt in the stock pipeline where none are given."""
+        return inspect.signature(cls.stock_class().__call__).parameters["max_sequence_length"].default
 
     def embedded_guidance(self, scale: float | None = None) -> float | None:
         """The scale that the denoiser is given as an input, the family's default if None; None: it takes none.
@@ -185,6 +190,14 @@ class TAFSPipelineMixin(ABC):
                 "input; leave it at None, and use guidance_scale for classifier-free guidance"
             )
         return None if not takes_one else float(self.default_embedded_guidance if scale is None else scale)
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """An error where the stock pipeline has no classifier-free guidance and `guidance_scale` asks for it."""
+        if guidance_scale > 1.0 and not self.has_guidance:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}, and {self.stock_class().__name__} has no classifier-free "
+                "guidance for this model, so that what is trained couldn't be sampled; use guidance_scale=1"
+            )
 
     @torch.no_grad()
     def encode_conditioning(
@@ -206,13 +219,9 @@ class TAFSPipelineMixin(ABC):
             max_sequence_length: tokens of a prompt; None for the stock pipeline's default.
         """
         length = max_sequence_length or self.default_max_sequence_length()
+        self.check_guidance(guidance_scale)
         scale = self.embedded_guidance(embedded_guidance_scale)
         positive, negative = self.embed(list(prompts), length), None
-        if guidance_scale > 1.0 and not self.has_guidance:
-            raise ValueError(
-                f"guidance_scale is {guidance_scale}, and {self.stock_class().__name__} has no classifier-free "
-                "guidance for this model, so that what is trained couldn't be sampled; use guidance_scale=1"
-            )
         if guidance_scale > 1.0:
             one_for_all = negative_prompts is None or isinstance(negative_prompts, str)
             texts = [negative_prompts or ""] * len(prompts) if one_for_all else list(negative_prompts)
