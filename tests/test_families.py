@@ -1,16 +1,20 @@
 """Every family: the rollout is what the stock, unmodified pipeline samples, and what is trained is what it loads."""
 
+import dataclasses
 import json
 
 import families
 import pytest
 import tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from families import FAMILIES
 from peft import LoraConfig
+from safetensors.torch import save_file
 
-from trl_tafs import hub
+import trl_tafs
+from trl_tafs import AutoTAFSPipeline, hub, pipelines
+from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.kernels import Annealed, Ode
 from trl_tafs.objectives import ClippedObjective
 from trl_tafs.pipelines.base import PackedLatents
@@ -225,3 +229,167 @@ def test_an_epoch_of_the_trainer_runs(name, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["ratio_deviation"] for line in lines if "ratio_deviation" in line] == [0.0]
     assert (tmp_path / "adapter" / hub.WEIGHT_NAME).exists()
+
+
+# Loading ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "z-image"])
+def test_auto_picks_the_family_of_a_folder(name, tmp_path):
+    families.stock(name).save_pretrained(tmp_path)
+    mine = AutoTAFSPipeline.from_pretrained(tmp_path)
+    assert type(mine).__name__ == FAMILIES[name].pipeline
+    cast = AutoTAFSPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert cast.transformer.dtype == torch.bfloat16 and cast.storage_dtype == (cast.latent_dtype or torch.bfloat16)
+
+
+def test_auto_names_the_families_when_it_cannot(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(ValueError, match=r"holds a StableDiffusionXLPipeline.*there are Stable.*HiDreamImagePipeline"):
+        AutoTAFSPipeline.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"from_pretrained\(\.\.\.\) or from_pipe"):
+        AutoTAFSPipeline()
+
+
+def test_from_pipe_neither_copies_nor_casts():
+    pipe = families.stock("klein-distilled")
+    pipe.transformer.to(torch.bfloat16)
+    before = {n: id(p) for n, p in pipe.transformer.named_parameters()}
+    mine = AutoTAFSPipeline.from_pipe(pipe)
+    assert {n: id(p) for n, p in mine.transformer.named_parameters()} == before
+    assert mine.transformer.dtype == torch.bfloat16 and mine.vae.dtype == torch.float32
+    assert mine.config.is_distilled and all(mine.components[n] is c for n, c in pipe.components.items())
+    assert AutoTAFSPipeline.from_pipe(mine) is mine
+    assert AutoTAFSPipeline.from_pipe(type("Mine", (type(pipe),), {})(**pipe.components)).stock_class() is type(pipe)
+
+
+def test_every_family_is_exported():
+    assert {family.__name__ for family in pipelines.FAMILIES.values()} == {f.pipeline for f in FAMILIES.values()}
+    assert {family.__name__ for family in pipelines.FAMILIES.values()} <= set(trl_tafs.__all__)
+
+
+# What differs -------------------------------------------------------------------------------------------------
+
+
+def test_a_dpm_solver_s_flow_shift_is_kept():
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 2.5}
+    mine = AutoTAFSPipeline.from_pipe(families.sana(DPMSolverMultistepScheduler(**options)))
+    assert mine.rollout_levels(2, 32, 32).tolist() == pytest.approx([1.0, 2.5 * 0.5 / 1.75, 0.0])
+    assert mine.annealed_scheduler().config.shift == 2.5 and mine.annealed_scheduler().config.stochastic_sampling
+    mine.scheduler = DPMSolverMultistepScheduler()
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler, whose shift can't be read"):
+        mine.rollout_levels(2, 32, 32)
+
+
+def test_the_embedded_guidance_reaches_the_model_and_only_one_that_takes_it():
+    dev, schnell = (families.ours(families.stock(name), name) for name in ("flux-dev", "flux-schnell"))
+    x = torch.randn(len(PROMPTS), *dev.latent_shape(16, 16))
+    strong = rolled_out(dev, x, 16, 16, embedded_guidance_scale=7.0)
+    assert not torch.equal(strong.final, rolled_out(dev, x, 16, 16).final)
+    assert dev.call_arguments(4, embedded_guidance_scale=7.0)["guidance_scale"] == 7.0
+    assert dev.call_arguments(4)["guidance_scale"] == 3.5 and "guidance_scale" not in schnell.call_arguments(4)
+    with pytest.raises(ValueError, match="embedded_guidance_scale is 7.0, and this FluxTransformer2DModel takes no"):
+        schnell.encode_conditioning(["a"], embedded_guidance_scale=7.0, max_sequence_length=families.LENGTH)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.guidance is None])
+def test_guidance_that_the_stock_pipeline_has_not_is_refused(name, tmp_path):
+    mine = families.ours(families.stock(name), name)
+    with pytest.raises(ValueError, match=r"guidance_scale is 2.0.*use guidance_scale=1"):
+        mine.encode_conditioning(["a"], guidance_scale=2.0, max_sequence_length=families.LENGTH)
+    size = {"height": FAMILIES[name].size, "width": FAMILIES[name].size}
+    with pytest.raises(ValueError, match=r"guidance_scale is 2.0.*use guidance_scale=1"):
+        tiny.trainer(mine, tmp_path, sample_guidance_scale=2.0, train_cfg=True, **size)
+
+
+def test_what_a_family_cannot_do_is_said():
+    klein = families.ours(families.stock("flux2-klein"), "flux2-klein")
+    with pytest.raises(ValueError, match="the negative prompt is 'blurry', and Flux2KleinPipeline knows the empty"):
+        klein.encode_conditioning(["a"], guidance_scale=2.0, negative_prompts="blurry")
+    hidream = families.ours(families.stock("hidream"), "hidream")
+    with pytest.raises(ValueError, match="wouldn't draw 32 x 32.*use 16 x 16"):
+        hidream.check_size(32, 32)
+    sana = families.ours(families.stock("sana"), "sana")
+    with pytest.raises(ValueError, match="multiples of 32, got 40 x 32; use 32 x 32"):
+        sana.check_size(40, 32)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sana-sprint", "z-image", "qwen-image"])
+def test_annealed_calls_honour_the_generator(name):
+    mine = families.ours(families.stock(name), name)
+    size = {"height": FAMILIES[name].size, "width": FAMILIES[name].size}
+    call = size | {"prompt": "a red cat", "output_type": "pt", "max_sequence_length": families.LENGTH}
+
+    def draw(seed):
+        return mine(annealed=True, generator=torch.Generator().manual_seed(seed), **call).images
+
+    first = draw(0)
+    torch.manual_seed(1)
+    assert torch.equal(first, draw(0)) and not torch.equal(first, draw(1))
+    assert mine.num_timesteps == 4 and not mine.scheduler.config.get("stochastic_sampling", False)
+
+
+def test_prompts_of_different_lengths_are_padded_alike_whatever_their_batch():
+    mine = families.ours(families.stock("qwen-image"), "qwen-image")
+    encode = PromptEncoder(mine, torch.device("cpu"))
+    together, alone = encode(["a", "two red dog"]), encode(["a"])
+    assert together.positive.text.shape[1] == 64 and together.positive.mask.sum(1).tolist() == [1, 3]
+    x, level = torch.randn(2, *mine.latent_shape(16, 16)), torch.full((2,), 0.5)
+    assert torch.equal(mine.velocity(x, level, together)[:1], mine.velocity(x, level, encode(["a", "a"]))[:1]), (
+        "a row's neighbour says something"
+    )
+    assert torch.equal(alone.positive.text, together[:1].positive.text)
+    tight = mine.encode_conditioning(["a"])
+    torch.testing.assert_close(mine.velocity(x[:1], level[:1], alone), mine.velocity(x[:1], level[:1], tight))
+
+
+# Adapters for other tools -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", LORAS)
+def test_a_folded_lora_is_the_same_one_and_needs_no_metadata(lora, tmp_path):
+    mine = families.ours(families.stock("flux-dev"), "flux-dev")
+    config = attach(mine, **LORAS[lora])
+    x = torch.randn(len(PROMPTS), *mine.latent_shape(16, 16))
+    ours = mine.decode_latents(rolled_out(mine, x, 16, 16).final)
+    hub.save_adapter(mine, tmp_path, lora_config=config, fold_alpha=True)
+    weights, read = hub.read_adapter(tmp_path)
+    assert read.lora_alpha == read.r and not read.use_rslora and dict(read.alpha_pattern) == dict(read.rank_pattern)
+    file = tmp_path / hub.WEIGHT_NAME
+    save_file({f"transformer.{key}": weight for key, weight in weights.items()}, file)  # without metadata
+    pipe = stock("flux-dev", stochastic_sampling=True)
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(sampled(pipe, mine, x, 16, 16)[1], ours, rtol=1e-5, atol=1e-5)
+
+
+def test_a_power_of_two_folds_without_rounding():
+    mine = families.ours(families.stock("flux-dev"), "flux-dev")
+    config = attach(mine, r=4, lora_alpha=8)
+    layers = {"a.lora_A.weight": torch.randn(4, 3), "a.lora_B.weight": torch.randn(3, 4)}
+    folded, plain = hub.folded_alpha(layers, config)
+    assert torch.equal(folded["a.lora_B.weight"], 2 * layers["a.lora_B.weight"])
+    assert torch.equal(folded["a.lora_A.weight"], layers["a.lora_A.weight"]) and plain.lora_alpha == plain.r == 4
+
+
+# Encoded prompts on disk --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "qwen-image", "hidream"])
+def test_a_second_run_needs_no_text_encoder(name, tmp_path):
+    mine = families.ours(families.stock(name), name)
+    options = {"max_sequence_length": families.LENGTH, "guidance_scale": 2.0, "cache_dir": tmp_path}
+    first = PromptEncoder(mine, torch.device("cpu"), **options)
+    first.prepare(PROMPTS)
+    expected = PromptEncoder(mine, torch.device("cpu"), **(options | {"cache_dir": None}))(PROMPTS)
+    for component in [n for n in mine.components if n.startswith("text_encoder")]:
+        mine.register_modules(**{component: None})
+    again = PromptEncoder(mine, torch.device("cpu"), **options)
+    found = again(PROMPTS)
+    for half in ("positive", "negative"):
+        for field in dataclasses.fields(getattr(expected, half)):
+            ours, theirs = getattr(getattr(found, half), field.name), getattr(getattr(expected, half), field.name)
+            assert ours is theirs is None or torch.equal(ours, theirs), field.name
+    with pytest.raises(ValueError, match="the prompt 'blue' isn't encoded yet, and the pipeline has no text encoder"):
+        again(["blue"])
+    with pytest.raises(ValueError, match="isn't encoded yet"):  # other arguments are another embedding
+        PromptEncoder(mine, torch.device("cpu"), **(options | {"max_sequence_length": 4}))(["a"])

@@ -97,6 +97,7 @@ class PromptEncoder:
                 + ("" if self.cache_dir is None else f", or give the folder that has the prompt, not {self.cache_dir}")
             )
         self._move(encoders, self.device)
+        self.pipeline.encoding_device = self.device if self.offload else None
         for prompt in prompts:
             conditioning = self.pipeline.encode_conditioning([prompt], **self.arguments).to("cpu")
             if self.pipeline.text_multiple is not None:
@@ -104,8 +105,8 @@ class PromptEncoder:
             self.cache[prompt] = conditioning
             if self.cache_dir is not None:
                 _save(conditioning, self._file(prompt))
-        if self.offload:
-            self._move(encoders, torch.device("cpu"))
+        self.pipeline.encoding_device = None
+        self._move(encoders, torch.device("cpu"))
 
     def _move(self, encoders: Sequence[nn.Module], device: torch.device) -> None:
         if self.offload:

@@ -104,6 +104,13 @@ class TAFSGRPOConfig:
     offload_text_encoders: bool = option(
         False, "Keep text encoders on the CPU except while they encode: 11 GB less for SD3.5's T5-XXL in bf16."
     )
+    model_cpu_offload: bool = option(
+        False,
+        "Each model is on the GPU only in the phase that uses it, as with diffusers' enable_model_cpu_offload: text "
+        "encoders while they encode, the denoiser in rollout and update, the VAE while it decodes and rewards score.",
+    )
+    vae_tiling: bool = option(False, "The VAE decodes large images in tiles, whose seams are blended.")
+    decode_batch_size: int | None = option(None, "Images that the VAE decodes at once. None: sample_batch_size.")
     prompt_cache_dir: str | None = option(
         None,
         "Folder for encoded prompts. A list or dataset of prompts is encoded before training, and what is found there "
@@ -260,6 +267,11 @@ class TAFSGRPOConfig:
         return self.sample_num_steps - 1
 
     @property
+    def decode_size(self) -> int:
+        """Images that the VAE decodes at once."""
+        return self.decode_batch_size or self.sample_batch_size
+
+    @property
     def rows_per_image(self) -> int:
         """Rows that the objective makes of one image."""
         if self.objective == "clipped" or self.forward_levels == "trajectory":
@@ -341,6 +353,7 @@ class TAFSGRPOConfig:
         for name in (
             "train_gradient_accumulation_steps",
             "eval_batch_size",
+            "decode_batch_size",
             "early_stopping_patience",
             "max_sequence_length",
             "height",
@@ -412,6 +425,11 @@ class TAFSGRPOConfig:
                 f"step_credit={self.step_credit!r} with num_advantage_steps={self.num_advantage_steps}: a state's own "
                 "baseline takes all that earlier actions did out of a reward, and leaves them none; use "
                 "step_credit='step' and num_advantage_steps=None, or clean_baseline='group' with num_perturbations=1"
+            )
+        if self.model_cpu_offload and self.async_reward_computation:
+            raise ValueError(
+                "model_cpu_offload takes the denoiser off the GPU while rewards score, and async_reward_computation "
+                "scores while the denoiser samples; use one of them"
             )
         if self.early_stopping_patience is not None and not (self.eval_freq and self.metric_for_best_model):
             raise ValueError("early_stopping_patience needs eval_freq above 0 and a metric_for_best_model")

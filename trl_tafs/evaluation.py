@@ -29,6 +29,7 @@ class Setting:
     height: int
     width: int
     batch_size: int
+    decode_batch_size: int
     seed: int
     storage_dtype: torch.dtype
     device: torch.device
@@ -66,7 +67,7 @@ def sample_images(
             noise,
             setting.storage_dtype,
         )
-        images.append(pipeline.decode_latents(final)[: len(rows)].cpu())
+        images.append(pipeline.decode_in_batches(final, setting.decode_batch_size)[: len(rows)])
     return torch.cat(images)
 
 

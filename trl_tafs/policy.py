@@ -21,21 +21,85 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: torch.device) -> None:
     """Freeze the base, put it on the device, and cast it to the dtype of `mixed_precision`.
 
-    The VAE keeps its dtype: several decode to black in float16.
+    The VAE keeps its dtype: several decode to black in float16. A quantized module keeps its own, and one of
+    bitsandbytes its place.
+
+    Raises:
+        ValueError: models that are on the move already, or can't be moved.
     """
     dtype = DTYPES[config.mixed_precision]
-    for name, module in pipeline.components.items():
-        if not isinstance(module, nn.Module):
-            continue
+    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    for name, module in modules.items():
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"the pipeline's {name} has a hook of Accelerate, as enable_model_cpu_offload or device_map leave one; "
+                "call pipeline.remove_all_hooks() and use model_cpu_offload=True"
+            )
         module.requires_grad_(False)
         module.eval()  # rollout and replay alike: no dropout anywhere
-        if name.startswith("text_encoder") and config.offload_text_encoders:
-            continue
-        module.to(device)
-        if dtype is not None and name != "vae":
+        waits = config.model_cpu_offload and module is not pipeline.denoiser
+        waits = waits or (config.offload_text_encoders and name.startswith("text_encoder"))
+        if not is_bitsandbytes(module):
+            module.to("cpu" if waits else device)
+        if dtype is not None and name != "vae" and not waits and not is_quantized(module):
             module.to(dtype)
+    if config.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if config.model_cpu_offload:
+        if is_quantized(pipeline.denoiser):
+            raise ValueError(
+                f"model_cpu_offload can't move a quantized {type(pipeline.denoiser).__name__}, which is small already; "
+                "use offload_text_encoders=True"
+            )
+        pipeline.decoding = Turns(pipeline, device)
     if config.train_gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether diffusers or transformers loaded it with a `quantization_config`."""
+    return getattr(module, "hf_quantizer", None) is not None or bool(getattr(module, "is_quantized", False))
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether its weights are bitsandbytes', which stay where they were loaded."""
+    return bool(getattr(module, "is_loaded_in_4bit", False) or getattr(module, "is_loaded_in_8bit", False))
+
+
+class Turns:
+    """Denoiser and VAE take turns on the device: within `turns()` it is the VAE's.
+
+    The LoRA stays: the optimizer and DDP know where it is.
+    """
+
+    def __init__(self, pipeline: TAFSPipelineMixin, device: torch.device, away: str = "cpu") -> None:
+        self.pipeline, self.device, self.away, self.depth = pipeline, device, torch.device(away), 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """A context for decoding and scoring; it may be entered within itself."""
+        self.depth += 1
+        if self.depth == 1:
+            move_frozen(self.pipeline.denoiser, self.away)
+            self.pipeline.vae.to(self.device)
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                self.pipeline.vae.to(self.away)
+                move_frozen(self.pipeline.denoiser, self.device)
+
+
+def frozen_tensors(module: nn.Module) -> list[Tensor]:
+    """All of a module but its trained parameters."""
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.requires_grad]
+
+
+def move_frozen(module: nn.Module, device: torch.device) -> None:
+    """Move them, in place."""
+    for tensor in frozen_tensors(module):
+        tensor.data = tensor.data.to(device)
 
 
 def attach_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: Any | None) -> tuple[str, Any]:

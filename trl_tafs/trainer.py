@@ -169,7 +169,7 @@ class TAFSGRPOTrainer:
             embedded_guidance_scale=config.sample_embedded_guidance_scale,
             negative_prompt=config.negative_prompts,
             max_sequence_length=config.max_sequence_length,
-            offload=config.offload_text_encoders,
+            offload=config.offload_text_encoders or config.model_cpu_offload,
             cache_dir=config.prompt_cache_dir,
         )
 
@@ -186,10 +186,11 @@ class TAFSGRPOTrainer:
             scored_steps=algorithm.scored_steps,
             reduction=config.train_log_prob_reduction,
             storage_dtype=self.storage_dtype,
-            decode_batch_size=config.sample_batch_size,
+            decode_batch_size=config.decode_size,
             share_initial_noise=config.share_initial_noise,
             keep_images=self.image_samples_callback is not None,
             reward_threads=config.max_workers if config.async_reward_computation else 0,
+            take_turns=config.model_cpu_offload,
             stopwatch=self.report.stopwatch,
         )
 
@@ -400,7 +401,10 @@ class TAFSGRPOTrainer:
     def setting(self) -> Setting:
         """How evaluation and card pictures are drawn."""
         size = self.config.eval_batch_size or self.config.sample_batch_size
-        return Setting(self.height, self.width, size, self.config.seed, self.storage_dtype, self.accelerator.device)
+        decode_size = self.config.decode_size
+        return Setting(
+            self.height, self.width, size, decode_size, self.config.seed, self.storage_dtype, self.accelerator.device
+        )
 
     def _keep_best(self, results: dict[str, float], epoch: int) -> bool:
         name = self.config.metric_for_best_model
@@ -443,7 +447,7 @@ class TAFSGRPOTrainer:
             self._prepare_repo(None, self.config.hub_private_repo)
         prompt, metadata = self.prompts.groups(self.first_epoch, 1)[0]
         self.encode.prepare(self.prompts.known())
-        self.encode([prompt])
+        self.report.print_memory_plan(self.encode([prompt]))
         images = torch.rand(2, 3, self.height, self.width, generator=torch.Generator().manual_seed(0))
         self.rewards(images, [prompt] * 2, [metadata] * 2)
         if self.config.eval_freq:

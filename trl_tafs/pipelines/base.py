@@ -14,7 +14,8 @@ import dataclasses
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -119,18 +120,28 @@ class TAFSPipelineMixin(ABC):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of one image's latent: (C, H / f, W / f), f the VAE's factor."""
-        channels = self.transformer.config.in_channels
+        channels = self.denoiser.config.in_channels
         return channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def vae_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, *) in the VAE's dtype as its decoder takes them."""
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        shift = self.vae.config.get("shift_factor")
+        latents = latents / self.vae.config.scaling_factor
+        return latents if shift is None else latents + shift
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, *) to images (B, 3, H, W), float32 in [0, 1]."""
         images = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type="pt").float()
+
+    # A context within which latents are decoded: one that has the VAE on the GPU, where models are offloaded.
+    decoding: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
+
+    def decode_in_batches(self, latents: Tensor, batch_size: int) -> Tensor:
+        """Latents (B, *) to images (B, 3, H, W) on the CPU, `batch_size` at a time."""
+        with self.decoding():
+            return torch.cat([self.decode_latents(chunk).cpu() for chunk in latents.split(batch_size)])
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance: `u + w (c - u)`, which is off at w = 1."""
@@ -190,6 +201,12 @@ class TAFSPipelineMixin(ABC):
                 "input; leave it at None, and use guidance_scale for classifier-free guidance"
             )
         return None if not takes_one else float(self.default_embedded_guidance if scale is None else scale)
+
+    encoding_device: torch.device | None = None  # where the text encoders are while they encode, if that isn't all's
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.encoding_device or super()._execution_device
 
     def check_guidance(self, guidance_scale: float) -> None:
         """An error where the stock pipeline has no classifier-free guidance and `guidance_scale` asks for it."""

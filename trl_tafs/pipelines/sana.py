@@ -53,10 +53,6 @@ class SanaMixin(TAFSPipelineMixin):
         """The timestep as the denoiser takes it."""
         return timestep * self.transformer.config.timestep_scale
 
-    def vae_latents(self, latents: Tensor) -> Tensor:
-        """Unscaled."""
-        return latents / self.vae.config.scaling_factor
-
     @property
     def size_multiple(self) -> int:
         """The stock pipelines ask for multiples of 32, whatever the VAE's factor."""
