@@ -20,6 +20,7 @@ from trl_tafs import AutoTAFSPipeline, TAFSGRPOConfig, TAFSGRPOTrainer, advantag
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed", "learning"}
+EXPECTED |= {"new_family", "memory"}
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASE, ADAPTER = "stabilityai/stable-diffusion-3.5-medium", "you/sd35m-red"
 FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}
@@ -164,7 +165,7 @@ def flags_of(script):
 def check_script(words):
     script = ROOT / words[0]
     assert script.is_file(), words[0]
-    if "parse_arguments" in script.read_text():
+    if "parse_arguments" in script.read_text() or "cli.main" in script.read_text():
         parse_training(words[1:])
         return
     unknown = {word.partition("=")[0] for word in words[1:] if word.startswith("--")} - flags_of(script)

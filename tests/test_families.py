@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import trl_tafs
-from trl_tafs import AutoTAFSPipeline, hub, pipelines
+from trl_tafs import AutoTAFSPipeline, cli, hub, pipelines
 from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.kernels import Annealed, Ode
 from trl_tafs.objectives import ClippedObjective
@@ -393,3 +393,57 @@ def test_a_second_run_needs_no_text_encoder(name, tmp_path):
         again(["blue"])
     with pytest.raises(ValueError, match="isn't encoded yet"):  # other arguments are another embedding
         PromptEncoder(mine, torch.device("cpu"), **(options | {"max_sequence_length": 4}))(["a"])
+
+
+# The example configurations -----------------------------------------------------------------------------------
+
+TWINS = {
+    "sd35_medium": "sd3",
+    "flux1_dev": "flux-dev",
+    "flux2_klein": "flux2-klein",
+    "qwen_image": "qwen-image",
+    "sana": "sana",
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_configuration_trains_its_tiny_twin(name, tmp_path, monkeypatch):
+    twin = FAMILIES[TWINS[name]]
+    families.stock(TWINS[name]).save_pretrained(tmp_path / "twin")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    arguments, config = cli.parse_arguments(["--config", str(tiny.ROOT / "examples" / "configs" / f"{name}.yaml")])
+    assert config.height == config.width == 512 and (config.lora_rank, config.lora_alpha) == (32, 64)
+    assert (
+        cli.quantization_config(arguments.quantization, arguments.quantized_components) is None or name == "qwen_image"
+    )
+    monkeypatch.setattr(cli, "quantization_config", lambda name, components: None)  # bitsandbytes isn't here
+    small = {
+        "pretrained_model": tmp_path / "twin",
+        "prompts": tmp_path / "prompts.txt",
+        "reward": "jpeg_compressibility=1.0",
+        "num_epochs": 1,
+        "height": twin.size,
+        "width": twin.size,
+        "max_sequence_length": families.LENGTH,
+        "sample_batch_size": 2,
+        "sample_num_batches_per_epoch": 2,
+        "num_generations": 4,
+        "train_batch_size": 2,
+        "sample_grid_freq": 0,
+        "disable_tqdm": True,
+        "logdir": tmp_path,
+        "run_name": "run",
+    }
+    options = [str(word) for key, value in small.items() for word in (f"--{key}", value)]
+    file = tiny.ROOT / "examples" / "configs" / f"{name}.yaml"
+    assert cli.main(["train", "--config", str(file), *options]) == 0
+    weights, lora = hub.read_adapter(tmp_path / "run" / "adapter")
+    assert lora.r == 32 and any(weight.abs().sum() > 0 for key, weight in weights.items() if "lora_B" in key)
+
+
+def test_a_quantization_is_diffusers_own_configuration():
+    found = cli.quantization_config("nf4", ["transformer", "text_encoder"])
+    assert found.quant_backend == "bitsandbytes_4bit" and found.quant_kwargs["bnb_4bit_quant_type"] == "nf4"
+    assert found.components_to_quantize == ["transformer", "text_encoder"]
+    with pytest.raises(ValueError, match="quantization is 'fp4'; use nf4 or int8"):
+        cli.quantization_config("fp4", [])

@@ -21,6 +21,14 @@ class ScriptArguments:
         metadata={"help": "Base model: a repository on the Hub or a local folder in diffusers' format."},
     )
     pretrained_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "Load parts of the base in 4 bit (nf4) or 8 bit (int8) by bitsandbytes, under the LoRA."},
+    )
+    quantized_components: list[str] = field(
+        default_factory=lambda: ["transformer"],
+        metadata={"help": "The parts that `quantization` is for, as the base's model_index.json names them."},
+    )
     preset: str | None = field(
         default=None, metadata={"help": "Options of a named method, below those given: a name of trl_tafs.presets."}
     )
@@ -101,6 +109,23 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def quantization_config(name: str | None, components: Sequence[str]) -> Any:
+    """Diffusers' configuration of `quantization`; None for None."""
+    import torch
+    from diffusers import PipelineQuantizationConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    backends = {"nf4": ("bitsandbytes_4bit", nf4), "int8": ("bitsandbytes_8bit", {"load_in_8bit": True})}
+    if name is None:
+        return None
+    if name not in backends:
+        raise ValueError(f"quantization is {name!r}; use {' or '.join(backends)}, or leave it out")
+    backend, options = backends[name]
+    return PipelineQuantizationConfig(
+        quant_backend=backend, quant_kwargs=options, components_to_quantize=list(components)
+    )
+
+
 def load_pipeline(arguments: ScriptArguments, mixed_precision: str) -> Any:
     """The base model as a TAFS pipeline, its weights in the dtype that it is trained in."""
     import torch
@@ -110,7 +135,10 @@ def load_pipeline(arguments: ScriptArguments, mixed_precision: str) -> Any:
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     dtypes = {"default": dtype, "vae": torch.float32} if dtype == torch.float16 else dtype  # VAEs overflow in float16
     pipeline = AutoTAFSPipeline.from_pretrained(
-        arguments.pretrained_model, revision=arguments.pretrained_revision, torch_dtype=dtypes
+        arguments.pretrained_model,
+        revision=arguments.pretrained_revision,
+        torch_dtype=dtypes,
+        quantization_config=quantization_config(arguments.quantization, arguments.quantized_components),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
