@@ -252,7 +252,7 @@ def test_auto_names_the_families_when_it_cannot(tmp_path):
 
 
 def test_from_pipe_neither_copies_nor_casts():
-    pipe = families.stock("klein-distilled")
+    pipe = families.stock("flux2-klein-distilled")
     pipe.transformer.to(torch.bfloat16)
     before = {n: id(p) for n, p in pipe.transformer.named_parameters()}
     mine = AutoTAFSPipeline.from_pipe(pipe)
@@ -333,7 +333,8 @@ def test_prompts_of_different_lengths_are_padded_alike_whatever_their_batch():
     mine = families.ours(families.stock("qwen-image"), "qwen-image")
     encode = PromptEncoder(mine, torch.device("cpu"))
     together, alone = encode(["a", "two red dog"]), encode(["a"])
-    assert together.positive.text.shape[1] == 64 and together.positive.mask.sum(1).tolist() == [1, 3]
+    short, long = together.positive.mask.sum(1).tolist()
+    assert together.positive.text.shape[1] == 64 and long == short + 2
     x, level = torch.randn(2, *mine.latent_shape(16, 16)), torch.full((2,), 0.5)
     assert torch.equal(mine.velocity(x, level, together)[:1], mine.velocity(x, level, encode(["a", "a"]))[:1]), (
         "a row's neighbour says something"

@@ -65,6 +65,7 @@ class CardFacts:
     width: int
     guidance_scale: float = 1.0
     call: Mapping[str, Any] | None = None  # steps, levels and guidance as the stock pipeline's call takes them
+    whole_denoiser: str | None = None  # the class of the denoiser, where all of it was trained instead of a LoRA
     scheduler_class: str = "FlowMatchEulerDiscreteScheduler"  # of the repository's scheduler
     max_sequence_length: int | None = None  # tokens of a prompt, where it isn't the pipeline's default
     torch_dtype: str = "float32"  # the base model's
@@ -155,12 +156,20 @@ def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None
     )
     prompt = facts.prompts[0] if facts.prompts else "a photo of a cat"
     dtype = "" if facts.torch_dtype == "float32" else f", torch_dtype=torch.{facts.torch_dtype}"
+    loading = f"""\
+pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}{dtype}){where}
+pipe.load_lora_weights({_quoted(adapter)})"""
+    classes = {facts.scheduler_class, facts.pipeline_class}
+    if facts.whole_denoiser:
+        loading = f"""\
+transformer = {facts.whole_denoiser}.from_pretrained({_quoted(adapter)}, subfolder="transformer"{dtype})
+pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}, transformer=transformer{dtype}){where}"""
+        classes.add(facts.whole_denoiser)
     return f"""\
 import torch
-from diffusers import {", ".join(sorted((facts.scheduler_class, facts.pipeline_class)))}
+from diffusers import {", ".join(sorted(classes))}
 
-pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}{dtype}){where}
-pipe.load_lora_weights({_quoted(adapter)})
+{loading}
 pipe.scheduler = {facts.scheduler_class}.from_pretrained({_quoted(adapter)}, subfolder="scheduler")
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -184,13 +193,14 @@ def create_model_card(facts: CardFacts) -> ModelCard:
     data = ModelCardData(
         library_name="diffusers",
         base_model=facts.base_model,
-        base_model_relation="adapter" if facts.base_model else None,
+        base_model_relation=("finetune" if facts.whole_denoiser else "adapter") if facts.base_model else None,
         license=facts.base_license,
         license_name=facts.base_license_name if other else None,
         license_link=facts.base_license_link if other else None,
         pipeline_tag="text-to-image",
         tags=[
-            *("text-to-image", "lora", "diffusers", "diffusers-training", "template:sd-lora"),
+            *("text-to-image", "diffusers", "diffusers-training"),
+            *(() if facts.whole_denoiser else ("lora", "template:sd-lora")),
             *("trl", "tafs-grpo", *FAMILY_TAGS.get(facts.pipeline_class, [])),
         ],
         widget=[{"text": prompt, "output": {"url": after}} for prompt, _, after in facts.pictures] or None,

@@ -125,7 +125,7 @@ def _save(conditioning: Conditioning, path: Path) -> None:
 
     halves = {"positive": conditioning.positive, "negative": conditioning.negative}
     tensors = {
-        f"{name}.{field.name}": value.contiguous()
+        f"{name}.{field.name}": value.clone()  # the halves may share a tensor
         for name, half in halves.items()
         if half is not None
         for field in dataclasses.fields(half)

@@ -210,6 +210,12 @@ class TAFSGRPOConfig:
     train_use_ema: bool = option(False, "Evaluate and save an exponential average of the adapter.")
     train_ema_decay: float = option(0.99, "Its decay an optimizer step.")
 
+    full_finetuning: bool = option(
+        False,
+        "Train the whole denoiser in float32 instead of a LoRA on it; give it a far smaller train_learning_rate "
+        "(1e-5). It takes 20 bytes a parameter: weights, gradient, two moments, and the base for the KL.",
+    )
+
     # LoRA -----------------------------------------------------------------------------------------------------
     lora_rank: int = option(32, "Rank (paper: 32).")
     lora_alpha: int = option(64, "Alpha (paper: 64).")
@@ -426,6 +432,10 @@ class TAFSGRPOConfig:
                 "baseline takes all that earlier actions did out of a reward, and leaves them none; use "
                 "step_credit='step' and num_advantage_steps=None, or clean_baseline='group' with num_perturbations=1"
             )
+        if self.full_finetuning:
+            wrong = ("model_cpu_offload", "adapter_name_or_path", "lora_target_modules", "lora_fold_alpha")
+            if given := [name for name in wrong if getattr(self, name)]:
+                raise ValueError(f"full_finetuning trains no LoRA, and moves no weights; leave out {', '.join(given)}")
         if self.model_cpu_offload and self.async_reward_computation:
             raise ValueError(
                 "model_cpu_offload takes the denoiser off the GPU while rewards score, and async_reward_computation "

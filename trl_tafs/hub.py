@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 # Everything that is pushed: whatever else lies in the folder (checkpoints, logs) stays on the machine.
-PUSHED = (WEIGHT_NAME, SCHEDULER_FILE, "README.md", "training_settings.json", "images/*.png")
+PUSHED = (WEIGHT_NAME, "transformer/*", SCHEDULER_FILE, "README.md", "training_settings.json", "images/*.png")
 
 # How and where the adapter was trained: of no use to who loads it. A dropout in the metadata would even act
 # at inference, since diffusers leaves the layers that it injects in training mode.
@@ -145,6 +145,28 @@ def _adapter_layers(denoiser, adapter_name, state_dict):
             raise ValueError(f"{len(wrong)} names are not in both, the first {wrong[0]!r}, only in {where}")
         layers = state_dict
     return {name: layers[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(layers)}
+
+
+def save_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> Path:
+    """Write the whole denoiser in diffusers' format, in a folder of its name, and the scheduler that samples it."""
+    name, folder = getattr(pipeline, "denoiser_name", "transformer"), Path(folder)
+    (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
+        _annealed_scheduler(pipeline, None).save_pretrained(Path(beside, "scheduler"))
+        getattr(pipeline, name).save_pretrained(Path(beside, name))
+        os.replace(Path(beside, SCHEDULER_FILE), folder / SCHEDULER_FILE)
+        if (folder / name).exists():
+            os.replace(folder / name, Path(beside, "replaced"))
+        os.replace(Path(beside, name), folder / name)
+    return folder
+
+
+def load_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+    """Put the weights that `save_denoiser` wrote into the pipeline's denoiser."""
+    name = getattr(pipeline, "denoiser_name", "transformer")
+    denoiser = getattr(pipeline, name)
+    saved = type(denoiser).from_pretrained(Path(folder, name), torch_dtype=torch.float32)
+    denoiser.load_state_dict(saved.state_dict())
 
 
 def folded_alpha(layers: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -374,7 +396,7 @@ def push_folder(
         PushError: no token, or whatever else the Hub or the way to it answers.
     """
     folder = Path(folder)
-    if not (folder / WEIGHT_NAME).is_file():
+    if not (folder / WEIGHT_NAME).is_file() and not (folder / "transformer").is_dir():
         raise FileNotFoundError(f"nothing to push to {repo_id!r}: no {WEIGHT_NAME} in {folder}; save it first")
     kept = f". Nothing is lost, the adapter is in {folder.resolve()}"
     api = _api(repo_id, token, kept)

@@ -94,7 +94,7 @@ def plan_memory(footprint: Footprint, config: TAFSGRPOConfig, local_images: int)
     always = {
         "trained weights": trained,
         "optimizer": OPTIMIZER_BYTES[config.train_use_8bit_adam] * footprint.trained_parameters,
-        "averages": trained * (config.train_use_ema + bool(config.old_policy_decay)),
+        "averages": trained * (config.train_use_ema + bool(config.old_policy_decay) + config.full_finetuning),
     }
     offload, offload_text = config.model_cpu_offload, config.model_cpu_offload or config.offload_text_encoders
     denoiser = {"denoiser": footprint.denoiser}

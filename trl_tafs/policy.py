@@ -41,7 +41,8 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: to
         waits = waits or (config.offload_text_encoders and name.startswith("text_encoder"))
         if not is_bitsandbytes(module):
             module.to("cpu" if waits else device)
-        if dtype is not None and name != "vae" and not waits and not is_quantized(module):
+        trained = config.full_finetuning and module is pipeline.denoiser
+        if dtype is not None and name != "vae" and not waits and not trained and not is_quantized(module):
             module.to(dtype)
     if config.vae_tiling:
         pipeline.vae.enable_tiling()
@@ -100,6 +101,16 @@ def move_frozen(module: nn.Module, device: torch.device) -> None:
     """Move them, in place."""
     for tensor in frozen_tensors(module):
         tensor.data = tensor.data.to(device)
+
+
+def free_denoiser(pipeline: TAFSPipelineMixin, lora_config: Any | None) -> None:
+    """Train the whole denoiser, in float32, instead of a LoRA on it."""
+    denoiser = pipeline.denoiser
+    if lora_config is not None or getattr(denoiser, "peft_config", None):
+        raise ValueError("full_finetuning trains no LoRA; leave out the LoraConfig, and fuse or unload adapters")
+    if is_quantized(denoiser):
+        raise ValueError("full_finetuning can't train a quantized denoiser; load it without a quantization_config")
+    denoiser.float().requires_grad_(True)
 
 
 def attach_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: Any | None) -> tuple[str, Any]:
@@ -284,27 +295,16 @@ class AdapterAverage:
         self.ema.to(self.parameters[0].device)
 
 
-class OldPolicy:
-    """The lagging policy that draws the rollouts (DiffusionNFT, arXiv 2509.16117).
+class HeldWeights:
+    """A copy of the trained parameters at one moment, which the denoiser can carry for a while."""
 
-    After each epoch it becomes `d old + (1 - d) present`, `d = min(ramp * epochs, decay)`.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float, ramp: float) -> None:
-        self.parameters, self.decay, self.ramp = parameters, decay, ramp
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
         self.weights = [parameter.detach().clone() for parameter in parameters]
-        self.epochs = 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """After an epoch."""
-        self.epochs += 1
-        share = 1.0 - min(self.ramp * self.epochs, self.decay)
-        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in self.parameters], share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The denoiser is the old policy inside."""
+        """The denoiser carries these weights inside."""
         self._swap()
         try:
             yield
@@ -314,6 +314,24 @@ class OldPolicy:
     def _swap(self) -> None:
         for i, parameter in enumerate(self.parameters):
             parameter.data, self.weights[i] = self.weights[i], parameter.data
+
+
+class OldPolicy(HeldWeights):
+    """The lagging policy that draws the rollouts (DiffusionNFT, arXiv 2509.16117).
+
+    After each epoch it becomes `d old + (1 - d) present`, `d = min(ramp * epochs, decay)`.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float, ramp: float) -> None:
+        super().__init__(parameters)
+        self.decay, self.ramp, self.epochs = decay, ramp, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an epoch."""
+        self.epochs += 1
+        share = 1.0 - min(self.ramp * self.epochs, self.decay)
+        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in self.parameters], share)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

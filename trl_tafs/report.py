@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trl_tafs import card, hub
+from trl_tafs import card
 from trl_tafs.checkpoint import is_disk_fault
 from trl_tafs.evaluation import sample_images
 from trl_tafs.experience import Part
@@ -155,9 +155,7 @@ class RunReport:
         folder = Path(trainer.config.project_dir) / "best"
         try:
             with trainer.averaged_adapter():
-                hub.save_adapter(
-                    trainer.sd_pipeline, folder, lora_config=trainer.lora_config, adapter_name=trainer.adapter_name
-                )
+                trainer.write_weights(folder)
             (folder / "best.json").write_text(json.dumps({"epoch": epoch, "metric": name, "value": value}))
         except Exception as error:  # the disk's fault costs the copy and a warning; any other is raised
             if not is_disk_fault(error):
@@ -250,6 +248,7 @@ class RunReport:
                 config.negative_prompts,
                 config.sample_embedded_guidance_scale,
             ),
+            whole_denoiser=type(trainer.sd_pipeline.denoiser).__name__ if config.full_finetuning else None,
             scheduler_class=type(trainer.sd_pipeline.annealed_scheduler()).__name__,
             max_sequence_length=self.card_sequence_length(),
             torch_dtype=str(trainer.storage_dtype).removeprefix("torch."),

@@ -143,7 +143,11 @@ class TAFSGRPOTrainer:
         """LoRA, optimizer, learning-rate schedule and average, on the device."""
         config, pipeline = self.config, self.sd_pipeline
         policy.prepare_base(pipeline, config, self.accelerator.device)
-        self.adapter_name, self.lora_config = policy.attach_lora(pipeline, config, peft_config)
+        self.adapter_name, self.lora_config = None, None
+        if config.full_finetuning:
+            policy.free_denoiser(pipeline, peft_config)
+        else:
+            self.adapter_name, self.lora_config = policy.attach_lora(pipeline, config, peft_config)
         self.storage_dtype = pipeline.storage_dtype
         parameters = policy.trainable_parameters(pipeline.denoiser)
         optimizer = policy.make_optimizer(parameters, config)
@@ -152,6 +156,7 @@ class TAFSGRPOTrainer:
         self.lr_scheduler = policy.make_lr_scheduler(optimizer, config, updates)
         self.model, self.optimizer = self.accelerator.prepare(pipeline.denoiser, optimizer)
         self.parameters = parameters
+        self.base = policy.HeldWeights(parameters) if config.full_finetuning else None
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.average = policy.AdapterAverage(parameters, config.train_ema_decay) if config.train_use_ema else None
         if self.average is not None:
@@ -218,8 +223,8 @@ class TAFSGRPOTrainer:
         return self.sd_pipeline.velocity(x, level, conditioning, self.model)
 
     def reference_velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
-        """The base without the adapter."""
-        with policy.adapter_disabled(self.sd_pipeline.denoiser):
+        """The base without what was trained."""
+        with self.base.applied() if self.base else policy.adapter_disabled(self.sd_pipeline.denoiser):
             return self.sd_pipeline.velocity(x, level, conditioning)
 
     # Algorithm 1 ----------------------------------------------------------------------------------------------
@@ -479,17 +484,28 @@ class TAFSGRPOTrainer:
         with self.report.stopwatch("save"):
             return checkpoint.write_checkpoint(self.checkpoint_dir, self.first_epoch, self.accelerator, write, limit)
 
+    def write_weights(self, folder: str | os.PathLike, *, fold_alpha: bool = False) -> None:
+        """The adapter, or the whole denoiser where that is trained, and the scheduler that samples it."""
+        if self.config.full_finetuning:
+            hub.save_denoiser(self.sd_pipeline, folder)
+            return
+        options = {"lora_config": self.lora_config, "adapter_name": self.adapter_name, "fold_alpha": fold_alpha}
+        hub.save_adapter(self.sd_pipeline, folder, **options)
+
     def _save_adapter_hook(self, models: list, weights: list, output_dir: str) -> None:
         if self.accelerator.is_main_process:
-            hub.save_adapter(self.sd_pipeline, output_dir, lora_config=self.lora_config, adapter_name=self.adapter_name)
+            self.write_weights(output_dir)
         weights.clear()
 
     def _load_adapter_hook(self, models: list, input_dir: str) -> None:
         from peft import set_peft_model_state_dict
 
-        weights, _ = hub.read_adapter(input_dir, denoiser=self.sd_pipeline.denoiser_name)
-        hub.check_adapter_fits(weights, self.sd_pipeline.denoiser)
-        set_peft_model_state_dict(self.sd_pipeline.denoiser, weights, adapter_name=self.adapter_name)
+        if self.config.full_finetuning:
+            hub.load_denoiser(self.sd_pipeline, input_dir)
+        else:
+            weights, _ = hub.read_adapter(input_dir, denoiser=self.sd_pipeline.denoiser_name)
+            hub.check_adapter_fits(weights, self.sd_pipeline.denoiser)
+            set_peft_model_state_dict(self.sd_pipeline.denoiser, weights, adapter_name=self.adapter_name)
         models.clear()
 
     def _set_aside(self) -> None:
@@ -520,13 +536,7 @@ class TAFSGRPOTrainer:
         folder = Path(save_directory or Path(self.config.project_dir) / "adapter")
         if self.accelerator.is_main_process:
             with self.averaged_adapter():
-                hub.save_adapter(
-                    self.sd_pipeline,
-                    folder,
-                    lora_config=self.lora_config,
-                    adapter_name=self.adapter_name,
-                    fold_alpha=self.config.lora_fold_alpha,
-                )
+                self.write_weights(folder, fold_alpha=self.config.lora_fold_alpha)
                 self.report.draw_card_pictures(folder)
             self.report.write_card(folder, repo_id)
         self.accelerator.wait_for_everyone()

@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -43,7 +43,7 @@ class AnnealedFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         cls, scheduler: Any, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> AnnealedFlowMatchScheduler:
         """The annealed sampler of a pipeline that has `scheduler`, drawing from `generator`."""
-        annealed = cls.from_config(flow_match_config(scheduler.config), stochastic_sampling=True)
+        annealed = cls.from_config(flow_match_config(scheduler), stochastic_sampling=True)
         annealed.generator = generator
         return annealed
 
@@ -52,7 +52,7 @@ class AnnealedFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return super().step(*args, generator=self.generator if generator is None else generator, **kwargs)
 
 
-def flow_match_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def flow_match_config(scheduler: Any) -> dict[str, Any]:
     """A scheduler's configuration as `FlowMatchEulerDiscreteScheduler` reads it.
 
     Flow-matching DPM-solver and UniPC (Sana's, HiDream's) call the shift `flow_shift`, which `from_config` would drop.
@@ -60,13 +60,13 @@ def flow_match_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a scheduler whose shift can't be read.
     """
-    name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-    if "shift" in config or name == "FlowMatchEulerDiscreteScheduler":
+    config = scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return {key: value for key, value in config.items() if not key.startswith("_")}
     if config.get("use_flow_sigmas") and config.get("flow_shift") is not None:
         return {"num_train_timesteps": config["num_train_timesteps"], "shift": config["flow_shift"]}
     raise ValueError(
-        f"the pipeline's scheduler is a {name}, whose shift can't be read here; set "
+        f"the pipeline's scheduler is a {type(scheduler).__name__}, whose shift can't be read here; set "
         "pipeline.scheduler to the FlowMatchEulerDiscreteScheduler that the adapter is to be sampled with"
     )
 
@@ -263,9 +263,7 @@ class TAFSPipelineMixin(ABC):
 
     def annealed_scheduler(self) -> Any:
         """The scheduler with which the stock pipeline anneals, for an adapter's users."""
-        return FlowMatchEulerDiscreteScheduler.from_config(
-            flow_match_config(self.scheduler.config), stochastic_sampling=True
-        )
+        return FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler), stochastic_sampling=True)
 
     def rollout_levels(self, num_steps: int, height: int, width: int) -> Tensor:
         """(N + 1,) float32: `linspace(1, 1/N, N)` shifted as this pipeline's scheduler shifts, and 0.
@@ -273,7 +271,7 @@ class TAFSPipelineMixin(ABC):
         These are exactly the levels at which stock diffusers samples when it is given
         `sigmas=linspace(1, 1/N, N)`. The pipeline's own scheduler isn't touched.
         """
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler.config))
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler))
         extra = self.schedule_shift_kwargs(height, width, num_steps)
         scheduler.set_timesteps(sigmas=uniform_levels(num_steps).tolist(), **extra)
         return scheduler.sigmas.clone()
