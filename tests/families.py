@@ -376,7 +376,7 @@ FAMILIES = {
         tolerance=1e-5,
         has_ode=False,
     ),
-    "qwen-image": Family("TAFSQwenImagePipeline", qwen_image, dead=(LAST + "add_q_proj", LAST + "to_add_out")),
+    "qwen-image": Family("TAFSQwenImagePipeline", qwen_image, dead=(LAST + "add_q_proj",)),
     "flux2": Family("TAFSFlux2Pipeline", flux2, guidance=None),
     "flux2-klein": Family("TAFSFlux2KleinPipeline", flux2_klein),
     "flux2-klein-distilled": Family(

@@ -320,6 +320,8 @@ _FAMILIES = (
     ("unet.", "a UNet (SD 1.5 or SDXL)"),
     ("to_qkv_mlp_proj", "FLUX.2"),
     ("single_transformer_blocks.", "FLUX.1 or FLUX.2"),
+    ("double_stream_blocks.", "HiDream"),
+    ("noise_refiner.", "Z-Image"),
     ("img_mlp.", "Qwen-Image"),
     ("attn1.to_", "Sana or PixArt"),
     ("attn.add_q_proj", "SD3 or Qwen-Image"),

@@ -158,6 +158,7 @@ def _add_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: 
             lora_dropout=0.0,
             init_lora_weights="gaussian",
             target_modules=list(config.lora_target_modules or pipeline.lora_target_modules),
+            exclude_modules=None if config.lora_target_modules else pipeline.lora_excluded_modules or None,
         )
     _check_dropout(lora_config)
     state = torch.get_rng_state()

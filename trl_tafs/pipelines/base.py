@@ -118,6 +118,11 @@ class TAFSPipelineMixin(ABC):
 
     # What a family changes where it differs -------------------------------------------------------------------
 
+    @property
+    def lora_excluded_modules(self) -> list[str]:
+        """Those of the target modules that have no effect, and would leave DDP waiting for their gradient."""
+        return []
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of one image's latent: (C, H / f, W / f), f the VAE's factor."""
         channels = self.denoiser.config.in_channels

@@ -30,6 +30,11 @@ class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline)
     guidance_argument = "true_cfg_scale"
     text_multiple = 64
 
+    @property
+    def lora_excluded_modules(self) -> list[str]:
+        """The last block's text stream is discarded."""
+        return [f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}.attn.to_add_out"]
+
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Qwen2.5-VL: text (B, L, C), as long as the longest prompt, and a mask where they differ."""
         text, mask = self.encode_prompt(prompts, max_sequence_length=max_sequence_length)
