@@ -16,20 +16,11 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from tiny import ROOT
 
-from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline, advantages, checkpoint, cli, hub
+from trl_tafs import AutoTAFSPipeline, TAFSGRPOConfig, TAFSGRPOTrainer, advantages, checkpoint, cli, hub
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-EXPECTED = {
-    "algorithm",
-    "configuration",
-    "adapters",
-    "rewards",
-    "checkpoints",
-    "extending",
-    "distributed",
-    "learning",
-    "benchmarks",
-}
+EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed", "learning"}
+EXPECTED |= {"new_family", "memory", "benchmarks"}
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASE, ADAPTER = "stabilityai/stable-diffusion-3.5-medium", "you/sd35m-red"
 FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}
@@ -159,7 +150,7 @@ def parse_sampling(options, monkeypatch):
     def stop(*args, **kwargs):
         raise Parsed
 
-    monkeypatch.setattr(TAFSStableDiffusion3Pipeline, "from_pretrained", stop)
+    monkeypatch.setattr(AutoTAFSPipeline, "from_pretrained", stop)
     with pytest.raises(Parsed):
         cli.main(["sample", *options])
 
@@ -174,7 +165,7 @@ def flags_of(script):
 def check_script(words):
     script = ROOT / words[0]
     assert script.is_file(), words[0]
-    if "parse_arguments" in script.read_text():
+    if "parse_arguments" in script.read_text() or "cli.main" in script.read_text():
         parse_training(words[1:])
         return
     unknown = {word.partition("=")[0] for word in words[1:] if word.startswith("--")} - flags_of(script)

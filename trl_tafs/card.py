@@ -32,8 +32,12 @@ FAMILY_TAGS = {
     "StableDiffusion3Pipeline": ["sd3", "sd3-diffusers"],
     "FluxPipeline": ["flux", "flux-diffusers"],
     "Flux2Pipeline": ["flux2", "flux2-diffusers"],
+    "Flux2KleinPipeline": ["flux2", "flux2-diffusers"],
     "QwenImagePipeline": ["qwen-image", "qwen-image-diffusers"],
     "SanaPipeline": ["sana", "sana-diffusers"],
+    "SanaSprintPipeline": ["sana", "sana-diffusers"],
+    "ZImagePipeline": ["z-image", "z-image-diffusers"],
+    "HiDreamImagePipeline": ["hidream", "hidream-diffusers"],
 }
 LIBRARIES = ("trl_tafs", "trl", "diffusers", "transformers", "peft", "accelerate", "torch")
 
@@ -60,6 +64,9 @@ class CardFacts:
     height: int
     width: int
     guidance_scale: float = 1.0
+    call: Mapping[str, Any] | None = None  # steps, levels and guidance as the stock pipeline's call takes them
+    whole_denoiser: str | None = None  # the class of the denoiser, where all of it was trained instead of a LoRA
+    scheduler_class: str = "FlowMatchEulerDiscreteScheduler"  # of the repository's scheduler
     max_sequence_length: int | None = None  # tokens of a prompt, where it isn't the pipeline's default
     torch_dtype: str = "float32"  # the base model's
     base_model: str | None = None  # "org/name", None if it isn't on the Hub
@@ -85,6 +92,10 @@ class CardFacts:
         for path in (path for _, *paths in self.pictures for path in paths if path is not None):
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise ValueError(f"picture {path!r} isn't relative to the card; use 'images/<name>.png'")
+        if self.call is None:
+            levels = [float(level) for level in self.levels_unshifted]
+            usual = {"num_inference_steps": self.num_steps, "sigmas": levels, "guidance_scale": self.guidance_scale}
+            object.__setattr__(self, "call", usual)
         for name in ("training", "rewards", "metrics"):
             object.__setattr__(self, name, scrub(getattr(self, name)))
 
@@ -137,26 +148,35 @@ def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None
     base = base or facts.base_model or facts.base_name
     adapter = adapter or facts.repo_id or "."
     where = "" if facts.base_model else "  # the folder of the base model"
-    tokens = f"\n    max_sequence_length={facts.max_sequence_length}," if facts.max_sequence_length else ""
+    arguments = {**facts.call, "height": facts.height, "width": facts.width}
+    if facts.max_sequence_length:
+        arguments["max_sequence_length"] = facts.max_sequence_length
+    call = "\n".join(
+        f"    {name}={_quoted(value) if isinstance(value, str) else value!r}," for name, value in arguments.items()
+    )
     prompt = facts.prompts[0] if facts.prompts else "a photo of a cat"
     dtype = "" if facts.torch_dtype == "float32" else f", torch_dtype=torch.{facts.torch_dtype}"
+    loading = f"""\
+pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}{dtype}){where}
+pipe.load_lora_weights({_quoted(adapter)})"""
+    classes = {facts.scheduler_class, facts.pipeline_class}
+    if facts.whole_denoiser:
+        loading = f"""\
+transformer = {facts.whole_denoiser}.from_pretrained({_quoted(adapter)}, subfolder="transformer"{dtype})
+pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}, transformer=transformer{dtype}){where}"""
+        classes.add(facts.whole_denoiser)
     return f"""\
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, {facts.pipeline_class}
+from diffusers import {", ".join(sorted(classes))}
 
-pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}{dtype}){where}
-pipe.load_lora_weights({_quoted(adapter)})
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained({_quoted(adapter)}, subfolder="scheduler")
+{loading}
+pipe.scheduler = {facts.scheduler_class}.from_pretrained({_quoted(adapter)}, subfolder="scheduler")
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 torch.manual_seed(0)  # the first noise and the re-noising
 image = pipe(
-    {_quoted(prompt)},
-    num_inference_steps={facts.num_steps},
-    sigmas={[float(level) for level in facts.levels_unshifted]},
-    guidance_scale={float(facts.guidance_scale)},
-    height={facts.height},
-    width={facts.width},{tokens}
+    prompt={_quoted(prompt)},
+{call}
 ).images[0]
 image.save("image.png")"""
 
@@ -173,13 +193,14 @@ def create_model_card(facts: CardFacts) -> ModelCard:
     data = ModelCardData(
         library_name="diffusers",
         base_model=facts.base_model,
-        base_model_relation="adapter" if facts.base_model else None,
+        base_model_relation=("finetune" if facts.whole_denoiser else "adapter") if facts.base_model else None,
         license=facts.base_license,
         license_name=facts.base_license_name if other else None,
         license_link=facts.base_license_link if other else None,
         pipeline_tag="text-to-image",
         tags=[
-            *("text-to-image", "lora", "diffusers", "diffusers-training", "template:sd-lora"),
+            *("text-to-image", "diffusers", "diffusers-training"),
+            *(() if facts.whole_denoiser else ("lora", "template:sd-lora")),
             *("trl", "tafs-grpo", *FAMILY_TAGS.get(facts.pipeline_class, [])),
         ],
         widget=[{"text": prompt, "output": {"url": after}} for prompt, _, after in facts.pictures] or None,

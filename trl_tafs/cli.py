@@ -21,6 +21,14 @@ class ScriptArguments:
         metadata={"help": "Base model: a repository on the Hub or a local folder in diffusers' format."},
     )
     pretrained_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "Load parts of the base in 4 bit (nf4) or 8 bit (int8) by bitsandbytes, under the LoRA."},
+    )
+    quantized_components: list[str] = field(
+        default_factory=lambda: ["transformer"],
+        metadata={"help": "The parts that `quantization` is for, as the base's model_index.json names them."},
+    )
     preset: str | None = field(
         default=None, metadata={"help": "Options of a named method, below those given: a name of trl_tafs.presets."}
     )
@@ -101,16 +109,36 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def quantization_config(name: str | None, components: Sequence[str]) -> Any:
+    """Diffusers' configuration of `quantization`; None for None."""
+    import torch
+    from diffusers import PipelineQuantizationConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    backends = {"nf4": ("bitsandbytes_4bit", nf4), "int8": ("bitsandbytes_8bit", {"load_in_8bit": True})}
+    if name is None:
+        return None
+    if name not in backends:
+        raise ValueError(f"quantization is {name!r}; use {' or '.join(backends)}, or leave it out")
+    backend, options = backends[name]
+    return PipelineQuantizationConfig(
+        quant_backend=backend, quant_kwargs=options, components_to_quantize=list(components)
+    )
+
+
 def load_pipeline(arguments: ScriptArguments, mixed_precision: str) -> Any:
     """The base model as a TAFS pipeline, its weights in the dtype that it is trained in."""
     import torch
 
-    from trl_tafs import TAFSStableDiffusion3Pipeline
+    from trl_tafs import AutoTAFSPipeline
 
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     dtypes = {"default": dtype, "vae": torch.float32} if dtype == torch.float16 else dtype  # VAEs overflow in float16
-    pipeline = TAFSStableDiffusion3Pipeline.from_pretrained(
-        arguments.pretrained_model, revision=arguments.pretrained_revision, torch_dtype=dtypes
+    pipeline = AutoTAFSPipeline.from_pretrained(
+        arguments.pretrained_model,
+        revision=arguments.pretrained_revision,
+        torch_dtype=dtypes,
+        quantization_config=quantization_config(arguments.quantization, arguments.quantized_components),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -146,7 +174,8 @@ def sample(argv: Sequence[str]) -> Callable[[], None]:
     parser.add_argument("--output", default="image.png", help="PNG; several images side by side (default: image.png)")
     parser.add_argument("--num_steps", type=int, default=4, help="steps (default: 4)")
     parser.add_argument("--sampler", choices=["annealed", "ode"], default="annealed")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, off)")
+    parser.add_argument("--embedded_guidance_scale", type=float, help="of a distilled model (default: the pipeline's)")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -158,27 +187,29 @@ def sample(argv: Sequence[str]) -> Callable[[], None]:
 def _sample(options: argparse.Namespace) -> None:
     import torch
 
-    from trl_tafs import TAFSStableDiffusion3Pipeline
+    from trl_tafs import AutoTAFSPipeline
     from trl_tafs.metrics import save_png, tensor_to_image
-    from trl_tafs.schedules import uniform_levels
 
     dtype = getattr(torch, options.dtype)
-    pipeline = TAFSStableDiffusion3Pipeline.from_pretrained(options.pretrained_model, torch_dtype=dtype)
+    pipeline = AutoTAFSPipeline.from_pretrained(options.pretrained_model, torch_dtype=dtype)
     if options.adapter != "none":
         pipeline.load_lora_weights(options.adapter)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     default = pipeline.default_size()
+    call = pipeline.call_arguments(
+        options.num_steps, options.guidance_scale, embedded_guidance_scale=options.embedded_guidance_scale
+    )
+    if "negative_prompt" in call:
+        call["negative_prompt"] = [call["negative_prompt"]] * len(options.prompt)
     images = pipeline(
-        options.prompt,
+        prompt=options.prompt,
         height=options.height or default[0],
         width=options.width or default[1],
-        num_inference_steps=options.num_steps,
-        sigmas=uniform_levels(options.num_steps).tolist(),
-        guidance_scale=options.guidance_scale,
         generator=torch.Generator().manual_seed(options.seed),
         annealed=options.sampler == "annealed",
         max_sequence_length=pipeline.default_max_sequence_length(),
         output_type="pt",
+        **call,
     ).images
     save_png(tensor_to_image(torch.cat(list(images.cpu()), dim=-1)), options.output)
     print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {options.output}")

@@ -75,6 +75,11 @@ class TAFSGRPOConfig:
     sample_guidance_scale: float = option(
         1.0, "Classifier-free guidance in rollout and training alike; 1 (off): a few-step policy needs half the work."
     )
+    sample_embedded_guidance_scale: float | None = option(
+        None,
+        "Guidance that a distilled model takes as an input (FLUX.1-dev, FLUX.2-dev, SanaSprint), which costs no second "
+        "evaluation. None: the stock pipeline's default; an error for a model that takes none.",
+    )
     sample_batch_size: int = option(8, "Images a process draws at once.")
     sample_num_batches_per_epoch: int = option(12, "Batches a process draws each epoch: 96 images, two groups of 48.")
     sample_kernel: str = option(
@@ -129,6 +134,18 @@ class TAFSGRPOConfig:
     negative_prompts: str | None = option("", "Negative prompt, where guidance is on.")
     offload_text_encoders: bool = option(
         False, "Keep text encoders on the CPU except while they encode: 11 GB less for SD3.5's T5-XXL in bf16."
+    )
+    model_cpu_offload: bool = option(
+        False,
+        "Each model is on the GPU only in the phase that uses it, as with diffusers' enable_model_cpu_offload: text "
+        "encoders while they encode, the denoiser in rollout and update, the VAE while it decodes and rewards score.",
+    )
+    vae_tiling: bool = option(False, "The VAE decodes large images in tiles, whose seams are blended.")
+    decode_batch_size: int | None = option(None, "Images that the VAE decodes at once. None: sample_batch_size.")
+    prompt_cache_dir: str | None = option(
+        None,
+        "Folder for encoded prompts. A list or dataset of prompts is encoded before training, and what is found there "
+        "needs no text encoder: a pipeline loaded with text_encoder=None (and _2, ...) will do.",
     )
 
     # Rewards --------------------------------------------------------------------------------------------------
@@ -228,10 +245,21 @@ class TAFSGRPOConfig:
     train_use_ema: bool = option(False, "Evaluate and save an exponential average of the adapter.")
     train_ema_decay: float = option(0.99, "Its decay an optimizer step.")
 
+    full_finetuning: bool = option(
+        False,
+        "Train the whole denoiser in float32 instead of a LoRA on it; give it a far smaller train_learning_rate "
+        "(1e-5). It takes 20 bytes a parameter: weights, gradient, two moments, and the base for the KL.",
+    )
+
     # LoRA -----------------------------------------------------------------------------------------------------
     lora_rank: int = option(32, "Rank (paper: 32).")
     lora_alpha: int = option(64, "Alpha (paper: 64).")
     lora_target_modules: list[str] | None = option(None, "None: the family's attention projections.")
+    lora_fold_alpha: bool = option(
+        False,
+        "Publish the adapter with alpha / r multiplied into its weights and alpha = r: the same images in diffusers, "
+        "and the right strength in tools that ignore the file's metadata (ComfyUI).",
+    )
     adapter_name_or_path: str | None = option(None, "A LoRA in diffusers' format, local or on the Hub, to continue.")
 
     # Evaluation and pictures ----------------------------------------------------------------------------------
@@ -280,6 +308,11 @@ class TAFSGRPOConfig:
     def num_trained_steps(self) -> int:
         """S, the steps of an image that carry an action: N - 1 for all kernels, or the window's."""
         return self.sample_window_size or self.sample_num_steps - 1
+
+    @property
+    def decode_size(self) -> int:
+        """Images that the VAE decodes at once."""
+        return self.decode_batch_size or self.sample_batch_size
 
     @property
     def rows_per_image(self) -> int:
@@ -370,6 +403,7 @@ class TAFSGRPOConfig:
         for name in (
             "train_gradient_accumulation_steps",
             "eval_batch_size",
+            "decode_batch_size",
             "early_stopping_patience",
             "max_sequence_length",
             "sample_window_size",
@@ -447,6 +481,15 @@ class TAFSGRPOConfig:
                 f"step_credit={self.step_credit!r} with num_advantage_steps={self.num_advantage_steps}: a state's own "
                 "baseline takes all that earlier actions did out of a reward, and leaves them none; use "
                 "step_credit='step' and num_advantage_steps=None, or clean_baseline='group' with num_perturbations=1"
+            )
+        if self.full_finetuning:
+            wrong = ("model_cpu_offload", "adapter_name_or_path", "lora_target_modules", "lora_fold_alpha")
+            if given := [name for name in wrong if getattr(self, name)]:
+                raise ValueError(f"full_finetuning trains no LoRA, and moves no weights; leave out {', '.join(given)}")
+        if self.model_cpu_offload and self.async_reward_computation:
+            raise ValueError(
+                "model_cpu_offload takes the denoiser off the GPU while rewards score, and async_reward_computation "
+                "scores while the denoiser samples; use one of them"
             )
         if self.early_stopping_patience is not None and not (self.eval_freq and self.metric_for_best_model):
             raise ValueError("early_stopping_patience needs eval_freq above 0 and a metric_for_best_model")

@@ -32,6 +32,7 @@ class Setting:
     seed: int
     storage_dtype: torch.dtype
     device: torch.device
+    decode_batch_size: int | None = None  # images that the VAE decodes at once; None: batch_size
 
 
 def sample_images(
@@ -66,7 +67,7 @@ def sample_images(
             noise,
             setting.storage_dtype,
         )
-        images.append(pipeline.decode_latents(final)[: len(rows)].cpu())
+        images.append(pipeline.decode_in_batches(final, setting.decode_batch_size or setting.batch_size)[: len(rows)])
     return torch.cat(images)
 
 

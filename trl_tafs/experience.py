@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -64,6 +64,7 @@ class Collector:
     share_initial_noise: bool  # one initial noise a group
     keep_images: bool
     reward_threads: int  # 0: rewards are computed between the rollouts
+    take_turns: bool  # all is drawn before anything is decoded and scored
     stopwatch: Stopwatch
 
     def roll_out(self, batch: PromptBatch, seed: int, epoch: int) -> Part:
@@ -87,7 +88,7 @@ class Collector:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, *) to images (B, 3, H, W) on the CPU, `decode_batch_size` at a time."""
-        return torch.cat([self.pipeline.decode_latents(chunk).cpu() for chunk in latents.split(self.decode_batch_size)])
+        return self.pipeline.decode_in_batches(latents, self.decode_batch_size)
 
     def score(self, part: Part, executor: ThreadPoolExecutor | None = None) -> Future:
         """Decode a part's scored latents and have them scored: a future of its `Scores`."""
@@ -121,18 +122,16 @@ class Collector:
         `kept` are payloads of an earlier try at this epoch, used instead of sampling and scoring again.
         """
         parts, futures, fault = [], [], None
+        drawn = self._drawn(batches, seed, epoch, kept, progress)
         with ThreadPoolExecutor(self.reward_threads) if self.reward_threads else nullcontext() as executor:
-            for i, batch in enumerate(batches):
-                if i < len(kept):
-                    part = self._restore(batch, kept[i])
-                else:
-                    with self.stopwatch("rollout"):
-                        part = self.roll_out(batch, seed, epoch)
-                parts.append(part)
-                progress("rollout")
-                futures.append(None if part.scores is not None else self.score(part, executor))
-                if futures[-1] is not None and futures[-1].done() and futures[-1].exception() is not None:
-                    break
+            # Where models take turns on the GPU, all is drawn before anything is scored: one exchange an epoch.
+            drawn = list(drawn) if self.take_turns else drawn
+            with self.pipeline.decoding() if self.take_turns else nullcontext():
+                for part in drawn:
+                    parts.append(part)
+                    futures.append(None if part.scores is not None else self.score(part, executor))
+                    if futures[-1] is not None and futures[-1].done() and futures[-1].exception() is not None:
+                        break
         for part, future in zip(parts, futures, strict=True):
             with self.stopwatch("reward"):
                 error = None if future is None else future.exception()
@@ -141,6 +140,24 @@ class Collector:
                 self._attach(part, future.result())
             progress("reward")
         return parts, fault
+
+    def _drawn(
+        self,
+        batches: Sequence[PromptBatch],
+        seed: int,
+        epoch: int,
+        kept: Sequence[dict[str, Any]],
+        progress: Callable[[str], None],
+    ) -> Iterator[Part]:
+        """The parts, one after the other: restored where they were kept, or sampled."""
+        for i, batch in enumerate(batches):
+            if i < len(kept):
+                part = self._restore(batch, kept[i])
+            else:
+                with self.stopwatch("rollout"):
+                    part = self.roll_out(batch, seed, epoch)
+            progress("rollout")
+            yield part
 
     def _attach(self, part: Part, scores: Scores) -> None:
         part.scores = scores.values.reshape(*part.rollout.scored.shape[:3], -1)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 # Everything that is pushed: whatever else lies in the folder (checkpoints, logs) stays on the machine.
-PUSHED = (WEIGHT_NAME, SCHEDULER_FILE, "README.md", "training_settings.json", "images/*.png")
+PUSHED = (WEIGHT_NAME, "transformer/*", SCHEDULER_FILE, "README.md", "training_settings.json", "images/*.png")
 
 # How and where the adapter was trained: of no use to who loads it. A dropout in the metadata would even act
 # at inference, since diffusers leaves the layers that it injects in training mode.
@@ -95,6 +95,7 @@ def save_adapter(
     state_dict: dict[str, torch.Tensor] | None = None,
     adapter_name: str = "default",
     scheduler_config: dict[str, Any] | None = None,
+    fold_alpha: bool = False,
 ) -> Path:
     """Write the LoRA of the pipeline's denoiser, in float32, and the scheduler that samples it.
 
@@ -105,12 +106,15 @@ def save_adapter(
         state_dict: weights to write instead of the attached ones (an EMA of them), as PEFT names them.
         adapter_name: which of the attached adapters.
         scheduler_config: instead of the pipeline's; `stochastic_sampling=True` is added in either case.
+        fold_alpha: multiply the strength into the weights, for tools that ignore the metadata; see `folded_alpha`.
 
     Raises:
         ValueError: no such adapter, weights of other names, or a LoRA that the format cannot hold.
     """
     denoiser = getattr(pipeline, "denoiser_name", "transformer")
     layers = _adapter_layers(getattr(pipeline, denoiser), adapter_name, state_dict)
+    if fold_alpha:
+        layers, lora_config = folded_alpha(layers, lora_config)
     metadata = lora_metadata(lora_config)
     folder = Path(folder)
     (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +147,52 @@ def _adapter_layers(denoiser, adapter_name, state_dict):
     return {name: layers[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(layers)}
 
 
+def save_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> Path:
+    """Write the whole denoiser in diffusers' format, in a folder of its name, and the scheduler that samples it."""
+    name, folder = getattr(pipeline, "denoiser_name", "transformer"), Path(folder)
+    (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
+        _annealed_scheduler(pipeline, None).save_pretrained(Path(beside, "scheduler"))
+        getattr(pipeline, name).save_pretrained(Path(beside, name))
+        os.replace(Path(beside, SCHEDULER_FILE), folder / SCHEDULER_FILE)
+        if (folder / name).exists():
+            os.replace(folder / name, Path(beside, "replaced"))
+        os.replace(Path(beside, name), folder / name)
+    return folder
+
+
+def load_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+    """Put the weights that `save_denoiser` wrote into the pipeline's denoiser."""
+    name = getattr(pipeline, "denoiser_name", "transformer")
+    denoiser = getattr(pipeline, name)
+    saved = type(denoiser).from_pretrained(Path(folder, name), torch_dtype=torch.float32)
+    denoiser.load_state_dict(saved.state_dict())
+
+
+def folded_alpha(layers: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """The same LoRA with its strength in the weights: B times alpha / r (rslora: alpha / sqrt(r)), then alpha = r.
+
+    Tools that ignore the file's metadata (ComfyUI) then apply it at the right strength. A power of two, such as the
+    default 64 / 32, changes no bit of what diffusers computes; others round.
+    """
+    from peft.utils.other import get_pattern_key
+
+    folded, patterns = dict(layers), config.alpha_pattern
+    for key, weight in layers.items():
+        if ".lora_B" not in key or weight.ndim < 2:
+            continue
+        module, rank = key.partition(".lora_B")[0], weight.shape[1]
+        alpha = patterns.get(get_pattern_key(patterns, module), config.lora_alpha)
+        folded[key] = weight * (alpha / (rank**0.5 if config.use_rslora else rank))
+    settings = {"lora_alpha": config.r, "use_rslora": False, "alpha_pattern": dict(config.rank_pattern)}
+    return folded, type(config)(**(lora_metadata(config) | settings))
+
+
 def _annealed_scheduler(pipeline, scheduler_config):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
+    if scheduler_config is None and hasattr(pipeline, "annealed_scheduler"):
+        return pipeline.annealed_scheduler()
     config = pipeline.scheduler.config if scheduler_config is None else scheduler_config
     config = {name: value for name, value in config.items() if not name.startswith("_")}  # no _name_or_path
     return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True)
@@ -273,6 +320,8 @@ _FAMILIES = (
     ("unet.", "a UNet (SD 1.5 or SDXL)"),
     ("to_qkv_mlp_proj", "FLUX.2"),
     ("single_transformer_blocks.", "FLUX.1 or FLUX.2"),
+    ("double_stream_blocks.", "HiDream"),
+    ("noise_refiner.", "Z-Image"),
     ("img_mlp.", "Qwen-Image"),
     ("attn1.to_", "Sana or PixArt"),
     ("attn.add_q_proj", "SD3 or Qwen-Image"),
@@ -349,7 +398,7 @@ def push_folder(
         PushError: no token, or whatever else the Hub or the way to it answers.
     """
     folder = Path(folder)
-    if not (folder / WEIGHT_NAME).is_file():
+    if not (folder / WEIGHT_NAME).is_file() and not (folder / "transformer").is_dir():
         raise FileNotFoundError(f"nothing to push to {repo_id!r}: no {WEIGHT_NAME} in {folder}; save it first")
     kept = f". Nothing is lost, the adapter is in {folder.resolve()}"
     api = _api(repo_id, token, kept)

@@ -21,21 +21,96 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: torch.device) -> None:
     """Freeze the base, put it on the device, and cast it to the dtype of `mixed_precision`.
 
-    The VAE keeps its dtype: several decode to black in float16.
+    The VAE keeps its dtype: several decode to black in float16. A quantized module keeps its own, and one of
+    bitsandbytes its place.
+
+    Raises:
+        ValueError: models that are on the move already, or can't be moved.
     """
     dtype = DTYPES[config.mixed_precision]
-    for name, module in pipeline.components.items():
-        if not isinstance(module, nn.Module):
-            continue
+    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    for name, module in modules.items():
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"the pipeline's {name} has a hook of Accelerate, as enable_model_cpu_offload or device_map leave one; "
+                "call pipeline.remove_all_hooks() and use model_cpu_offload=True"
+            )
         module.requires_grad_(False)
         module.eval()  # rollout and replay alike: no dropout anywhere
-        if name.startswith("text_encoder") and config.offload_text_encoders:
-            continue
-        module.to(device)
-        if dtype is not None and name != "vae":
+        waits = config.model_cpu_offload and module is not pipeline.denoiser
+        waits = waits or (config.offload_text_encoders and name.startswith("text_encoder"))
+        if not is_bitsandbytes(module):
+            module.to("cpu" if waits else device)
+        trained = config.full_finetuning and module is pipeline.denoiser
+        if dtype is not None and name != "vae" and not waits and not trained and not is_quantized(module):
             module.to(dtype)
+    if config.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if config.model_cpu_offload:
+        if is_quantized(pipeline.denoiser):
+            raise ValueError(
+                f"model_cpu_offload can't move a quantized {type(pipeline.denoiser).__name__}, which is small already; "
+                "use offload_text_encoders=True"
+            )
+        pipeline.decoding = Turns(pipeline, device)
     if config.train_gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether diffusers or transformers loaded it with a `quantization_config`."""
+    return getattr(module, "hf_quantizer", None) is not None or bool(getattr(module, "is_quantized", False))
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether its weights are bitsandbytes', which stay where they were loaded."""
+    return bool(getattr(module, "is_loaded_in_4bit", False) or getattr(module, "is_loaded_in_8bit", False))
+
+
+class Turns:
+    """Denoiser and VAE take turns on the device: within `turns()` it is the VAE's.
+
+    The LoRA stays: the optimizer and DDP know where it is.
+    """
+
+    def __init__(self, pipeline: TAFSPipelineMixin, device: torch.device, away: str = "cpu") -> None:
+        self.pipeline, self.device, self.away, self.depth = pipeline, device, torch.device(away), 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """A context for decoding and scoring; it may be entered within itself."""
+        self.depth += 1
+        if self.depth == 1:
+            move_frozen(self.pipeline.denoiser, self.away)
+            self.pipeline.vae.to(self.device)
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                self.pipeline.vae.to(self.away)
+                move_frozen(self.pipeline.denoiser, self.device)
+
+
+def frozen_tensors(module: nn.Module) -> list[Tensor]:
+    """All of a module but its trained parameters."""
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.requires_grad]
+
+
+def move_frozen(module: nn.Module, device: torch.device) -> None:
+    """Move them, in place."""
+    for tensor in frozen_tensors(module):
+        tensor.data = tensor.data.to(device)
+
+
+def free_denoiser(pipeline: TAFSPipelineMixin, lora_config: Any | None) -> None:
+    """Train the whole denoiser, in float32, instead of a LoRA on it."""
+    denoiser = pipeline.denoiser
+    if lora_config is not None or getattr(denoiser, "peft_config", None):
+        raise ValueError("full_finetuning trains no LoRA; leave out the LoraConfig, and fuse or unload adapters")
+    if is_quantized(denoiser):
+        raise ValueError("full_finetuning can't train a quantized denoiser; load it without a quantization_config")
+    denoiser.float().requires_grad_(True)
 
 
 def attach_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: Any | None) -> tuple[str, Any]:
@@ -83,6 +158,7 @@ def _add_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: 
             lora_dropout=0.0,
             init_lora_weights="gaussian",
             target_modules=list(config.lora_target_modules or pipeline.lora_target_modules),
+            exclude_modules=None if config.lora_target_modules else pipeline.lora_excluded_modules or None,
         )
     _check_dropout(lora_config)
     state = torch.get_rng_state()
@@ -220,27 +296,16 @@ class AdapterAverage:
         self.ema.to(self.parameters[0].device)
 
 
-class OldPolicy:
-    """The lagging policy that draws the rollouts (DiffusionNFT, arXiv 2509.16117).
+class HeldWeights:
+    """A copy of the trained parameters at one moment, which the denoiser can carry for a while."""
 
-    After each epoch it becomes `d old + (1 - d) present`, `d = min(ramp * epochs, decay)`.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float, ramp: float) -> None:
-        self.parameters, self.decay, self.ramp = parameters, decay, ramp
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
         self.weights = [parameter.detach().clone() for parameter in parameters]
-        self.epochs = 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """After an epoch."""
-        self.epochs += 1
-        share = 1.0 - min(self.ramp * self.epochs, self.decay)
-        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in self.parameters], share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The denoiser is the old policy inside."""
+        """The denoiser carries these weights inside."""
         self._swap()
         try:
             yield
@@ -250,6 +315,24 @@ class OldPolicy:
     def _swap(self) -> None:
         for i, parameter in enumerate(self.parameters):
             parameter.data, self.weights[i] = self.weights[i], parameter.data
+
+
+class OldPolicy(HeldWeights):
+    """The lagging policy that draws the rollouts (DiffusionNFT, arXiv 2509.16117).
+
+    After each epoch it becomes `d old + (1 - d) present`, `d = min(ramp * epochs, decay)`.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float, ramp: float) -> None:
+        super().__init__(parameters)
+        self.decay, self.ramp, self.epochs = decay, ramp, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an epoch."""
+        self.epochs += 1
+        share = 1.0 - min(self.ramp * self.epochs, self.decay)
+        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in self.parameters], share)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

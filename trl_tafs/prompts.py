@@ -45,6 +45,10 @@ class PromptSource:
         if self.rows is not None and len(self.rows) == 0:
             raise ValueError("the prompt dataset is empty; it needs at least one row")
 
+    def known(self) -> list[str]:
+        """All prompts, where they are a fixed set; none of a function's."""
+        return [] if self.rows is None else [row_to_prompt(self.rows[i])[0] for i in range(len(self.rows))]
+
     def groups(self, epoch: int, num_groups: int) -> list[tuple[str, dict[str, Any]]]:
         """The (prompt, metadata) of each of an epoch's groups."""
         if self.function is not None:

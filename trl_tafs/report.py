@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trl_tafs import card, hub
+from trl_tafs import card
 from trl_tafs.checkpoint import is_disk_fault
 from trl_tafs.evaluation import sample_images
 from trl_tafs.experience import Part
+from trl_tafs.memory import GIB, MemoryPlan, measure_footprint, plan_memory
 from trl_tafs.metrics import MeanMetrics, Stopwatch, sample_grid, save_png, tensor_to_image
 from trl_tafs.schedules import uniform_levels
-from trl_tafs.types import RewardTable
+from trl_tafs.types import Conditioning, RewardTable
 
 if TYPE_CHECKING:
     from trl_tafs.trainer import TAFSGRPOTrainer
@@ -29,6 +30,7 @@ HARMLESS = {  # settings that may differ between a checkpoint and the run that r
     *("resume_from", "num_epochs", "exp_name", "run_name", "logdir", "project_kwargs", "disable_tqdm", "save_freq"),
     *("log_with", "tracker_kwargs", "tracker_project_name", "num_checkpoint_limit", "sample_grid_freq", "max_workers"),
     *("async_reward_computation", "reward_max_retries", "reward_retry_delay", "push_to_hub", "hub_model_id"),
+    *("prompt_cache_dir", "lora_fold_alpha", "model_cpu_offload", "decode_batch_size"),
 }
 
 
@@ -40,6 +42,7 @@ class RunReport:
         self.stopwatch = Stopwatch()
         self.reward_curve: list[tuple[int, float]] = []
         self.evaluations: list[dict[str, float]] = []
+        self.plan: MemoryPlan | None = None
         self._warned = False
 
     def settings(self) -> dict[str, Any]:
@@ -117,8 +120,24 @@ class RunReport:
             )
 
     def log_timing(self, epoch: int, global_step: int) -> None:
-        """Seconds of rollout, decoding, reward and update."""
-        self.trainer.accelerator.log(self.stopwatch.pop() | {"epoch": epoch}, step=global_step)
+        """Seconds of rollout, decoding, reward and update; on a GPU its peak memory so far beside the planned one."""
+        values = self.stopwatch.pop() | {"epoch": epoch}
+        if self.plan is not None and torch.cuda.is_available():
+            measured = torch.cuda.max_memory_allocated(self.trainer.accelerator.device)
+            values |= {"memory/peak_gib": measured / GIB, "memory/planned_gib": self.plan.peak() / GIB}
+        self.trainer.accelerator.log(values, step=global_step)
+
+    def print_memory_plan(self, conditioning: Conditioning) -> None:
+        """What the run will hold, before it does; `conditioning` of one prompt."""
+        trainer = self.trainer
+        if not trainer.accelerator.is_main_process:
+            return
+        footprint = measure_footprint(trainer.sd_pipeline, conditioning, trainer.height, trainer.width)
+        self.plan = plan_memory(footprint, trainer.config, trainer.plan.local_images)
+        device = trainer.accelerator.device
+        capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        if not trainer.config.disable_tqdm or (capacity is not None and self.plan.peak() > capacity):
+            print(self.plan.report(capacity))
 
     def save_grid(self, parts: Sequence[Part], epoch: int) -> None:
         """`samples/epoch_<n>.png`: an image of each of the first prompts, its clean estimate at every step."""
@@ -147,9 +166,7 @@ class RunReport:
         folder = Path(trainer.config.project_dir) / "best"
         try:
             with trainer.averaged_adapter():
-                hub.save_adapter(
-                    trainer.sd_pipeline, folder, lora_config=trainer.lora_config, adapter_name=trainer.adapter_name
-                )
+                trainer.write_weights(folder)
             (folder / "best.json").write_text(json.dumps({"epoch": epoch, "metric": name, "value": value}))
         except Exception as error:  # the disk's fault costs the copy and a warning; any other is raised
             if not is_disk_fault(error):
@@ -236,6 +253,14 @@ class RunReport:
             height=trainer.height,
             width=trainer.width,
             guidance_scale=config.sample_guidance_scale,
+            call=trainer.sd_pipeline.call_arguments(
+                config.sample_num_steps,
+                config.sample_guidance_scale,
+                config.negative_prompts,
+                config.sample_embedded_guidance_scale,
+            ),
+            whole_denoiser=type(trainer.sd_pipeline.denoiser).__name__ if config.full_finetuning else None,
+            scheduler_class=type(trainer.sd_pipeline.annealed_scheduler()).__name__,
             max_sequence_length=self.card_sequence_length(),
             torch_dtype=str(trainer.storage_dtype).removeprefix("torch."),
             **card.base_model_facts(trainer.sd_pipeline),
@@ -250,9 +275,9 @@ class RunReport:
 
     def card_sequence_length(self) -> int | None:
         """Tokens of a prompt in training, where diffusers' own default is another."""
-        family_default = getattr(self.trainer.sd_pipeline, "default_max_sequence_length", lambda: None)()
-        length = self.trainer.config.max_sequence_length or family_default
-        return None if length == 256 else length
+        pipeline = self.trainer.sd_pipeline
+        length = self.trainer.config.max_sequence_length or pipeline.default_max_sequence_length()
+        return None if length == pipeline.stock_max_sequence_length() else length
 
     def write_card(self, folder: Path, repo_id: str | None) -> Path:
         """README.md and training settings beside the adapter."""

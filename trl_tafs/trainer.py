@@ -92,6 +92,8 @@ class TAFSGRPOTrainer:
         default_height, default_width = sd_pipeline.default_size()
         self.height, self.width = config.height or default_height, config.width or default_width
         sd_pipeline.check_size(self.height, self.width)
+        sd_pipeline.check_guidance(config.sample_guidance_scale)
+        sd_pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
         self.prompts = PromptSource(prompt_function, config.seed)
         self.rewards = self._reward_set(reward_function, config.reward_weights)
         self.evaluator = self._make_evaluator(eval_prompts, eval_reward_function)
@@ -142,7 +144,11 @@ class TAFSGRPOTrainer:
         """LoRA, optimizer, learning-rate schedule and average, on the device."""
         config, pipeline = self.config, self.sd_pipeline
         policy.prepare_base(pipeline, config, self.accelerator.device)
-        self.adapter_name, self.lora_config = policy.attach_lora(pipeline, config, peft_config)
+        self.adapter_name, self.lora_config = None, None
+        if config.full_finetuning:
+            policy.free_denoiser(pipeline, peft_config)
+        else:
+            self.adapter_name, self.lora_config = policy.attach_lora(pipeline, config, peft_config)
         self.storage_dtype = pipeline.storage_dtype
         parameters = policy.trainable_parameters(pipeline.denoiser)
         optimizer = policy.make_optimizer(parameters, config)
@@ -151,6 +157,7 @@ class TAFSGRPOTrainer:
         self.lr_scheduler = policy.make_lr_scheduler(optimizer, config, updates)
         self.model, self.optimizer = self.accelerator.prepare(pipeline.denoiser, optimizer)
         self.parameters = parameters
+        self.base = policy.HeldWeights(parameters) if config.full_finetuning else None
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.average = policy.AdapterAverage(parameters, config.train_ema_decay) if config.train_use_ema else None
         if self.average is not None:
@@ -165,9 +172,11 @@ class TAFSGRPOTrainer:
             pipeline,
             self.accelerator.device,
             guidance_scale=config.sample_guidance_scale,
+            embedded_guidance_scale=config.sample_embedded_guidance_scale,
             negative_prompt=config.negative_prompts,
             max_sequence_length=config.max_sequence_length,
-            offload=config.offload_text_encoders,
+            offload=config.offload_text_encoders or config.model_cpu_offload,
+            cache_dir=config.prompt_cache_dir,
         )
 
     def _make_collector(self) -> Collector:
@@ -183,10 +192,11 @@ class TAFSGRPOTrainer:
             scored_steps_at=algorithm.scored_steps_at,
             reduction=config.train_log_prob_reduction,
             storage_dtype=self.storage_dtype,
-            decode_batch_size=config.sample_batch_size,
+            decode_batch_size=config.decode_size,
             share_initial_noise=config.share_initial_noise,
             keep_images=self.image_samples_callback is not None,
             reward_threads=config.max_workers if config.async_reward_computation else 0,
+            take_turns=config.model_cpu_offload,
             stopwatch=self.report.stopwatch,
         )
 
@@ -214,8 +224,8 @@ class TAFSGRPOTrainer:
         return self.sd_pipeline.velocity(x, level, conditioning, self.model)
 
     def reference_velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
-        """The base without the adapter."""
-        with policy.adapter_disabled(self.sd_pipeline.denoiser):
+        """The base without what was trained."""
+        with self.base.applied() if self.base else policy.adapter_disabled(self.sd_pipeline.denoiser):
             return self.sd_pipeline.velocity(x, level, conditioning)
 
     # Algorithm 1 ----------------------------------------------------------------------------------------------
@@ -430,7 +440,8 @@ class TAFSGRPOTrainer:
     def setting(self) -> Setting:
         """How evaluation and card pictures are drawn."""
         size = self.config.eval_batch_size or self.config.sample_batch_size
-        return Setting(self.height, self.width, size, self.config.seed, self.storage_dtype, self.accelerator.device)
+        device, decode_size = self.accelerator.device, self.config.decode_size
+        return Setting(self.height, self.width, size, self.config.seed, self.storage_dtype, device, decode_size)
 
     def _keep_best(self, results: dict[str, float], epoch: int) -> bool:
         name = self.config.metric_for_best_model
@@ -472,7 +483,8 @@ class TAFSGRPOTrainer:
         if self.config.push_to_hub:
             self._prepare_repo(None, self.config.hub_private_repo)
         prompt, metadata = self.prompts.groups(self.first_epoch, 1)[0]
-        self.encode([prompt])
+        self.encode.prepare(self.prompts.known())
+        self.report.print_memory_plan(self.encode([prompt]))
         images = torch.rand(2, 3, self.height, self.width, generator=torch.Generator().manual_seed(0))
         self.rewards(images, [prompt] * 2, [metadata] * 2)
         if self.config.eval_freq:
@@ -504,17 +516,28 @@ class TAFSGRPOTrainer:
         with self.report.stopwatch("save"):
             return checkpoint.write_checkpoint(self.checkpoint_dir, self.first_epoch, self.accelerator, write, limit)
 
+    def write_weights(self, folder: str | os.PathLike, *, fold_alpha: bool = False) -> None:
+        """The adapter, or the whole denoiser where that is trained, and the scheduler that samples it."""
+        if self.config.full_finetuning:
+            hub.save_denoiser(self.sd_pipeline, folder)
+            return
+        options = {"lora_config": self.lora_config, "adapter_name": self.adapter_name, "fold_alpha": fold_alpha}
+        hub.save_adapter(self.sd_pipeline, folder, **options)
+
     def _save_adapter_hook(self, models: list, weights: list, output_dir: str) -> None:
         if self.accelerator.is_main_process:
-            hub.save_adapter(self.sd_pipeline, output_dir, lora_config=self.lora_config, adapter_name=self.adapter_name)
+            self.write_weights(output_dir)
         weights.clear()
 
     def _load_adapter_hook(self, models: list, input_dir: str) -> None:
         from peft import set_peft_model_state_dict
 
-        weights, _ = hub.read_adapter(input_dir, denoiser=self.sd_pipeline.denoiser_name)
-        hub.check_adapter_fits(weights, self.sd_pipeline.denoiser)
-        set_peft_model_state_dict(self.sd_pipeline.denoiser, weights, adapter_name=self.adapter_name)
+        if self.config.full_finetuning:
+            hub.load_denoiser(self.sd_pipeline, input_dir)
+        else:
+            weights, _ = hub.read_adapter(input_dir, denoiser=self.sd_pipeline.denoiser_name)
+            hub.check_adapter_fits(weights, self.sd_pipeline.denoiser)
+            set_peft_model_state_dict(self.sd_pipeline.denoiser, weights, adapter_name=self.adapter_name)
         models.clear()
 
     def _set_aside(self) -> None:
@@ -545,7 +568,7 @@ class TAFSGRPOTrainer:
         folder = Path(save_directory or Path(self.config.project_dir) / "adapter")
         if self.accelerator.is_main_process:
             with self.averaged_adapter():
-                hub.save_adapter(self.sd_pipeline, folder, lora_config=self.lora_config, adapter_name=self.adapter_name)
+                self.write_weights(folder, fold_alpha=self.config.lora_fold_alpha)
                 self.report.draw_card_pictures(folder)
             self.report.write_card(folder, repo_id)
         self.accelerator.wait_for_everyone()

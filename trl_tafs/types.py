@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def map_tensors(item: Any, fn: Callable[[Tensor], Tensor]) -> Any:
@@ -85,7 +86,26 @@ class Embeddings(Rows):
 
     text: Tensor  # (B, L, C)
     pooled: Tensor | None = None  # (B, P)
-    mask: Tensor | None = None  # (B, L)
+    mask: Tensor | None = None  # (B, L), 1 at a prompt's own tokens; None: all are
+    layers: Tensor | None = None  # (B, K, L, C), of a second encoder of which every layer is used (HiDream)
+    guidance: Tensor | None = None  # (B,) float32, the scale that a guidance-distilled model takes as an input
+
+    def padded(self, length: int) -> Embeddings:
+        """The text with zeros up to `length` tokens, and a mask that says so."""
+        missing = length - self.text.shape[1]
+        mask = self.text.new_ones(self.text.shape[:2], dtype=torch.int64) if self.mask is None else self.mask
+        return dataclasses.replace(
+            self, text=functional.pad(self.text, (0, 0, 0, missing)), mask=functional.pad(mask, (0, missing))
+        )
+
+    @classmethod
+    def cat(cls, items: list[Embeddings]) -> Embeddings:
+        """Concatenate the rows, shorter texts padded to the longest."""
+        longest = max(item.text.shape[1] for item in items)
+        masked = any(item.mask is not None for item in items)
+        if masked or any(item.text.shape[1] < longest for item in items):
+            items = [item.padded(longest) for item in items]
+        return super().cat(items)
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,14 @@ class Conditioning(Rows):
 
     def __len__(self) -> int:
         return len(self.positive.text)
+
+    def padded_to_multiple(self, multiple: int) -> Conditioning:
+        """The texts padded to a multiple of `multiple` tokens."""
+
+        def pad(half: Embeddings | None) -> Embeddings | None:
+            return None if half is None else half.padded(-(-half.text.shape[1] // multiple) * multiple)
+
+        return dataclasses.replace(self, positive=pad(self.positive), negative=pad(self.negative))
 
     @classmethod
     def cat(cls, items: list[Conditioning]) -> Conditioning:

@@ -1,19 +1,26 @@
 """What every family shares: levels, guidance, annealed rollout and the log-probability of a transition.
 
 A family is a subclass of its diffusers pipeline with `TAFSPipelineMixin` in front. It states `lora_target_modules`
-and four methods: `encode_conditioning`, `denoise`, `decode_latents`, `latent_shape`. It repeats no equation.
+and two methods, `embed` and `denoise`, and overrides what differs in it. It repeats no equation.
+
+A latent has the memory layout that the stock pipeline's scheduler sees, so that one seed draws the same noise: where
+that packs patches into tokens (B, L, C), a latent here is (B, rows, columns, C), which is the same memory and keeps
+the image's shape.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from trl_tafs.kernels import Annealed, Kernel
@@ -36,13 +43,32 @@ class AnnealedFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         cls, scheduler: Any, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> AnnealedFlowMatchScheduler:
         """The annealed sampler of a pipeline that has `scheduler`, drawing from `generator`."""
-        annealed = cls.from_config(scheduler.config, stochastic_sampling=True)
+        annealed = cls.from_config(flow_match_config(scheduler), stochastic_sampling=True)
         annealed.generator = generator
         return annealed
 
     def step(self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
         """As the parent's, with this scheduler's generator where none is passed."""
         return super().step(*args, generator=self.generator if generator is None else generator, **kwargs)
+
+
+def flow_match_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's configuration as `FlowMatchEulerDiscreteScheduler` reads it.
+
+    Flow-matching DPM-solver and UniPC (Sana's, HiDream's) call the shift `flow_shift`, which `from_config` would drop.
+
+    Raises:
+        ValueError: a scheduler whose shift can't be read.
+    """
+    config = scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+    if config.get("use_flow_sigmas") and config.get("flow_shift") is not None:
+        return {"num_train_timesteps": config["num_train_timesteps"], "shift": config["flow_shift"]}
+    raise ValueError(
+        f"the pipeline's scheduler is a {type(scheduler).__name__}, whose shift can't be read here; set "
+        "pipeline.scheduler to the FlowMatchEulerDiscreteScheduler that the adapter is to be sampled with"
+    )
 
 
 class SequentialNoise:
@@ -64,6 +90,16 @@ class TAFSPipelineMixin(ABC):
     denoiser_name = "transformer"
     lora_target_modules: tuple[str, ...]
     max_paper_resolution = 512
+    # The halves of classifier-free guidance in one batch, as the stock pipeline orders them; None: two evaluations.
+    guidance_batch: tuple[str, str] | None = ("negative", "positive")
+    guidance_argument = "guidance_scale"  # what the stock `__call__` calls the scale of classifier-free guidance
+    # The states' dtype; None: the denoiser's. Some stock pipelines keep float32 around a bfloat16 denoiser.
+    latent_dtype: torch.dtype | None = None
+    # Cached prompts of different lengths are padded to multiples of this, so that a row's result hardly depends on the
+    # other rows of its batch; None: the family pads by itself.
+    text_multiple: int | None = None
+    # The scale that a guidance-distilled denoiser is given where none is asked for; None: it takes none.
+    default_embedded_guidance: float | None = None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -73,38 +109,166 @@ class TAFSPipelineMixin(ABC):
     # What a family provides -----------------------------------------------------------------------------------
 
     @abstractmethod
+    def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
+        """Encode B prompts, as the stock pipeline encodes a batch of them; `negative` ones, where that differs."""
+
+    @abstractmethod
+    def denoise(self, model: nn.Module, x: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
+        """One evaluation of `model`: x (B, *), timestep (B,) in diffusers' units, to a velocity (B, *)."""
+
+    # What a family changes where it differs -------------------------------------------------------------------
+
+    @property
+    def lora_excluded_modules(self) -> list[str]:
+        """Those of the target modules that have no effect, and would leave DDP waiting for their gradient."""
+        return []
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of one image's latent: (C, H / f, W / f), f the VAE's factor."""
+        channels = self.denoiser.config.in_channels
+        return channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """Latents (B, *) in the VAE's dtype as its decoder takes them."""
+        shift = self.vae.config.get("shift_factor")
+        latents = latents / self.vae.config.scaling_factor
+        return latents if shift is None else latents + shift
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents (B, *) to images (B, 3, H, W), float32 in [0, 1]."""
+        images = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
+        return self.image_processor.postprocess(images, output_type="pt").float()
+
+    # A context within which latents are decoded: one that has the VAE on the GPU, where models are offloaded.
+    decoding: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
+
+    def decode_in_batches(self, latents: Tensor, batch_size: int) -> Tensor:
+        """Latents (B, *) to images (B, 3, H, W) on the CPU, `batch_size` at a time."""
+        with self.decoding():
+            return torch.cat([self.decode_latents(chunk).cpu() for chunk in latents.split(batch_size)])
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance: `u + w (c - u)`, which is off at w = 1."""
+        return unconditional + scale * (conditional - unconditional)
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether the stock pipeline has classifier-free guidance: without it, what was trained couldn't be sampled."""
+        return True
+
+    def guidance_arguments(self, guidance_scale: float = 1.0, negative_prompt: str | None = None) -> dict[str, Any]:
+        """The stock `__call__`'s arguments for classifier-free guidance of `guidance_scale` (1: off)."""
+        negative = {"negative_prompt": negative_prompt or ""} if guidance_scale > 1.0 else {}
+        return {self.guidance_argument: float(guidance_scale)} | negative
+
+    def call_arguments(
+        self,
+        num_steps: int,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | None = None,
+        embedded_guidance_scale: float | None = None,
+    ) -> dict[str, Any]:
+        """The stock `__call__`'s arguments that sample as a rollout does: steps, levels before the shift, guidance."""
+        arguments = {"num_inference_steps": num_steps, "sigmas": uniform_levels(num_steps).tolist()}
+        arguments |= self.guidance_arguments(guidance_scale, negative_prompt)
+        if self.embedded_guidance(embedded_guidance_scale) is not None:
+            arguments["guidance_scale"] = self.embedded_guidance(embedded_guidance_scale)
+        return arguments
+
+    # What all share -------------------------------------------------------------------------------------------
+
+    def default_size(self) -> tuple[int, int]:
+        """Height and width where none is given: the paper's 512 px, or the model's own where that is smaller."""
+        sample_size = getattr(self, "default_sample_size", None) or getattr(self.denoiser.config, "sample_size", None)
+        own = (sample_size or 128) * self.vae_scale_factor
+        return min(own, self.max_paper_resolution), min(own, self.max_paper_resolution)
+
+    def default_max_sequence_length(self) -> int:
+        """Tokens of a prompt where none are given."""
+        return self.stock_max_sequence_length()
+
+    @classmethod
+    def stock_max_sequence_length(cls) -> int:
+        """Tokens of a prompt in the stock pipeline where none are given."""
+        return inspect.signature(cls.stock_class().__call__).parameters["max_sequence_length"].default
+
+    def embedded_guidance(self, scale: float | None = None) -> float | None:
+        """The scale that the denoiser is given as an input, the family's default if None; None: it takes none.
+
+        Raises:
+            ValueError: a scale for a denoiser that takes none.
+        """
+        takes_one = self.default_embedded_guidance is not None and self.denoiser.config.get("guidance_embeds", True)
+        if scale is not None and not takes_one:
+            raise ValueError(
+                f"embedded_guidance_scale is {scale}, and this {type(self.denoiser).__name__} takes no guidance as an "
+                "input; leave it at None, and use guidance_scale for classifier-free guidance"
+            )
+        return None if not takes_one else float(self.default_embedded_guidance if scale is None else scale)
+
+    encoding_device: torch.device | None = None  # where the text encoders are while they encode, if that isn't all's
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.encoding_device or super()._execution_device
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """An error where the stock pipeline has no classifier-free guidance and `guidance_scale` asks for it."""
+        if guidance_scale > 1.0 and not self.has_guidance:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}, and {self.stock_class().__name__} has no classifier-free "
+                "guidance for this model, so that what is trained couldn't be sampled; use guidance_scale=1"
+            )
+
+    @torch.no_grad()
     def encode_conditioning(
         self,
         prompts: Sequence[str],
         *,
         negative_prompts: Sequence[str] | str | None = None,
         guidance_scale: float = 1.0,
+        embedded_guidance_scale: float | None = None,
         max_sequence_length: int | None = None,
     ) -> Conditioning:
-        """Encode B prompts; with negatives only where guidance is on (`guidance_scale` > 1)."""
+        """All that the denoiser is told of B prompts.
 
-    @abstractmethod
-    def denoise(self, model: nn.Module, x: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
-        """One evaluation of `model`: x (B, *), timestep (B,) in diffusers' units, to a velocity (B, *)."""
-
-    @abstractmethod
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents (B, *) to images (B, 3, H, W), float32 in [0, 1]."""
-
-    @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of one image's latent."""
+        Args:
+            prompts: B of them.
+            negative_prompts: one for all or one each, where guidance is on; the empty one if None.
+            guidance_scale: of classifier-free guidance, which is on above 1.
+            embedded_guidance_scale: what a guidance-distilled denoiser takes as an input; None: the family's default.
+            max_sequence_length: tokens of a prompt; None for the stock pipeline's default.
+        """
+        length = max_sequence_length or self.default_max_sequence_length()
+        self.check_guidance(guidance_scale)
+        scale = self.embedded_guidance(embedded_guidance_scale)
+        positive, negative = self.embed(list(prompts), length), None
+        if guidance_scale > 1.0:
+            one_for_all = negative_prompts is None or isinstance(negative_prompts, str)
+            texts = [negative_prompts or ""] * len(prompts) if one_for_all else list(negative_prompts)
+            negative = self.embed(texts, length, negative=True)
+        if scale is not None:
+            guidance = torch.full((len(prompts),), scale, device=positive.text.device)
+            positive = dataclasses.replace(positive, guidance=guidance)
+            negative = None if negative is None else dataclasses.replace(negative, guidance=guidance)
+        return Conditioning(positive, negative, float(guidance_scale))
 
     def schedule_shift_kwargs(self, height: int, width: int, num_steps: int) -> dict[str, float]:
         """What `scheduler.set_timesteps` needs beside the sigmas: `mu` where the shift is dynamic."""
-        return {}
+        config = self.scheduler.config
+        if not config.get("use_dynamic_shifting", False):
+            return {}
+        bounds = [config[name] for name in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")]
+        return {"mu": calculate_shift(self.image_tokens(height, width), *bounds)}
 
-    # What all share -------------------------------------------------------------------------------------------
+    def image_tokens(self, height: int, width: int) -> int:
+        """Tokens of one image in the denoiser, by which a dynamic shift goes."""
+        return (height // self.size_multiple) * (width // self.size_multiple)
 
-    def default_size(self) -> tuple[int, int]:
-        """Height and width where none is given: the paper's 512 px, or the model's own where that is smaller."""
-        own = self.default_sample_size * self.vae_scale_factor
-        return min(own, self.max_paper_resolution), min(own, self.max_paper_resolution)
+    def annealed_scheduler(self) -> Any:
+        """The scheduler with which the stock pipeline anneals, for an adapter's users."""
+        return FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler), stochastic_sampling=True)
 
     def rollout_levels(self, num_steps: int, height: int, width: int) -> Tensor:
         """(N + 1,) float32: `linspace(1, 1/N, N)` shifted as this pipeline's scheduler shifts, and 0.
@@ -112,12 +276,7 @@ class TAFSPipelineMixin(ABC):
         These are exactly the levels at which stock diffusers samples when it is given
         `sigmas=linspace(1, 1/N, N)`. The pipeline's own scheduler isn't touched.
         """
-        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ValueError(
-                f"the pipeline's scheduler is a {type(self.scheduler).__name__}, whose shift can't be read here; set "
-                "pipeline.scheduler to the FlowMatchEulerDiscreteScheduler that the adapter is to be sampled with"
-            )
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler))
         extra = self.schedule_shift_kwargs(height, width, num_steps)
         scheduler.set_timesteps(sigmas=uniform_levels(num_steps).tolist(), **extra)
         return scheduler.sigmas.clone()
@@ -125,17 +284,22 @@ class TAFSPipelineMixin(ABC):
     def velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning, model: nn.Module | None = None) -> Tensor:
         """The guided velocity, (B, *) float32, of the state x (B, *) at level (B,).
 
-        With classifier-free guidance both halves go through the denoiser as one batch, as in diffusers.
-        `model` is the denoiser to call where it isn't the pipeline's own (a DDP wrapper of it).
+        With classifier-free guidance both halves go through the denoiser as the stock pipeline has them: as one batch,
+        or one after the other. `model` is the denoiser to call where it isn't the pipeline's own (a DDP wrapper of it).
         """
         model = self.denoiser if model is None else model
         timestep = level_to_timestep(level, self.scheduler.config.num_train_timesteps)
         if conditioning.negative is None:
             return self.denoise(model, x, timestep, conditioning.positive).float()
-        both = Embeddings.cat([conditioning.negative, conditioning.positive])
-        output = self.denoise(model, torch.cat([x, x]), torch.cat([timestep, timestep]), both)
-        unconditional, conditional = output.chunk(2)
-        return (unconditional + conditioning.guidance_scale * (conditional - unconditional)).float()
+        if self.guidance_batch is None:
+            conditional = self.denoise(model, x, timestep, conditioning.positive)
+            unconditional = self.denoise(model, x, timestep, conditioning.negative)
+        else:
+            both = Embeddings.cat([getattr(conditioning, half) for half in self.guidance_batch])
+            output = self.denoise(model, torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+            halves = dict(zip(self.guidance_batch, output.chunk(2), strict=True))
+            conditional, unconditional = halves["positive"], halves["negative"]
+        return self.guide(conditional, unconditional, conditioning.guidance_scale).float()
 
     @torch.no_grad()
     def annealed_rollout(
@@ -147,6 +311,7 @@ class TAFSPipelineMixin(ABC):
         height: int | None = None,
         width: int | None = None,
         guidance_scale: float = 1.0,
+        embedded_guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
         kernel: Kernel | None = None,
@@ -167,6 +332,7 @@ class TAFSPipelineMixin(ABC):
             height: pixels; by default `default_size()`.
             width: pixels.
             guidance_scale: above 1 with classifier-free guidance, where `prompt` is given.
+            embedded_guidance_scale: what a guidance-distilled denoiser is given; None for the family's default.
             negative_prompt: with guidance.
             max_sequence_length: tokens of a prompt.
             kernel: `Annealed()` by default.
@@ -188,6 +354,7 @@ class TAFSPipelineMixin(ABC):
                 [prompt] if isinstance(prompt, str) else list(prompt),
                 negative_prompts=negative_prompt,
                 guidance_scale=guidance_scale,
+                embedded_guidance_scale=embedded_guidance_scale,
                 max_sequence_length=max_sequence_length,
             )
         default_height, default_width = self.default_size()
@@ -224,14 +391,24 @@ class TAFSPipelineMixin(ABC):
         return transition.log_prob(rows.action, reduction)
 
     @property
-    def storage_dtype(self) -> torch.dtype:
-        """The dtype in which the denoiser takes its input: that of its base weights, whatever the LoRA's."""
+    def model_dtype(self) -> torch.dtype:
+        """The dtype in which the denoiser computes: that of its base weights, whatever the LoRA's."""
         names = ((name, p) for name, p in self.denoiser.named_parameters() if "lora_" not in name)
         return next(p.dtype for _, p in names if p.dtype.is_floating_point)
 
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The dtype of states and actions."""
+        return self.latent_dtype or self.model_dtype
+
+    @property
+    def size_multiple(self) -> int:
+        """Of what height and width must be multiples, in pixels."""
+        return self.vae_scale_factor * getattr(self, "patch_size", 1)
+
     def check_size(self, height: int, width: int) -> None:
         """An error that names sizes that fit, where these don't divide into patches."""
-        multiple = self.vae_scale_factor * getattr(self, "patch_size", 1)
+        multiple = self.size_multiple
         if height % multiple or width % multiple:
             near = [max(multiple, round(size / multiple) * multiple) for size in (height, width)]
             raise ValueError(
@@ -241,23 +418,27 @@ class TAFSPipelineMixin(ABC):
     def __call__(self, *args: Any, annealed: bool = False, **kwargs: Any) -> Any:
         """As the parent's `__call__`; with `annealed=True` by the annealed sampler.
 
-        Then the levels are `linspace(1, 1/N, N)` unless `sigmas` are given, N is 4 and guidance is off unless said
-        otherwise, and the re-noising is drawn from `generator`. The pipeline's own scheduler is left as it was.
+        Then the levels are `linspace(1, 1/N, N)` unless `sigmas` are given, N is 4 and classifier-free guidance is off
+        unless said otherwise, and the re-noising is drawn from `generator`. The pipeline's own scheduler is left as it
+        was.
         """
         if not annealed:
             return super().__call__(*args, **kwargs)
         given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
-        if given.get("sigmas") is None:
-            num_steps = given.setdefault("num_inference_steps", 4)
-            given["sigmas"] = uniform_levels(num_steps).tolist()
-        given["num_inference_steps"] = len(given["sigmas"])
-        given.setdefault("guidance_scale", 1.0)
+        levels = given.get("sigmas")
+        defaults = self.call_arguments(given.get("num_inference_steps", 4) if levels is None else len(levels))
+        given = defaults | {name: value for name, value in given.items() if name != "sigmas" or value is not None}
+        given["num_inference_steps"] = defaults["num_inference_steps"]
         scheduler = self.scheduler
-        self.scheduler = AnnealedFlowMatchScheduler.from_scheduler(scheduler, given.get("generator"))
+        self.scheduler = self.seeded_scheduler(given.get("generator"))
         try:
             return super().__call__(**given)
         finally:
             self.scheduler = scheduler
+
+    def seeded_scheduler(self, generator: torch.Generator | list[torch.Generator] | None) -> Any:
+        """The annealed sampler whose re-noising is drawn from `generator`."""
+        return AnnealedFlowMatchScheduler.from_scheduler(self.scheduler, generator)
 
     def to_json_string(self) -> str:
         """The saved `model_index.json` names the diffusers class, so that plain diffusers loads the folder."""
@@ -269,3 +450,19 @@ class TAFSPipelineMixin(ABC):
     def stock_class(cls) -> type:
         """The diffusers pipeline that this one extends."""
         return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))
+
+
+class PackedLatents:
+    """Latents whose 2x2 patches are packed into tokens: (B, H / 2f, W / 2f, 4C), f the VAE's factor."""
+
+    patch_size = 2
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(rows, columns, 4C)."""
+        return height // self.size_multiple, width // self.size_multiple, self.transformer.config.in_channels
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """(B, rows, columns, 4C) to (B, C, H / f, W / f), or what else the stock pipeline unpacks to."""
+        _, rows, columns, _ = latents.shape
+        multiple = self.size_multiple
+        return self._unpack_latents(latents.flatten(1, 2), rows * multiple, columns * multiple, self.vae_scale_factor)

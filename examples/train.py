@@ -1,0 +1,21 @@
+"""Train any of the families with TAFS-GRPO, on prompts from a file, for any rewards; the model says which family it is.
+
+FLUX.1-dev as the paper trains it, on eight GPUs:
+
+    accelerate launch --num_processes 8 examples/train.py --config examples/configs/flux1_dev.yaml --prompts prompts.txt
+
+One GPU of 24 GB (not measured):
+
+    accelerate launch examples/train.py --config examples/configs/flux2_klein.yaml --prompts prompts.txt
+    accelerate launch examples/train.py --config examples/configs/qwen_image.yaml --prompts prompts.txt
+    accelerate launch examples/train.py --config examples/configs/sana.yaml --prompts prompts.txt
+
+It is `trl-tafs train` as a script that Accelerate can launch on several GPUs.
+"""
+
+import sys
+
+from trl_tafs import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -1,0 +1,88 @@
+"""`AutoTAFSPipeline`: the family of a repository, or of a pipeline that is already loaded."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.flux import TAFSFluxPipeline
+from trl_tafs.pipelines.flux2 import TAFSFlux2KleinPipeline, TAFSFlux2Pipeline
+from trl_tafs.pipelines.hidream import TAFSHiDreamPipeline
+from trl_tafs.pipelines.qwen_image import TAFSQwenImagePipeline
+from trl_tafs.pipelines.sana import TAFSSanaPipeline, TAFSSanaSprintPipeline
+from trl_tafs.pipelines.stable_diffusion_3 import TAFSStableDiffusion3Pipeline
+from trl_tafs.pipelines.z_image import TAFSZImagePipeline
+
+FAMILIES: dict[str, type[TAFSPipelineMixin]] = {
+    family.stock_class().__name__: family
+    for family in (
+        TAFSStableDiffusion3Pipeline,
+        TAFSFluxPipeline,
+        TAFSFlux2Pipeline,
+        TAFSFlux2KleinPipeline,
+        TAFSQwenImagePipeline,
+        TAFSZImagePipeline,
+        TAFSSanaPipeline,
+        TAFSSanaSprintPipeline,
+        TAFSHiDreamPipeline,
+    )
+}
+_HUB_OPTIONS = (
+    *("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "local_dir"),
+    "local_dir_use_symlinks",
+)
+
+
+def _refusal(found: str) -> str:
+    return (
+        f"{found}, for which there is no TAFS family; there are {', '.join(FAMILIES)}. A new family is a short class: "
+        "see docs/new_family.md"
+    )
+
+
+class AutoTAFSPipeline:
+    """Makes the TAFS pipeline of a model, whichever family it is; it has no instances of its own."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoTAFSPipeline has no instances; use from_pretrained(...) or from_pipe(...)")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **options: Any) -> TAFSPipelineMixin:
+        """As `DiffusionPipeline.from_pretrained`, by the class that the `model_index.json` names.
+
+        Args:
+            name_or_path: a repository on the Hub, or a folder.
+            **options: as the family's own `from_pretrained` takes them: torch_dtype, quantization_config, revision, ...
+
+        Raises:
+            ValueError: a pipeline of another kind; the families are named.
+        """
+        hub_options = {name: options[name] for name in _HUB_OPTIONS if name in options}
+        name = DiffusionPipeline.load_config(name_or_path, **hub_options)["_class_name"]
+        if name not in FAMILIES:
+            raise ValueError(_refusal(f"{name_or_path} holds a {name}"))
+        return FAMILIES[name].from_pretrained(name_or_path, **options)
+
+    @classmethod
+    def from_pipe(cls, pipe: DiffusionPipeline) -> TAFSPipelineMixin:
+        """The TAFS pipeline over a loaded diffusers pipeline's own components: nothing is copied, cast or moved.
+
+        Adapters, quantization, tiling and device are what they were, since they are the modules'.
+
+        Raises:
+            ValueError: a pipeline of another kind; the families are named.
+        """
+        if isinstance(pipe, TAFSPipelineMixin):
+            return pipe
+        family = next((FAMILIES[base.__name__] for base in type(pipe).__mro__ if base.__name__ in FAMILIES), None)
+        if family is None:
+            raise ValueError(_refusal(f"this is a {type(pipe).__name__}"))
+        names = set(inspect.signature(family.__init__).parameters) - {"self"} - set(pipe.components)
+        made = family(**pipe.components, **{name: pipe.config[name] for name in names if name in pipe.config})
+        made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
+        made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+        return made

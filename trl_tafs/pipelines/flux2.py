@@ -1,0 +1,105 @@
+"""FLUX.2: dev, whose guidance is an input, and klein, whose base has a classifier-free one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor, nn
+
+from trl_tafs.pipelines.base import PackedLatents, TAFSPipelineMixin
+from trl_tafs.types import Embeddings
+
+
+class Flux2Mixin(PackedLatents, TAFSPipelineMixin):
+    """What FLUX.2's pipelines share."""
+
+    lora_target_modules = (
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+        "attn.to_qkv_mlp_proj",  # of the single-stream blocks, attention and feed-forward in one
+    )
+    guidance_batch = None
+
+    def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
+        """B prompts by three layers of a language model: text (B, L, 3C)."""
+        return Embeddings(self.encode_prompt(prompts, max_sequence_length=max_sequence_length)[0])
+
+    def schedule_shift_kwargs(self, height: int, width: int, num_steps: int) -> dict[str, float]:
+        """`mu` from the tokens and the number of steps."""
+        if not self.scheduler.config.get("use_dynamic_shifting", False):
+            return {}
+        return {"mu": compute_empirical_mu(self.image_tokens(height, width), num_steps)}
+
+    def denoise(self, model: nn.Module, x: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
+        """X (B, rows, columns, 4C), timestep (B,) to v."""
+        batch, rows, columns, _ = x.shape
+        text_ids = self._prepare_text_ids(embeddings.text[:1])
+        image_ids = self._prepare_latent_ids(x[:1].permute(0, 3, 1, 2))
+        return model(
+            hidden_states=x.flatten(1, 2).to(self.model_dtype),
+            timestep=timestep.to(x.dtype) / 1000,
+            guidance=embeddings.guidance,
+            encoder_hidden_states=embeddings.text,
+            txt_ids=text_ids.to(x.device).expand(batch, -1, -1),
+            img_ids=image_ids.to(x.device).expand(batch, -1, -1),
+            return_dict=False,
+        )[0].unflatten(1, (rows, columns))
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """(B, rows, columns, 4C) to (B, C, H / f, W / f), by the VAE's batch statistics."""
+        norm = self.vae.bn
+        mean = norm.running_mean.view(1, -1, 1, 1).to(latents)
+        std = torch.sqrt(norm.running_var.view(1, -1, 1, 1) + self.vae.config.batch_norm_eps).to(latents)
+        return self._unpatchify_latents(latents.permute(0, 3, 1, 2) * std + mean)
+
+
+class TAFSFlux2Pipeline(Flux2Mixin, Flux2Pipeline):
+    """`Flux2Pipeline` (dev) with annealed rollout and log-probability hooks.
+
+    `embedded_guidance_scale` is what the stock pipeline calls `guidance_scale`; it has no classifier-free guidance.
+    """
+
+    default_embedded_guidance = 4.0
+
+    @property
+    def has_guidance(self) -> bool:
+        """Its guidance is embedded."""
+        return False
+
+    def guidance_arguments(self, guidance_scale: float = 1.0, negative_prompt: str | None = None) -> dict[str, Any]:
+        """None: it has no classifier-free guidance."""
+        return {}
+
+
+class TAFSFlux2KleinPipeline(Flux2Mixin, Flux2KleinPipeline):
+    """`Flux2KleinPipeline` with annealed rollout and log-probability hooks; the base and the distilled models.
+
+    The stock pipeline's negative prompt is the empty one, and its distilled models have no guidance.
+    """
+
+    def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
+        """B prompts by Qwen3: text (B, L, 3C)."""
+        if negative and any(prompts):
+            wrong = next(prompt for prompt in prompts if prompt)
+            raise ValueError(
+                f"the negative prompt is {wrong!r}, and Flux2KleinPipeline knows the empty one alone; leave it out"
+            )
+        return super().embed(prompts, max_sequence_length)
+
+    @property
+    def has_guidance(self) -> bool:
+        """Not where the model is distilled."""
+        return not self.config.is_distilled
+
+    def guidance_arguments(self, guidance_scale: float = 1.0, negative_prompt: str | None = None) -> dict[str, Any]:
+        """`guidance_scale` alone."""
+        return {"guidance_scale": float(guidance_scale)}
