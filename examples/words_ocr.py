@@ -154,6 +154,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="by default the setting's")
     parser.add_argument("--seconds", type=float, help="of CPU time to train for, instead of a number of epochs")
     parser.add_argument("--options", type=json.loads, default={}, help="more of TAFSGRPOConfig's, as JSON")
+    parser.add_argument("--reward", choices=["edit", "ctc"], default="edit", help="trained on; judged is edit always")
     parser.add_argument("--images_per_word", type=int, default=2, help="images of each held-out word that are judged")
     parser.add_argument("--output_dir", type=Path, help="by default runs/words_<size>_<setting>_<seed>")
     parser.add_argument("--base", type=Path, help="the base's figures, read where the file is there, else written")
@@ -199,7 +200,7 @@ def main() -> None:
     before = judged_base(panel, pipeline, args.base)
     save_grid(panel, pipeline, folder / "grid_before.png", "before: 4 annealed steps, no guidance")
 
-    trainer = TAFSGRPOTrainer(make_config(args, folder), {"ocr": OCRReward()}, TRAIN_PROMPTS, pipeline)
+    trainer = TAFSGRPOTrainer(make_config(args, folder), {"ocr": OCRReward(args.reward)}, TRAIN_PROMPTS, pipeline)
     seconds, cpu_seconds = train(trainer, args.seconds)
     print(
         f"trained {trainer.first_epoch} epochs in {seconds:.0f} s ({cpu_seconds:.0f} s of CPU); judging ...", flush=True

@@ -52,6 +52,8 @@ VARIANTS: dict[str, tuple[str, dict]] = {  # name: the setting, and what differs
         {"sample_kernel": "clean", "num_perturbations": 4, "step_credit": "step", "train_level_weighting": "gaussian"},
     ),
 }
+SMOOTH = ("forward, smooth reward", "clipped, smooth reward")  # the probability a letter instead of the edit distance
+VARIANTS |= {name: (name.partition(",")[0], {}) for name in SMOOTH}
 
 
 def row_of(run: dict) -> dict:
@@ -78,7 +80,8 @@ def main() -> None:
         size, name = key
         setting, options = VARIANTS[name]
         folder = args.runs / name.replace(" ", "_").replace(",", "")
-        return run_words(size, setting, args.seed, args.seconds, folder, options, base=args.runs)
+        reward = "ctc" if name in SMOOTH else "edit"
+        return run_words(size, setting, args.seed, args.seconds, folder, options, args.runs, reward)
 
     todo = list(product(args.sizes, args.only))
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -51,11 +51,13 @@ def run_words(
     folder: Path,
     options: dict | None = None,
     base: Path | None = None,
+    reward: str = "edit",
 ) -> dict:
     """One setting of words_ocr.py; the base of a size is judged once, and its figures kept in the folder `base`."""
     name = f"words_{size}_{setting}_{seed}"
     arguments = ["--size", size, "--setting", setting, "--seed", str(seed), "--seconds", str(seconds)]
     arguments += ["--base", str((base or folder) / f"words_{size}_base.json"), "--options", json.dumps(options or {})]
+    arguments += ["--reward", reward]
     return run(WORDS, arguments, folder / name)
 
 
