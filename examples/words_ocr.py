@@ -155,6 +155,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of CPU time to train for, instead of a number of epochs")
     parser.add_argument("--options", type=json.loads, default={}, help="more of TAFSGRPOConfig's, as JSON")
     parser.add_argument("--reward", choices=["edit", "ctc"], default="edit", help="trained on; judged is edit always")
+    parser.add_argument("--after", nargs="+", choices=list(ROWS), default=list(ROWS)[:4], help="rows judged after it")
     parser.add_argument("--images_per_word", type=int, default=2, help="images of each held-out word that are judged")
     parser.add_argument("--output_dir", type=Path, help="by default runs/words_<size>_<setting>_<seed>")
     parser.add_argument("--base", type=Path, help="the base's figures, read where the file is there, else written")
@@ -206,7 +207,7 @@ def main() -> None:
         f"trained {trainer.first_epoch} epochs in {seconds:.0f} s ({cpu_seconds:.0f} s of CPU); judging ...", flush=True
     )
     with trainer.averaged_adapter():  # what was saved
-        after = {name: panel.row(pipeline, *ROWS[name]) for name in list(ROWS)[:4]}
+        after = {name: panel.row(pipeline, *ROWS[name]) for name in args.after}
         save_grid(panel, pipeline, folder / "grid_after.png", "after: 4 annealed steps, no guidance")
     print_table({f"before, {k}": v for k, v in before.items()} | {f"after, {k}": v for k, v in after.items()})
     summary = {"D": dimension, "size": args.size, "setting": args.setting, "seed": args.seed}

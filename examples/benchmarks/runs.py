@@ -85,11 +85,11 @@ def train(
     seconds: float,
     evaluations: int | None,
     look: Callable[[], dict[str, float]],
-    judge: Callable[[], dict[str, Any]],
+    judge: Callable[[bool], dict[str, Any]],
 ) -> dict[str, Any]:
     """Train until both budgets are spent, at most half as long again; judge where either is.
 
-    Judging costs no time of the budget. The result has `at_time`, `at_evaluations` (the same, where the budget of
+    Judging costs no time of the budget; `judge(True)` is by all judges, `judge(False)` by the reward. The result has `at_time`, `at_evaluations` (the same, where the budget of
     evaluations wasn't reached by then) and a `curve` of (seconds, evaluations, value).
     """
     counter, spent, curve = Evaluations(trainer), 0.0, [{"seconds": 0.0, "evaluations": 0} | look()]
@@ -104,12 +104,12 @@ def train(
         if seconds * len(curve) / CURVE_POINTS <= spent < seconds:
             curve.append(facts | look())
         if "at_time" not in result and spent >= seconds:
-            result["at_time"] = facts | judge()
+            result["at_time"] = facts | judge(True)
             curve.append(facts | look())
         if "at_evaluations" not in result and evaluations and counter.total >= evaluations:
-            result["at_evaluations"] = facts | judge()
+            result["at_evaluations"] = facts | judge(False)
     if "at_evaluations" not in result:
-        result["at_evaluations"] = facts | judge() if evaluations else result["at_time"]
+        result["at_evaluations"] = facts | judge(False) if evaluations else result["at_time"]
     images = trainer.plan.total_images * trainer.first_epoch
     result["nfe"] = {phase: round(count / images, 2) for phase, count in counter.counts.items()}
     return result | {"curve": curve, "seconds_per_epoch": round(spent / trainer.first_epoch, 3)}
@@ -145,8 +145,8 @@ def run(task_name: str, method: dict[str, Any], seed: int, seconds: float, evalu
         def look() -> dict[str, float]:
             return {"value": value("annealed", 4)}
 
-        def judge() -> dict[str, Any]:
-            if not full:
+        def judge(by_all: bool) -> dict[str, Any]:
+            if not (full and by_all):
                 return {"best": max(value("annealed", 4), value("ode", 4))}
             rows = {name: task.judge(task.images(pipeline, *how)) for name, how in EVALUATED.items()}
             rows = {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}

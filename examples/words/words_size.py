@@ -24,6 +24,7 @@ WORDS = Path(__file__).resolve().parents[1] / "words_ocr.py"
 DIGITS = Path(__file__).resolve().parents[1] / "digits" / "quickstart.py"
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "size.json"
 ROW = "4 annealed steps"
+AFTER = (ROW, "8 annealed steps", "4 ODE steps", "32 ODE steps")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 DIGIT_SETTINGS = {  # as SETTINGS of words_ocr.py
     "forward": ["--objective", "forward"],
@@ -57,7 +58,7 @@ def run_words(
     name = f"words_{size}_{setting}_{seed}"
     arguments = ["--size", size, "--setting", setting, "--seed", str(seed), "--seconds", str(seconds)]
     arguments += ["--base", str((base or folder) / f"words_{size}_base.json"), "--options", json.dumps(options or {})]
-    arguments += ["--reward", reward]
+    arguments += ["--reward", reward, "--after", *([ROW] if options is not None else AFTER)]
     return run(WORDS, arguments, folder / name)
 
 
