@@ -89,8 +89,9 @@ def train(
 ) -> dict[str, Any]:
     """Train until both budgets are spent, at most half as long again; judge where either is.
 
-    Judging costs no time of the budget; `judge(True)` is by all judges, `judge(False)` by the reward. The result has `at_time`, `at_evaluations` (the same, where the budget of
-    evaluations wasn't reached by then) and a `curve` of (seconds, evaluations, value).
+    Judging costs no time of the budget; `judge(True)` is by all judges, `judge(False)` by the reward. The result has
+    `at_time`, `at_evaluations` (where that budget wasn't reached, the end) and a `curve` of (seconds, evaluations,
+    value).
     """
     counter, spent, curve = Evaluations(trainer), 0.0, [{"seconds": 0.0, "evaluations": 0} | look()]
     result: dict[str, Any] = {}
