@@ -8,7 +8,7 @@ from accelerate import cpu_offload
 from peft import LoraConfig
 from torch import nn
 
-from trl_tafs import memory, policy
+from trl_tafs import AutoTAFSPipeline, memory, policy
 from trl_tafs.memory import Activations, Footprint, extrapolate, measure_activations, plan_memory
 
 MIB = 2**20
@@ -203,3 +203,26 @@ def test_a_quantized_base_keeps_its_dtype(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, mixed_precision="bf16")
     assert next(trainer.sd_pipeline.text_encoder.parameters()).dtype == torch.float32
     assert next(trainer.sd_pipeline.text_encoder_2.parameters()).dtype == torch.bfloat16
+
+
+def test_a_base_that_torchao_quantized_is_trained_under_a_lora(tmp_path):
+    pytest.importorskip("torchao")
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    families.stock("flux-dev").save_pretrained(tmp_path / "flux")
+    quantization = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
+    mine = AutoTAFSPipeline.from_pretrained(
+        tmp_path / "flux", quantization_config=quantization, torch_dtype=torch.bfloat16
+    )
+    mine.set_progress_bar_config(disable=True)
+    frozen = {name: p.clone() for name, p in mine.transformer.named_parameters()}
+    settings = {"mixed_precision": "bf16", "num_epochs": 1, "max_sequence_length": families.LENGTH}
+    trainer = tiny.trainer(mine, tmp_path / "run", height=16, width=16, **settings)
+    trainer.train()
+    lora = policy.adapter_state_dict(mine.denoiser, trainer.adapter_name)
+    assert all(weight.abs().sum() > 0 for name, weight in lora.items() if "lora_B" in name)
+    weight = mine.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    assert memory.tensor_bytes(weight) < 2 * weight.numel() and torch.equal(
+        weight.dequantize(), frozen["transformer_blocks.0.attn.to_q.weight"].dequantize()
+    )
