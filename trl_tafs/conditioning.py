@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.policy import is_bitsandbytes
 from trl_tafs.types import Conditioning, Embeddings
 
 
@@ -109,8 +110,8 @@ class PromptEncoder:
         self._move(encoders, torch.device("cpu"))
 
     def _move(self, encoders: Sequence[nn.Module], device: torch.device) -> None:
-        if self.offload:
-            for encoder in encoders:
+        for encoder in encoders:
+            if self.offload and not is_bitsandbytes(encoder):
                 encoder.to(device)
 
     def _file(self, prompt: str) -> Path:

@@ -257,9 +257,9 @@ def measure_decoder(pipeline: TAFSPipelineMixin, height: int, width: int) -> int
             largest = max(largest, tensor_bytes(output))
 
     hooks = [module.register_forward_hook(leave) for module in pipeline.vae.modules() if not list(module.children())]
-    parameter = next(pipeline.vae.parameters())
     with pipeline.decoding():
-        pipeline.decode_latents(torch.zeros(1, *pipeline.latent_shape(height, width), device=parameter.device))
+        device = next(pipeline.vae.parameters()).device
+        pipeline.decode_latents(torch.zeros(1, *pipeline.latent_shape(height, width), device=device))
     for hook in hooks:
         hook.remove()
     return 3 * largest
