@@ -54,7 +54,7 @@ def test_each_phase_is_the_sum_of_what_it_holds(tmp_path):
         ({"train_gradient_checkpointing": True}, "update", 2 * (300 + 30) - 2 * (30 + 2 * 30)),
         ({"offload_text_encoders": True}, "update", 2000),
         ({"model_cpu_offload": True}, "update", 2000 + 100),
-        ({"model_cpu_offload": True}, "decode", 2000 + 1000),
+        ({"model_cpu_offload": True}, "decode", 2000 + 1000 - 3 * (16 - 4)),
         ({"model_cpu_offload": True}, "encode", 1000 + 100),
         ({"train_use_8bit_adam": True}, "update", 60),
         ({"decode_batch_size": 1}, "decode", 3 * 50),
@@ -158,19 +158,30 @@ def test_frozen_weights_leave_and_what_is_trained_stays():
     assert all(parameter is before[name] for name, parameter in model.named_parameters()), "the optimizer's are these"
 
 
-def test_turns_may_be_entered_within_themselves():
-    mine, _ = prepared("flux-dev")
-    for name, parameter in mine.transformer.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+class Guest(nn.Linear):
+    """Says where it is sent, since there is one device here."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.place = "cpu"
+
+    def to(self, device):
+        self.place = device.type
+        return self
+
+
+def test_guests_come_and_go_and_the_denoiser_waits_for_the_last(monkeypatch):
     moves = []
-    turns = policy.Turns(mine, torch.device("cpu"))
-    original, policy.move_frozen = policy.move_frozen, lambda module, device: moves.append(device)
-    try:
-        with turns(), turns():
-            moves.append("inside")
-    finally:
-        policy.move_frozen = original
-    assert moves == [torch.device("cpu"), "inside", torch.device("cpu")]
+    monkeypatch.setattr(policy, "move_frozen", lambda module, device: moves.append(device.type))
+    vae, encoder = Guest(), Guest()
+    turns = policy.Turns(nn.Linear(1, 1), torch.device("cuda"))
+    with turns([vae]):
+        with turns([vae]):
+            assert vae.place == "cuda"
+        with turns([encoder]):
+            assert vae.place == encoder.place == "cuda" and moves == ["cpu"]
+        assert vae.place == "cuda" and encoder.place == "cpu" and moves == ["cpu"]
+    assert vae.place == "cpu" and moves == ["cpu", "cuda"] and turns.guests == []
 
 
 def losses(tmp_path, pipeline_folder, **changes):

@@ -99,7 +99,8 @@ class TAFSPipelineMixin(ABC):
         images = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type="pt").float()
 
-    # A context within which latents are decoded: one that has the VAE on the GPU, where models are offloaded.
+    # The contexts of encoding and decoding: where models take turns on the GPU, it is theirs inside.
+    encoding: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
     decoding: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
 
     def decode_in_batches(self, latents: Tensor, batch_size: int) -> Tensor:
