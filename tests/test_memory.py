@@ -8,7 +8,7 @@ from accelerate import cpu_offload
 from peft import LoraConfig
 from torch import nn
 
-from trl_tafs import memory, policy
+from trl_tafs import AutoTAFSPipeline, memory, policy
 from trl_tafs.memory import Activations, Footprint, extrapolate, measure_activations, plan_memory
 
 MIB = 2**20
@@ -54,7 +54,7 @@ def test_each_phase_is_the_sum_of_what_it_holds(tmp_path):
         ({"train_gradient_checkpointing": True}, "update", 2 * (300 + 30) - 2 * (30 + 2 * 30)),
         ({"offload_text_encoders": True}, "update", 2000),
         ({"model_cpu_offload": True}, "update", 2000 + 100),
-        ({"model_cpu_offload": True}, "decode", 2000 + 1000),
+        ({"model_cpu_offload": True}, "decode", 2000 + 1000 - 3 * (16 - 4)),
         ({"model_cpu_offload": True}, "encode", 1000 + 100),
         ({"train_use_8bit_adam": True}, "update", 60),
         ({"decode_batch_size": 1}, "decode", 3 * 50),
@@ -158,19 +158,30 @@ def test_frozen_weights_leave_and_what_is_trained_stays():
     assert all(parameter is before[name] for name, parameter in model.named_parameters()), "the optimizer's are these"
 
 
-def test_turns_may_be_entered_within_themselves():
-    mine, _ = prepared("flux-dev")
-    for name, parameter in mine.transformer.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+class Guest(nn.Linear):
+    """Says where it is sent, since there is one device here."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.place = "cpu"
+
+    def to(self, device):
+        self.place = device.type
+        return self
+
+
+def test_guests_come_and_go_and_the_denoiser_waits_for_the_last(monkeypatch):
     moves = []
-    turns = policy.Turns(mine, torch.device("cpu"))
-    original, policy.move_frozen = policy.move_frozen, lambda module, device: moves.append(device)
-    try:
-        with turns(), turns():
-            moves.append("inside")
-    finally:
-        policy.move_frozen = original
-    assert moves == [torch.device("cpu"), "inside", torch.device("cpu")]
+    monkeypatch.setattr(policy, "move_frozen", lambda module, device: moves.append(device.type))
+    vae, encoder = Guest(), Guest()
+    turns = policy.Turns(nn.Linear(1, 1), torch.device("cuda"))
+    with turns([vae]):
+        with turns([vae]):
+            assert vae.place == "cuda"
+        with turns([encoder]):
+            assert vae.place == encoder.place == "cuda" and moves == ["cpu"]
+        assert vae.place == "cuda" and encoder.place == "cpu" and moves == ["cpu"]
+    assert vae.place == "cpu" and moves == ["cpu", "cuda"] and turns.guests == []
 
 
 def losses(tmp_path, pipeline_folder, **changes):
@@ -203,3 +214,26 @@ def test_a_quantized_base_keeps_its_dtype(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, mixed_precision="bf16")
     assert next(trainer.sd_pipeline.text_encoder.parameters()).dtype == torch.float32
     assert next(trainer.sd_pipeline.text_encoder_2.parameters()).dtype == torch.bfloat16
+
+
+def test_a_base_that_torchao_quantized_is_trained_under_a_lora(tmp_path):
+    pytest.importorskip("torchao")
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    families.stock("flux-dev").save_pretrained(tmp_path / "flux")
+    quantization = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
+    mine = AutoTAFSPipeline.from_pretrained(
+        tmp_path / "flux", quantization_config=quantization, torch_dtype=torch.bfloat16
+    )
+    mine.set_progress_bar_config(disable=True)
+    frozen = {name: p.clone() for name, p in mine.transformer.named_parameters()}
+    settings = {"mixed_precision": "bf16", "num_epochs": 1, "max_sequence_length": families.LENGTH}
+    trainer = tiny.trainer(mine, tmp_path / "run", height=16, width=16, **settings)
+    trainer.train()
+    lora = policy.adapter_state_dict(mine.denoiser, trainer.adapter_name)
+    assert all(weight.abs().sum() > 0 for name, weight in lora.items() if "lora_B" in name)
+    weight = mine.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    assert memory.tensor_bytes(weight) < 2 * weight.numel() and torch.equal(
+        weight.dequantize(), frozen["transformer_blocks.0.attn.to_q.weight"].dequantize()
+    )

@@ -21,7 +21,7 @@ _EXPORTS = {
     "TAFSSanaPipeline": "trl_tafs.pipelines.sana",
     "TAFSSanaSprintPipeline": "trl_tafs.pipelines.sana",
     "TAFSHiDreamPipeline": "trl_tafs.pipelines.hidream",
-    "AnnealedFlowMatchScheduler": "trl_tafs.pipelines.base",
+    "AnnealedFlowMatchScheduler": "trl_tafs.pipelines.schedulers",
     "TAFSPipelineMixin": "trl_tafs.pipelines.base",
     "REWARDS": "trl_tafs.rewards",
 }
@@ -31,7 +31,6 @@ __all__ = [*_EXPORTS, "__version__"]
 if TYPE_CHECKING:
     from trl_tafs.config import TAFSGRPOConfig as TAFSGRPOConfig
     from trl_tafs.pipelines.auto import AutoTAFSPipeline as AutoTAFSPipeline
-    from trl_tafs.pipelines.base import AnnealedFlowMatchScheduler as AnnealedFlowMatchScheduler
     from trl_tafs.pipelines.base import TAFSPipelineMixin as TAFSPipelineMixin
     from trl_tafs.pipelines.flux import TAFSFluxPipeline as TAFSFluxPipeline
     from trl_tafs.pipelines.flux2 import TAFSFlux2KleinPipeline as TAFSFlux2KleinPipeline
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from trl_tafs.pipelines.qwen_image import TAFSQwenImagePipeline as TAFSQwenImagePipeline
     from trl_tafs.pipelines.sana import TAFSSanaPipeline as TAFSSanaPipeline
     from trl_tafs.pipelines.sana import TAFSSanaSprintPipeline as TAFSSanaSprintPipeline
+    from trl_tafs.pipelines.schedulers import AnnealedFlowMatchScheduler as AnnealedFlowMatchScheduler
     from trl_tafs.pipelines.stable_diffusion_3 import TAFSStableDiffusion3Pipeline as TAFSStableDiffusion3Pipeline
     from trl_tafs.pipelines.z_image import TAFSZImagePipeline as TAFSZImagePipeline
     from trl_tafs.rewards import REWARDS as REWARDS

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.policy import is_bitsandbytes
 from trl_tafs.types import Conditioning, Embeddings
 
 
@@ -96,21 +97,22 @@ class PromptEncoder:
                 f"the prompt {prompts[0]!r} isn't encoded yet, and the pipeline has no text encoder; load it with one"
                 + ("" if self.cache_dir is None else f", or give the folder that has the prompt, not {self.cache_dir}")
             )
-        self._move(encoders, self.device)
-        self.pipeline.encoding_device = self.device if self.offload else None
-        for prompt in prompts:
-            conditioning = self.pipeline.encode_conditioning([prompt], **self.arguments).to("cpu")
-            if self.pipeline.text_multiple is not None:
-                conditioning = conditioning.padded_to_multiple(self.pipeline.text_multiple)
-            self.cache[prompt] = conditioning
-            if self.cache_dir is not None:
-                _save(conditioning, self._file(prompt))
-        self.pipeline.encoding_device = None
-        self._move(encoders, torch.device("cpu"))
+        with self.pipeline.encoding():
+            self._move(encoders, self.device)
+            self.pipeline.encoding_device = self.device
+            for prompt in prompts:
+                conditioning = self.pipeline.encode_conditioning([prompt], **self.arguments).to("cpu")
+                if self.pipeline.text_multiple is not None:
+                    conditioning = conditioning.padded_to_multiple(self.pipeline.text_multiple)
+                self.cache[prompt] = conditioning
+                if self.cache_dir is not None:
+                    _save(conditioning, self._file(prompt))
+            self.pipeline.encoding_device = None
+            self._move(encoders, torch.device("cpu"))
 
     def _move(self, encoders: Sequence[nn.Module], device: torch.device) -> None:
-        if self.offload:
-            for encoder in encoders:
+        for encoder in encoders:
+            if self.offload and not is_bitsandbytes(encoder):
                 encoder.to(device)
 
     def _file(self, prompt: str) -> Path:

@@ -106,7 +106,8 @@ def plan_memory(footprint: Footprint, config: TAFSGRPOConfig, local_images: int)
         footprint.storage_bytes * steps * (1 + actions) + 4 * (config.sample_num_steps + 1)
     )
     experience = {"rollouts": kept * local_images}
-    scored = {"scored latents": 4 * footprint.latent_elements * steps * actions * config.sample_batch_size}
+    waiting = local_images if offload else config.sample_batch_size  # taking turns, all are drawn before one is scored
+    scored = {"scored latents": 4 * footprint.latent_elements * steps * actions * waiting}
     if config.train_gradient_checkpointing:
         activations = rows.block_inputs + 2 * rows.block
     else:
@@ -257,9 +258,9 @@ def measure_decoder(pipeline: TAFSPipelineMixin, height: int, width: int) -> int
             largest = max(largest, tensor_bytes(output))
 
     hooks = [module.register_forward_hook(leave) for module in pipeline.vae.modules() if not list(module.children())]
-    parameter = next(pipeline.vae.parameters())
     with pipeline.decoding():
-        pipeline.decode_latents(torch.zeros(1, *pipeline.latent_shape(height, width), device=parameter.device))
+        device = next(pipeline.vae.parameters()).device
+        pipeline.decode_latents(torch.zeros(1, *pipeline.latent_shape(height, width), device=device))
     for hook in hooks:
         hook.remove()
     return 3 * largest

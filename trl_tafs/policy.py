@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,10 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: to
                 f"model_cpu_offload can't move a quantized {type(pipeline.denoiser).__name__}, which is small already; "
                 "use offload_text_encoders=True"
             )
-        pipeline.decoding = Turns(pipeline, device)
+        turns = Turns(pipeline.denoiser, device)
+        encoders = [module for name, module in modules.items() if name.startswith("text_encoder")]
+        pipeline.encoding = partial(turns, [module for module in encoders if not is_bitsandbytes(module)])
+        pipeline.decoding = partial(turns, [pipeline.vae])
     if config.train_gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
 
@@ -68,28 +72,30 @@ def is_bitsandbytes(module: nn.Module) -> bool:
 
 
 class Turns:
-    """Denoiser and VAE take turns on the device: within `turns()` it is the VAE's.
+    """The models of a pipeline take turns on the device: while there are guests, the denoiser is away.
 
-    The LoRA stays: the optimizer and DDP know where it is.
+    Its trained parameters stay: the optimizer and DDP know where they are.
     """
 
-    def __init__(self, pipeline: TAFSPipelineMixin, device: torch.device, away: str = "cpu") -> None:
-        self.pipeline, self.device, self.away, self.depth = pipeline, device, torch.device(away), 0
+    def __init__(self, denoiser: nn.Module, device: torch.device) -> None:
+        self.denoiser, self.device, self.away = denoiser, device, torch.device("cpu")
+        self.guests: list[nn.Module] = []
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """A context for decoding and scoring; it may be entered within itself."""
-        self.depth += 1
-        if self.depth == 1:
-            move_frozen(self.pipeline.denoiser, self.away)
-            self.pipeline.vae.to(self.device)
+    def __call__(self, modules: list[nn.Module]) -> Iterator[None]:
+        """A context in which `modules` are on the device; it may be entered within itself."""
+        arriving = [module for module in modules if module not in self.guests]
+        if arriving and not self.guests:
+            move_frozen(self.denoiser, self.away)
+        for module in arriving:
+            self.guests.append(module.to(self.device))
         try:
             yield
         finally:
-            self.depth -= 1
-            if self.depth == 0:
-                self.pipeline.vae.to(self.away)
-                move_frozen(self.pipeline.denoiser, self.device)
+            for module in arriving:
+                self.guests.remove(module.to(self.away))
+            if arriving and not self.guests:
+                move_frozen(self.denoiser, self.device)
 
 
 def frozen_tensors(module: nn.Module) -> list[Tensor]:

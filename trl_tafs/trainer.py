@@ -175,7 +175,7 @@ class TAFSGRPOTrainer:
             embedded_guidance_scale=config.sample_embedded_guidance_scale,
             negative_prompt=config.negative_prompts,
             max_sequence_length=config.max_sequence_length,
-            offload=config.offload_text_encoders or config.model_cpu_offload,
+            offload=config.offload_text_encoders and not config.model_cpu_offload,
             cache_dir=config.prompt_cache_dir,
         )
 

@@ -24,51 +24,10 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from trl_tafs.kernels import Annealed, Kernel
+from trl_tafs.pipelines.schedulers import AnnealedFlowMatchScheduler, flow_match_config
 from trl_tafs.rollout import Noise, replay, rollout
 from trl_tafs.schedules import level_to_timestep, uniform_levels
 from trl_tafs.types import Conditioning, Embeddings, Rollout, Transitions
-
-
-class AnnealedFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
-    """Diffusers' Euler scheduler with `stochastic_sampling`, whose re-noising honours a generator.
-
-    Most pipelines don't pass their generator on to the scheduler, so that the noise of `stochastic_sampling`
-    follows the global seed; this one carries its own.
-    """
-
-    generator: torch.Generator | list[torch.Generator] | None = None
-
-    @classmethod
-    def from_scheduler(
-        cls, scheduler: Any, generator: torch.Generator | list[torch.Generator] | None = None
-    ) -> AnnealedFlowMatchScheduler:
-        """The annealed sampler of a pipeline that has `scheduler`, drawing from `generator`."""
-        annealed = cls.from_config(flow_match_config(scheduler), stochastic_sampling=True)
-        annealed.generator = generator
-        return annealed
-
-    def step(self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
-        """As the parent's, with this scheduler's generator where none is passed."""
-        return super().step(*args, generator=self.generator if generator is None else generator, **kwargs)
-
-
-def flow_match_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's configuration as `FlowMatchEulerDiscreteScheduler` reads it.
-
-    Flow-matching DPM-solver and UniPC (Sana's, HiDream's) call the shift `flow_shift`, which `from_config` would drop.
-
-    Raises:
-        ValueError: a scheduler whose shift can't be read.
-    """
-    config = scheduler.config
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return {key: value for key, value in config.items() if not key.startswith("_")}
-    if config.get("use_flow_sigmas") and config.get("flow_shift") is not None:
-        return {"num_train_timesteps": config["num_train_timesteps"], "shift": config["flow_shift"]}
-    raise ValueError(
-        f"the pipeline's scheduler is a {type(scheduler).__name__}, whose shift can't be read here; set "
-        "pipeline.scheduler to the FlowMatchEulerDiscreteScheduler that the adapter is to be sampled with"
-    )
 
 
 class SequentialNoise:
@@ -140,7 +99,8 @@ class TAFSPipelineMixin(ABC):
         images = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type="pt").float()
 
-    # A context within which latents are decoded: one that has the VAE on the GPU, where models are offloaded.
+    # The contexts of encoding and decoding: where models take turns on the GPU, it is theirs inside.
+    encoding: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
     decoding: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
 
     def decode_in_batches(self, latents: Tensor, batch_size: int) -> Tensor:

@@ -23,7 +23,7 @@ class SanaMixin(TAFSPipelineMixin):
         *("attn2.to_k", "attn2.to_out.0", "attn2.to_q", "attn2.to_v"),
     )
     latent_dtype = torch.float32
-    encoding: dict[str, Any] = {}
+    encoding_options: dict[str, Any] = {}
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Gemma: text (B, L, C) and its mask. Only what is wished for is led in by the instruction."""
@@ -32,7 +32,7 @@ class SanaMixin(TAFSPipelineMixin):
             prompts,
             max_sequence_length=max_sequence_length,
             complex_human_instruction=None if negative else instruction,
-            **self.encoding,
+            **self.encoding_options,
         )
         return Embeddings(text, mask=mask)
 
@@ -69,7 +69,7 @@ class TAFSSanaPipeline(SanaMixin, SanaPipeline):
     Checkpoints whose scheduler is a DPM-solver are rolled out by the annealed sampler with its `flow_shift`.
     """
 
-    encoding = {"do_classifier_free_guidance": False}
+    encoding_options = {"do_classifier_free_guidance": False}
 
 
 class TAFSSanaSprintPipeline(SanaMixin, SanaSprintPipeline):
