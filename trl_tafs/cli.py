@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,13 @@ class ScriptArguments:
             "help": "Rewards with weights: NAME=WEIGHT ..., a name of trl_tafs.rewards.REWARDS or module:function."
         },
     )
+    reward_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Options of named rewards as JSON, such as \'{"hps_v2": {"version": "v2.0"}}\'; for `reward` '
+            "and `eval_reward`."
+        },
+    )
     eval_reward: list[str] | None = field(
         default=None, metadata={"help": "Held-out rewards for evaluation, as `reward`; by default the training ones."}
     )
@@ -52,10 +60,18 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) ->
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser((ScriptArguments, TAFSGRPOConfig), **parser_options)
+    check_repeated(argv, ("--reward", "--eval_reward"))
     name = _preset_name(argv)
     if name is not None:
         parser.set_defaults(**preset(name))
     return parser.parse_args_and_config(args=argv)
+
+
+def check_repeated(argv: Sequence[str], names: Sequence[str]) -> None:
+    """An error for a list option that is given twice: only the last would be kept, in silence."""
+    for name in names:
+        if sum(word == name or word.startswith(f"{name}=") for word in argv) > 1:
+            raise ValueError(f"{name} is given more than once, and only the last would count; write {name} A=1 B=0.5")
 
 
 def _preset_name(argv: list[str]) -> str | None:
@@ -119,22 +135,35 @@ def load_pipeline(arguments: ScriptArguments, mixed_precision: str) -> Any:
 def train(argv: Sequence[str]) -> Callable[[], None]:
     """Train an adapter; all fields of the script's arguments and of `TAFSGRPOConfig` are options, or keys in YAML."""
     from trl_tafs import TAFSGRPOTrainer
-    from trl_tafs.rewards.scoring import parse_rewards
+    from trl_tafs.config import decode_dict
+    from trl_tafs.rewards.scoring import reward_label
 
     arguments, config = parse_arguments(argv, prog="trl-tafs train")
     if arguments.prompts is None:
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
     prompts = load_prompts(arguments.prompts)
-    rewards = parse_rewards(arguments.reward)
+    options = decode_dict("reward_options", arguments.reward_options)
+    names = {reward_label(item) for item in [*arguments.reward, *(arguments.eval_reward or [])]}
+    if not options.keys() <= names:
+        raise ValueError(f"reward_options are for {', '.join(options)}; the rewards are {', '.join(sorted(names))}")
+    judges = parse_known(arguments.eval_reward, options) if arguments.eval_reward else None
     trainer = TAFSGRPOTrainer(
         config,
-        rewards,
+        parse_known(arguments.reward, options),
         prompts,
         load_pipeline(arguments, config.mixed_precision),
         eval_prompts=load_prompts(arguments.eval_prompts) if arguments.eval_prompts else None,
-        eval_reward_function=parse_rewards(arguments.eval_reward) if arguments.eval_reward else None,
+        eval_reward_function=judges,
     )
     return trainer.train
+
+
+def parse_known(items: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    """The rewards of a list, with those of the options that are theirs."""
+    from trl_tafs.rewards.scoring import parse_rewards, reward_label
+
+    labels = {reward_label(item) for item in items}
+    return parse_rewards(items, {label: value for label, value in options.items() if label in labels})
 
 
 def sample(argv: Sequence[str]) -> Callable[[], None]:
@@ -184,6 +213,26 @@ def _sample(options: argparse.Namespace) -> None:
     print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {options.output}")
 
 
+def serve_reward(argv: Sequence[str]) -> Callable[[], None]:
+    """Serve a reward over HTTP, for trainers in other processes and on other machines."""
+    from trl_tafs.config import decode_dict
+    from trl_tafs.rewards.scoring import load_reward, reward_label
+    from trl_tafs.rewards.server import MAX_BYTES, MAX_IMAGES, SECRET, check_exposure, serve
+
+    parser = argparse.ArgumentParser(prog="trl-tafs serve-reward", description=serve_reward.__doc__)
+    parser.add_argument("name", help="a name of trl_tafs.rewards.REWARDS, module:name or file.py:name")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help=f"any other than loopback needs {SECRET} set")
+    parser.add_argument("--options", default="{}", help="of the reward, as JSON")
+    parser.add_argument("--max_bytes", type=int, default=MAX_BYTES, help="of one request")
+    parser.add_argument("--max_images", type=int, default=MAX_IMAGES, help="of one request")
+    options = parser.parse_args(list(argv))
+    check_exposure(options.host, os.environ.get(SECRET))
+    reward = load_reward(options.name, decode_dict("--options", options.options))
+    limits = {"max_bytes": options.max_bytes, "max_images": options.max_images}
+    return partial(serve, reward_label(options.name), reward, options.host, options.port, **limits)
+
+
 def env(argv: Sequence[str]) -> Callable[[], None]:
     """Versions and devices, to paste into an issue."""
     return _env
@@ -203,7 +252,7 @@ def _env() -> None:
     print(f"devices: {', '.join(devices) if devices else 'CPU only'}")
 
 
-COMMANDS = {"train": train, "sample": sample, "env": env}
+COMMANDS = {"train": train, "sample": sample, "serve-reward": serve_reward, "env": env}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         print("usage: trl-tafs {" + ",".join(COMMANDS) + "} [options]; trl-tafs COMMAND --help")
         for name, command in COMMANDS.items():
-            print(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}")
+            print(f"  {name:13} {(command.__doc__ or '').splitlines()[0]}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     from trl_tafs.checkpoint import CheckpointError
     from trl_tafs.hub import PushError

@@ -219,6 +219,19 @@ def _options_of(made: type) -> set[str] | None:
     return None
 
 
+def _split(item: str) -> tuple[str, str]:
+    name, equals, weight = item.rpartition("=")
+    return (name, weight) if equals else (item, "")
+
+
+def reward_label(item: str) -> str:
+    """What a reward of the command line, NAME or NAME=WEIGHT, is called in logs and options."""
+    name = _split(item)[0]
+    if name.startswith(("http://", "https://")):
+        return urlsplit(name.partition(",")[0]).netloc
+    return name.rpartition(":" if ":" in name else ".")[2]
+
+
 def parse_rewards(
     specifications: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, tuple[RewardFunction, float]]:
@@ -230,16 +243,14 @@ def parse_rewards(
     """
     chosen = {}
     for item in [specifications] if isinstance(specifications, str) else specifications:
-        name, _, weight = item.rpartition("=") if "=" in item else (item, "", "")
+        name, weight = _split(item)
         try:
             value = float(weight) if weight else 1.0
         except ValueError as error:
             raise ValueError(f"--reward {item!r}: {weight!r} is no number; write NAME=WEIGHT") from error
         if not math.isfinite(value):
             raise ValueError(f"--reward {item!r}: a weight must be finite")
-        label = name.rpartition(":" if ":" in name else ".")[2]
-        if name.startswith(("http://", "https://")):
-            label = urlsplit(name.partition(",")[0]).netloc
+        label = reward_label(name)
         if label in chosen:
             raise ValueError(f"--reward names {label!r} twice; give it one weight")
         chosen[label] = (name, value)
