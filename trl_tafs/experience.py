@@ -57,8 +57,10 @@ class Collector:
     reward_threads: int  # 0: rewards are computed between the rollouts
     stopwatch: Stopwatch
 
-    def roll_out(self, batch: PromptBatch, seed: int, epoch: int) -> Part:
-        """Sample one batch of trajectories."""
+    def roll_out(
+        self, batch: PromptBatch, seed: int, epoch: int, on_scored: Callable[[Tensor], None] | None = None
+    ) -> Part:
+        """Sample one batch of trajectories; `on_scored` is given each scored step's latents on the way."""
         device = self.levels.device
         noise = SampleNoise(seed, epoch, tuple(batch.sample_ids.tolist()), device)
         groups = SampleNoise(seed, epoch, tuple(batch.group_ids.tolist()), device)
@@ -73,6 +75,7 @@ class Collector:
             storage_dtype=self.storage_dtype,
             reduction=self.reduction,
             scored_steps=self.scored_steps,
+            on_scored=on_scored,
         )
         return Part(batch, trajectories)
 
@@ -80,15 +83,13 @@ class Collector:
         """Latents (B, *) to images (B, 3, H, W) on the CPU, `decode_batch_size` at a time."""
         return torch.cat([self.pipeline.decode_latents(chunk).cpu() for chunk in latents.split(self.decode_batch_size)])
 
-    def score(self, part: Part, executor: ThreadPoolExecutor | None = None) -> Future:
-        """Decode a part's scored latents and have them scored: a future of its `Scores`."""
-        batch, steps, kinds = part.rollout.scored.shape[:3]
+    def score(self, batch: PromptBatch, latents: Tensor, executor: ThreadPoolExecutor | None = None) -> Future:
+        """Decode one step's clean latents (B, K, *) and have them scored: a future of their `Scores`."""
+        kinds = latents.shape[1]
         with self.stopwatch("decode"):
-            images = self.decode(part.rollout.scored.flatten(0, 2))
-            if self.keep_images:
-                part.images = self.decode(part.rollout.final)
-        prompts = [prompt for prompt in part.batch.prompts for _ in range(steps * kinds)]
-        metadata = [entry for entry in part.batch.metadata for _ in range(steps * kinds)]
+            images = self.decode(latents.flatten(0, 1))
+        prompts = [prompt for prompt in batch.prompts for _ in range(kinds)]
+        metadata = [entry for entry in batch.metadata for _ in range(kinds)]
         if executor is not None:
             return executor.submit(self.rewards, images, prompts, metadata)
         future: Future = Future()
@@ -98,6 +99,28 @@ class Collector:
             except Exception as error:  # handed on through the future, as the executor does
                 future.set_exception(error)
         return future
+
+    def sample_and_score(
+        self, batch: PromptBatch, seed: int, epoch: int, executor: ThreadPoolExecutor | None
+    ) -> tuple[Part, list[Future]]:
+        """One batch and a future of each scored step's `Scores`.
+
+        With an executor a step's images are scored while the next step is sampled, else after the last one: the same
+        calls with the same images, so that the rewards are the same.
+        """
+        futures: list[Future] = []
+        with self.stopwatch("rollout"):
+            on_scored = None if executor is None else lambda x: futures.append(self.score(batch, x, executor))
+            part = self.roll_out(batch, seed, epoch, on_scored)
+        if executor is None:
+            for step in part.rollout.scored.unbind(1):
+                futures.append(self.score(batch, step))
+                if futures[-1].exception() is not None:
+                    break
+        if self.keep_images:
+            with self.stopwatch("decode"):
+                part.images = self.decode(part.rollout.final)
+        return part, futures
 
     def collect(
         self,
@@ -115,27 +138,29 @@ class Collector:
         with ThreadPoolExecutor(self.reward_threads) if self.reward_threads else nullcontext() as executor:
             for i, batch in enumerate(batches):
                 if i < len(kept):
-                    part = self._restore(batch, kept[i])
+                    part, pending = self._restore(batch, kept[i]), []
+                    if part.scores is None:
+                        pending = [self.score(batch, step, executor) for step in part.rollout.scored.unbind(1)]
                 else:
-                    with self.stopwatch("rollout"):
-                        part = self.roll_out(batch, seed, epoch)
+                    part, pending = self.sample_and_score(batch, seed, epoch, executor)
                 parts.append(part)
+                futures.append(pending)
                 progress("rollout")
-                futures.append(None if part.scores is not None else self.score(part, executor))
-                if futures[-1] is not None and futures[-1].done() and futures[-1].exception() is not None:
+                if any(future.done() and future.exception() is not None for future in pending):
                     break
-        for part, future in zip(parts, futures, strict=True):
+        for part, pending in zip(parts, futures, strict=True):
             with self.stopwatch("reward"):
-                error = None if future is None else future.exception()
-            fault = fault or error
-            if future is not None and error is None:
-                self._attach(part, future.result())
+                errors = [future.exception() for future in pending]
+            fault = fault or next((error for error in errors if error is not None), None)
+            if pending and not any(errors):
+                self._attach(part, [future.result() for future in pending])
             progress("reward")
         return parts, fault
 
-    def _attach(self, part: Part, scores: Scores) -> None:
-        part.scores = scores.values.reshape(*part.rollout.scored.shape[:3], -1)
-        part.metadata = scores.metadata
+    def _attach(self, part: Part, scores: Sequence[Scores]) -> None:
+        batch, _, kinds = part.rollout.scored.shape[:3]
+        part.scores = torch.stack([step.values.reshape(batch, kinds, -1) for step in scores], dim=1)
+        part.metadata = scores[-1].metadata  # of the images that the sampler returned
         part.rollout = dataclasses.replace(part.rollout, scored=part.rollout.scored[:0])  # scored: no longer needed
 
     def _restore(self, batch: PromptBatch, payload: dict[str, Any]) -> Part:
