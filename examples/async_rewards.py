@@ -1,6 +1,6 @@
 """How much of the rewards' latency asynchronous scoring hides, on the embedded pipeline.
 
-    python examples/async_rewards.py [--share 0.8] [--batches 6] [--workers 1]
+    python examples/async_rewards.py [--share 0.8] [--batches 4] [--workers 1]
 
 The reward waits, as one does on another card or behind HTTP: `--share` of one sampling step, as measured in this run.
 Prints seconds of collecting one epoch's experience without a reward, with it in turn, and with it in a thread; and the
@@ -69,8 +69,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=0.8, help="the reward's latency in sampling steps")
-    parser.add_argument("--batches", type=int, default=6)
-    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     reward = Waiting()
