@@ -17,8 +17,8 @@ from trl_tafs.rewards import RewardError
 from trl_tafs.scores import read_scores
 from trl_tafs.tables import card_results, markdown
 
-ROWS = [{"prompt": f"a handwritten {name}", "tag": tag} for name, tag in
-        [("one", "colors"), ("two", "colors"), ("three", "counting"), ("four", "counting"), ("five", "counting")]]  # fmt: skip
+TAGS = {"one": "colors", "two": "colors", "three": "counting", "four": "counting", "five": "counting"}
+ROWS = [{"prompt": f"a handwritten {name}", "tag": tag} for name, tag in TAGS.items()]
 
 
 def brightness(images, prompts, metadata):

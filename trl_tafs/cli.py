@@ -189,6 +189,14 @@ EVALUATION_OPTIONS = {"geneval": {"graded": False}, "clip_score": {"scale": 100.
 
 def evaluate(argv: Sequence[str]) -> Callable[[], None]:
     """Compare adapters and their base on a prompt set by any rewards: tables, grids, plots."""
+    options = evaluation_parser().parse_args(list(argv))
+    check_repeated(argv, ("--reward", "--prompts", "--num_steps", "--sampler", "--size"))
+    arguments = _evaluation_arguments(options)
+    return partial(_evaluate, options, arguments)
+
+
+def evaluation_parser() -> argparse.ArgumentParser:
+    """The options of `trl-tafs evaluate`."""
     parser = argparse.ArgumentParser(prog="trl-tafs evaluate", description=evaluate.__doc__)
     parser.add_argument("adapters", nargs="+", help="folders or repositories of adapters; `none` for the base model")
     parser.add_argument("--pretrained_model", required=True, help="their base model")
@@ -208,10 +216,7 @@ def evaluate(argv: Sequence[str]) -> Callable[[], None]:
     parser.add_argument("--step_rewards", action="store_true", help="score every step's clean estimate (Table 7)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--push", action="store_true", help="add the results to the cards of the adapters on the Hub")
-    options = parser.parse_args(list(argv))
-    check_repeated(argv, ("--reward", "--prompts", "--num_steps", "--sampler", "--size"))
-    arguments = _evaluation_arguments(options)
-    return partial(_evaluate, options, arguments)
+    return parser
 
 
 def _evaluation_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -276,7 +281,18 @@ def serve_reward(argv: Sequence[str]) -> Callable[[], None]:
     """Serve a reward over HTTP, for trainers in other processes and on other machines."""
     from trl_tafs.config import decode_dict
     from trl_tafs.rewards.scoring import load_reward, reward_label
-    from trl_tafs.rewards.server import MAX_BYTES, MAX_IMAGES, SECRET, check_exposure, serve
+    from trl_tafs.rewards.server import SECRET, check_exposure, serve
+
+    options = serving_parser().parse_args(list(argv))
+    check_exposure(options.host, os.environ.get(SECRET))
+    reward = load_reward(options.name, decode_dict("--options", options.options))
+    limits = {"max_bytes": options.max_bytes, "max_images": options.max_images}
+    return partial(serve, reward_label(options.name), reward, options.host, options.port, **limits)
+
+
+def serving_parser() -> argparse.ArgumentParser:
+    """The options of `trl-tafs serve-reward`."""
+    from trl_tafs.rewards.server import MAX_BYTES, MAX_IMAGES, SECRET
 
     parser = argparse.ArgumentParser(prog="trl-tafs serve-reward", description=serve_reward.__doc__)
     parser.add_argument("name", help="a name of trl_tafs.rewards.REWARDS, module:name or file.py:name")
@@ -285,11 +301,7 @@ def serve_reward(argv: Sequence[str]) -> Callable[[], None]:
     parser.add_argument("--options", default="{}", help="of the reward, as JSON")
     parser.add_argument("--max_bytes", type=int, default=MAX_BYTES, help="of one request")
     parser.add_argument("--max_images", type=int, default=MAX_IMAGES, help="of one request")
-    options = parser.parse_args(list(argv))
-    check_exposure(options.host, os.environ.get(SECRET))
-    reward = load_reward(options.name, decode_dict("--options", options.options))
-    limits = {"max_bytes": options.max_bytes, "max_images": options.max_images}
-    return partial(serve, reward_label(options.name), reward, options.host, options.port, **limits)
+    return parser
 
 
 def env(argv: Sequence[str]) -> Callable[[], None]:
