@@ -92,7 +92,7 @@ def test_a_run_killed_in_the_middle_goes_on_from_its_last_checkpoint(pipeline_fo
 
     def fatal(images, prompts, metadata):
         calls.append(1)
-        if len(calls) == 7:  # preflight, then two batches an epoch: in the middle of the third
+        if len(calls) == 16:  # preflight, then two batches of three steps an epoch: in the middle of the third
             raise Killed
         return tiny.brightness(images, prompts, metadata)
 
@@ -107,7 +107,7 @@ def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_fold
 
     def breaks(images, prompts, metadata):
         calls.append(len(images))
-        if len(calls) >= 7:
+        if len(calls) >= 17:  # preflight, then two batches of three steps an epoch: the third epoch's second batch
             raise ConnectionError("judge is down")
         return tiny.brightness(images, prompts, metadata)
 
@@ -118,7 +118,7 @@ def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_fold
         ),
     ):
         run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=2, save_freq=0)
-    assert len(calls) == 9, "two retries"
+    assert len(calls) == 19, "two retries"
     kept = checkpoint.load_pending(tmp_path / "failed", 2, 0)
     assert [part["scores"] is not None for part in kept[0]["parts"]] == [True, False]
 
@@ -130,7 +130,7 @@ def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_fold
 
     resumed = run(tmp_path / "failed", pipeline_folder, reward=again, resume_from="latest")
     assert_same(straight, resumed)
-    assert scored == [2, 24, 24, 24], "preflight, the batch that failed, and the last epoch's two: nothing twice"
+    assert scored == [2] + [8] * 9, "preflight, the batch that failed, and the last epoch's two: nothing twice"
     assert not (tmp_path / "failed" / "pending").exists()
 
 
@@ -141,7 +141,7 @@ def test_a_reward_that_fails_in_the_second_wave_costs_neither_wave(pipeline_fold
 
     def breaks(images, prompts, metadata):
         calls.append(len(images))
-        if len(calls) == 5:  # preflight, two waves of the first epoch, the first of the second: in its second wave
+        if len(calls) == 11:  # preflight, then two waves of three steps an epoch: the second epoch's second wave
             raise ConnectionError("judge is down")
         return tiny.brightness(images, prompts, metadata)
 
@@ -157,7 +157,7 @@ def test_a_reward_that_fails_in_the_second_wave_costs_neither_wave(pipeline_fold
 
     resumed = run(tmp_path / "failed", pipeline_folder, reward=again, resume_from="latest", **streaming)
     assert_same(straight, resumed)
-    assert scored == [2, 24, 24, 24, 24, 24], "preflight, the wave that failed, and two more epochs: nothing twice"
+    assert scored == [2] + [8] * 15, "preflight, the wave that failed, and two more epochs: nothing twice"
 
 
 def test_an_asynchronous_reward_that_fails_is_asked_again_for_what_it_owes(pipeline_folder, tmp_path):

@@ -17,10 +17,11 @@ from accelerate.state import AcceleratorState
 from tiny import ROOT
 
 from trl_tafs import AutoTAFSPipeline, TAFSGRPOConfig, TAFSGRPOTrainer, advantages, checkpoint, cli, hub
+from trl_tafs.rewards.scoring import reward_label
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed", "learning"}
-EXPECTED |= {"new_family", "memory", "benchmarks"}
+EXPECTED |= {"new_family", "memory", "benchmarks", "evaluation"}
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASE, ADAPTER = "stabilityai/stable-diffusion-3.5-medium", "you/sd35m-red"
 FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}
@@ -192,6 +193,11 @@ def test_commands_are_accepted(words, monkeypatch):
         parse_training(words[2:])
     elif words[:2] == ["trl-tafs", "sample"]:
         parse_sampling(words[2:], monkeypatch)
+    elif words[:2] == ["trl-tafs", "evaluate"]:
+        options = cli.evaluation_parser().parse_args(words[2:])
+        assert {reward_label(item) for item in options.reward} and json.loads(options.reward_options) is not None
+    elif words[:2] == ["trl-tafs", "serve-reward"]:
+        assert json.loads(cli.serving_parser().parse_args(words[2:]).options) is not None
     else:
         assert words[0] == "trl-tafs" and words[1] in cli.COMMANDS, f"how is {words} to be checked?"
 

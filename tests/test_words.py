@@ -20,6 +20,8 @@ import words_sampling  # noqa: E402
 import words_size  # noqa: E402
 from words_data import COLOURS, HELD_OUT_WORDS, LAYOUTS, TRAIN_WORDS, prompt_for, render, spell  # noqa: E402
 
+from trl_tafs.rewards.ocr import edit_distance  # noqa: E402
+
 SIZES = list(LAYOUTS)
 NAMES = list(COLOURS)
 
@@ -107,7 +109,7 @@ def test_what_is_misread_costs_its_share(readers):
     ("first", "second", "distance"), [("", "abc", 3), ("kitten", "sitting", 3), ("same", "same", 0), ("ab", "ba", 2)]
 )
 def test_edit_distance(first, second, distance):
-    assert words_judges.edit_distance(first, second) == words_judges.edit_distance(second, first) == distance
+    assert edit_distance(first, second) == edit_distance(second, first) == distance
 
 
 def test_the_likelihood_is_a_smoother_reward():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from trl_tafs.prompt_sets import load_prompts
 
 
 @dataclass
@@ -46,6 +48,13 @@ class ScriptArguments:
             "help": "Rewards with weights: NAME=WEIGHT ..., a name of trl_tafs.rewards.REWARDS or module:function."
         },
     )
+    reward_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Options of named rewards as JSON, such as \'{"hps_v2": {"version": "v2.0"}}\'; for `reward` '
+            "and `eval_reward`."
+        },
+    )
     eval_reward: list[str] | None = field(
         default=None, metadata={"help": "Held-out rewards for evaluation, as `reward`; by default the training ones."}
     )
@@ -60,10 +69,18 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) ->
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser((ScriptArguments, TAFSGRPOConfig), **parser_options)
+    check_repeated(argv, ("--reward", "--eval_reward"))
     name = _preset_name(argv)
     if name is not None:
         parser.set_defaults(**preset(name))
     return parser.parse_args_and_config(args=argv)
+
+
+def check_repeated(argv: Sequence[str], names: Sequence[str]) -> None:
+    """An error for a list option that is given twice: only the last would be kept, in silence."""
+    for name in names:
+        if sum(word == name or word.startswith(f"{name}=") for word in argv) > 1:
+            raise ValueError(f"{name} is given more than once, and only the last would count; write {name} A=1 B=0.5")
 
 
 def _preset_name(argv: list[str]) -> str | None:
@@ -77,36 +94,6 @@ def _preset_name(argv: list[str]) -> str | None:
     if known.preset is None and known.config and Path(known.config).is_file():
         return (yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {}).get("preset")
     return known.preset
-
-
-def load_prompts(source: str) -> Any:
-    """Prompts of a file or of a dataset on the Hub, for `TAFSGRPOTrainer`.
-
-    Raises:
-        ValueError: there is no such file, or it holds no prompts.
-    """
-    path = Path(source)
-    if path.suffix == ".txt":
-        rows: list[Any] = [line.strip() for line in _read(path).splitlines() if line.strip()]
-    elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in _read(path).splitlines() if line.strip()]
-    elif path.suffix == ".json":
-        rows = json.loads(_read(path))
-    else:
-        from datasets import load_dataset
-
-        if path.suffix == ".csv":
-            return load_dataset("csv", data_files=str(path), split="train")
-        return load_dataset(source, split="train")
-    if not rows:
-        raise ValueError(f"{source} holds no prompts; write one a line")
-    return rows
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"there is no prompt file {path}")
-    return path.read_text(encoding="utf-8")
 
 
 def quantization_config(name: str | None, components: Sequence[str]) -> Any:
@@ -147,22 +134,35 @@ def load_pipeline(arguments: ScriptArguments, mixed_precision: str) -> Any:
 def train(argv: Sequence[str]) -> Callable[[], None]:
     """Train an adapter; all fields of the script's arguments and of `TAFSGRPOConfig` are options, or keys in YAML."""
     from trl_tafs import TAFSGRPOTrainer
-    from trl_tafs.rewards.scoring import parse_rewards
+    from trl_tafs.config import decode_dict
+    from trl_tafs.rewards.scoring import reward_label
 
     arguments, config = parse_arguments(argv, prog="trl-tafs train")
     if arguments.prompts is None:
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
     prompts = load_prompts(arguments.prompts)
-    rewards = parse_rewards(arguments.reward)
+    options = decode_dict("reward_options", arguments.reward_options)
+    names = {reward_label(item) for item in [*arguments.reward, *(arguments.eval_reward or [])]}
+    if not options.keys() <= names:
+        raise ValueError(f"reward_options are for {', '.join(options)}; the rewards are {', '.join(sorted(names))}")
+    judges = parse_known(arguments.eval_reward, options) if arguments.eval_reward else None
     trainer = TAFSGRPOTrainer(
         config,
-        rewards,
+        parse_known(arguments.reward, options),
         prompts,
         load_pipeline(arguments, config.mixed_precision),
         eval_prompts=load_prompts(arguments.eval_prompts) if arguments.eval_prompts else None,
-        eval_reward_function=parse_rewards(arguments.eval_reward) if arguments.eval_reward else None,
+        eval_reward_function=judges,
     )
     return trainer.train
+
+
+def parse_known(items: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    """The rewards of a list, with those of the options that are theirs."""
+    from trl_tafs.rewards.scoring import parse_rewards, reward_label
+
+    labels = {reward_label(item) for item in items}
+    return parse_rewards(items, {label: value for label, value in options.items() if label in labels})
 
 
 def sample(argv: Sequence[str]) -> Callable[[], None]:
@@ -215,6 +215,126 @@ def _sample(options: argparse.Namespace) -> None:
     print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {options.output}")
 
 
+EVALUATION_OPTIONS = {"geneval": {"graded": False}, "clip_score": {"scale": 100.0}}  # as the papers' tables have them
+
+
+def evaluate(argv: Sequence[str]) -> Callable[[], None]:
+    """Compare adapters and their base on a prompt set by any rewards: tables, grids, plots."""
+    options = evaluation_parser().parse_args(list(argv))
+    check_repeated(argv, ("--reward", "--prompts", "--num_steps", "--sampler", "--size"))
+    arguments = _evaluation_arguments(options)
+    return partial(_evaluate, options, arguments)
+
+
+def evaluation_parser() -> argparse.ArgumentParser:
+    """The options of `trl-tafs evaluate`."""
+    parser = argparse.ArgumentParser(prog="trl-tafs evaluate", description=evaluate.__doc__)
+    parser.add_argument("adapters", nargs="+", help="folders or repositories of adapters; `none` for the base model")
+    parser.add_argument("--pretrained_model", required=True, help="their base model")
+    parser.add_argument("--prompts", required=True, help="as for training, or a name of trl_tafs.prompt_sets")
+    parser.add_argument("--reward", nargs="+", required=True, help="NAME ..., as for training")
+    parser.add_argument("--reward_options", default="{}", help="of named rewards, as JSON")
+    parser.add_argument("--output_dir", default="evaluation", help="what is there already is not done again")
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[4])
+    parser.add_argument("--sampler", nargs="+", default=["annealed"], help="annealed, ode")
+    parser.add_argument("--size", nargs="+", help="HEIGHTxWIDTH ...; by default the model's own")
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--max_sequence_length", type=int)
+    parser.add_argument("--max_prompts", type=int, help="only the first so many")
+    parser.add_argument("--images_per_prompt", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step_rewards", action="store_true", help="score every step's clean estimate (Table 7)")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
+    parser.add_argument("--push", action="store_true", help="add the results to the cards of the adapters on the Hub")
+    return parser
+
+
+def _evaluation_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What `trl_tafs.evaluate` is given beside the models."""
+    from trl_tafs.config import decode_dict
+    from trl_tafs.rewards.scoring import parse_rewards, reward_label
+
+    given = decode_dict("reward_options", options.reward_options)
+    labels = {reward_label(item) for item in options.reward}
+    defaults = {name: value for name, value in EVALUATION_OPTIONS.items() if name in labels and name in options.reward}
+    chosen = {name: defaults.get(name, {}) | given.get(name, {}) for name in defaults.keys() | given.keys()}
+    prompts = load_prompts(options.prompts)
+    if options.max_prompts is not None:
+        prompts = [prompts[i] for i in range(min(options.max_prompts, len(prompts)))]
+    return {
+        "prompts": prompts,
+        "rewards": parse_rewards(options.reward, chosen),
+        "output_dir": options.output_dir,
+        "num_steps": options.num_steps,
+        "samplers": options.sampler,
+        "sizes": [_size(text) for text in options.size] if options.size else None,
+        "guidance_scale": options.guidance_scale,
+        "max_sequence_length": options.max_sequence_length,
+        "images_per_prompt": options.images_per_prompt,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "step_rewards": options.step_rewards,
+    }
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise ValueError(f"--size {text!r} isn't HEIGHTxWIDTH, such as 512x512")
+    return int(height), int(width)
+
+
+def _evaluate(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+    import torch
+    from accelerate import PartialState
+
+    from trl_tafs import AutoTAFSPipeline
+    from trl_tafs import evaluate as compare
+    from trl_tafs.tables import markdown, push
+
+    dtype = getattr(torch, options.dtype)
+    pipeline = AutoTAFSPipeline.from_pretrained(options.pretrained_model, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    models = {
+        "base" if name == "none" else name: (pipeline, None if name == "none" else name) for name in options.adapters
+    }
+    results = compare(models, **arguments)
+    if not PartialState().is_main_process:
+        return
+    print(markdown(results))
+    for name in options.adapters if options.push else ():
+        if name != "none":
+            print(push(results, name, name, Path(options.prompts).name))
+
+
+def serve_reward(argv: Sequence[str]) -> Callable[[], None]:
+    """Serve a reward over HTTP, for trainers in other processes and on other machines."""
+    from trl_tafs.config import decode_dict
+    from trl_tafs.rewards.scoring import load_reward, reward_label
+    from trl_tafs.rewards.server import SECRET, check_exposure, serve
+
+    options = serving_parser().parse_args(list(argv))
+    check_exposure(options.host, os.environ.get(SECRET))
+    reward = load_reward(options.name, decode_dict("--options", options.options))
+    limits = {"max_bytes": options.max_bytes, "max_images": options.max_images}
+    return partial(serve, reward_label(options.name), reward, options.host, options.port, **limits)
+
+
+def serving_parser() -> argparse.ArgumentParser:
+    """The options of `trl-tafs serve-reward`."""
+    from trl_tafs.rewards.server import MAX_BYTES, MAX_IMAGES, SECRET
+
+    parser = argparse.ArgumentParser(prog="trl-tafs serve-reward", description=serve_reward.__doc__)
+    parser.add_argument("name", help="a name of trl_tafs.rewards.REWARDS, module:name or file.py:name")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help=f"any other than loopback needs {SECRET} set")
+    parser.add_argument("--options", default="{}", help="of the reward, as JSON")
+    parser.add_argument("--max_bytes", type=int, default=MAX_BYTES, help="of one request")
+    parser.add_argument("--max_images", type=int, default=MAX_IMAGES, help="of one request")
+    return parser
+
+
 def env(argv: Sequence[str]) -> Callable[[], None]:
     """Versions and devices, to paste into an issue."""
     return _env
@@ -234,7 +354,7 @@ def _env() -> None:
     print(f"devices: {', '.join(devices) if devices else 'CPU only'}")
 
 
-COMMANDS = {"train": train, "sample": sample, "env": env}
+COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "serve-reward": serve_reward, "env": env}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         print("usage: trl-tafs {" + ",".join(COMMANDS) + "} [options]; trl-tafs COMMAND --help")
         for name, command in COMMANDS.items():
-            print(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}")
+            print(f"  {name:13} {(command.__doc__ or '').splitlines()[0]}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     from trl_tafs.checkpoint import CheckpointError
     from trl_tafs.hub import PushError

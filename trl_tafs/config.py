@@ -160,6 +160,9 @@ class TAFSGRPOConfig:
     max_workers: int = option(2, "Threads of async_reward_computation.")
     reward_max_retries: int = option(2, "How often a reward that raises is called again before the run stops.")
     reward_retry_delay: float = option(1.0, "Seconds before the first retry; doubled each time.")
+    reward_on_failure: str = option(
+        "error", "When a reward still raises then: error (keep the rollouts, stop), or mask (no verdict on its images)."
+    )
 
     # Credit ---------------------------------------------------------------------------------------------------
     step_credit: str = option(
@@ -283,7 +286,7 @@ class TAFSGRPOConfig:
 
     def __post_init__(self) -> None:
         for name in _DICT_FIELDS:
-            setattr(self, name, _decode_dict(name, getattr(self, name)))
+            setattr(self, name, decode_dict(name, getattr(self, name)))
         self.run_name = self.run_name or self.exp_name
         if self.sample_eta is None:
             self.sample_eta = _DEFAULT_ETA.get(self.sample_kernel, 1.0)
@@ -346,6 +349,7 @@ class TAFSGRPOConfig:
             "scale_rewards": ("group", "batch", "none"),
             "group_allocation": ("fixed", "variance", "streaming"),
             "sample_window_order": ("progressive", "random"),
+            "reward_on_failure": ("error", "mask"),
             "step_credit": tuple(CREDITS),
             "objective": tuple(OBJECTIVES),
             "forward_levels": ("sampler", "random", "trajectory"),
@@ -542,7 +546,8 @@ class TAFSGRPOConfig:
             )
 
 
-def _decode_dict(name: str, value: dict | str | None) -> dict[str, Any]:
+def decode_dict(name: str, value: dict | str | None) -> dict[str, Any]:
+    """A mapping, or one as JSON; None and "" are empty."""
     if value is None or value == "":
         return {}
     if isinstance(value, str):

@@ -14,7 +14,7 @@ from trl_tafs.kernels import Annealed, Kernel, Ode
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.prompts import row_to_prompt
 from trl_tafs.rewards.scoring import RewardError, RewardSet
-from trl_tafs.rollout import SampleNoise, Velocity, sample
+from trl_tafs.rollout import SampleNoise, Velocity, sample_steps
 from trl_tafs.types import Conditioning
 
 SAMPLERS: dict[str, Kernel] = {"annealed": Annealed(), "ode": Ode()}
@@ -50,6 +50,28 @@ def sample_images(
 
     Batches have one shape, the last one padded, so that an image doesn't depend on its neighbours' number.
     """
+    return sample_step_images(
+        pipeline, encode, velocity, setting, prompts, sample_ids, sampler=sampler, num_steps=num_steps, steps=False
+    )[:, 0]
+
+
+@torch.no_grad()
+def sample_step_images(
+    pipeline: TAFSPipelineMixin,
+    encode: Encode,
+    velocity: Velocity,
+    setting: Setting,
+    prompts: Sequence[str],
+    sample_ids: Sequence[int],
+    *,
+    sampler: str = "annealed",
+    num_steps: int = 4,
+    steps: bool = True,
+) -> Tensor:
+    """As `sample_images`, with the decoded clean estimate of every step: (B, N, 3, H, W), the result last.
+
+    With `steps=False` the result alone, (B, 1, 3, H, W).
+    """
     device = setting.device
     levels = pipeline.rollout_levels(num_steps, setting.height, setting.width).to(device)
     shape = pipeline.latent_shape(setting.height, setting.width)
@@ -58,16 +80,24 @@ def sample_images(
         rows = list(range(start, min(start + setting.batch_size, len(sample_ids))))
         padded = rows + [rows[-1]] * (setting.batch_size - len(rows))
         noise = SampleNoise(setting.seed, EVAL_EPOCH, tuple(sample_ids[i] for i in padded), device)
-        final = sample(
+        conditioning, latents = encode([prompts[i] for i in padded]), []
+        walk = sample_steps(
             velocity,
             SAMPLERS[sampler],
-            encode([prompts[i] for i in padded]),
+            conditioning,
             levels,
             noise("initial", 0, shape),
             noise,
             setting.storage_dtype,
         )
-        images.append(pipeline.decode_in_batches(final, setting.decode_batch_size or setting.batch_size)[: len(rows)])
+        for step in walk:
+            if step.index == num_steps - 1:
+                latents.append(step.next_state)
+            elif steps:
+                latents.append(step.clean)
+        size = setting.decode_batch_size or setting.batch_size
+        decoded = [pipeline.decode_in_batches(latent, size)[: len(rows)] for latent in latents]
+        images.append(torch.stack(decoded, dim=1))
     return torch.cat(images)
 
 

@@ -67,8 +67,10 @@ class Collector:
     take_turns: bool  # all is drawn before anything is decoded and scored
     stopwatch: Stopwatch
 
-    def roll_out(self, batch: PromptBatch, seed: int, epoch: int) -> Part:
-        """Sample one batch of trajectories."""
+    def roll_out(
+        self, batch: PromptBatch, seed: int, epoch: int, on_scored: Callable[[Tensor], None] | None = None
+    ) -> Part:
+        """Sample one batch of trajectories; `on_scored` is given each scored step's latents on the way."""
         device = self.levels.device
         noise = SampleNoise(seed, epoch, tuple(batch.sample_ids.tolist()), device)
         groups = SampleNoise(seed, epoch, tuple(batch.group_ids.tolist()), device)
@@ -83,6 +85,7 @@ class Collector:
             storage_dtype=self.storage_dtype,
             reduction=self.reduction,
             scored_steps=self.scored_steps_at(epoch),
+            on_scored=on_scored,
         )
         return Part(batch, trajectories)
 
@@ -90,15 +93,13 @@ class Collector:
         """Latents (B, *) to images (B, 3, H, W) on the CPU, `decode_batch_size` at a time."""
         return self.pipeline.decode_in_batches(latents, self.decode_batch_size)
 
-    def score(self, part: Part, executor: ThreadPoolExecutor | None = None) -> Future:
-        """Decode a part's scored latents and have them scored: a future of its `Scores`."""
-        batch, steps, kinds = part.rollout.scored.shape[:3]
+    def score(self, batch: PromptBatch, latents: Tensor, executor: ThreadPoolExecutor | None = None) -> Future:
+        """Decode one step's clean latents (B, K, *) and have them scored: a future of their `Scores`."""
+        kinds = latents.shape[1]
         with self.stopwatch("decode"):
-            images = self.decode(part.rollout.scored.flatten(0, 2))
-            if self.keep_images:
-                part.images = self.decode(part.rollout.final)
-        prompts = [prompt for prompt in part.batch.prompts for _ in range(steps * kinds)]
-        metadata = [entry for entry in part.batch.metadata for _ in range(steps * kinds)]
+            images = self.decode(latents.flatten(0, 1))
+        prompts = [prompt for prompt in batch.prompts for _ in range(kinds)]
+        metadata = [entry for entry in batch.metadata for _ in range(kinds)]
         if executor is not None:
             return executor.submit(self.rewards, images, prompts, metadata)
         future: Future = Future()
@@ -121,23 +122,23 @@ class Collector:
 
         `kept` are payloads of an earlier try at this epoch, used instead of sampling and scoring again.
         """
-        parts, futures, fault = [], [], None
-        drawn = self._drawn(batches, seed, epoch, kept, progress)
+        parts, scoring, fault = [], [], None
         with ThreadPoolExecutor(self.reward_threads) if self.reward_threads else nullcontext() as executor:
+            drawn = self._drawn(batches, seed, epoch, kept, progress, executor)
             # Where models take turns on the GPU, all is drawn before anything is scored: one exchange an epoch.
             drawn = list(drawn) if self.take_turns else drawn
             with self.pipeline.decoding() if self.take_turns else nullcontext():
-                for part in drawn:
+                for part, begun in drawn:
                     parts.append(part)
-                    futures.append(None if part.scores is not None else self.score(part, executor))
-                    if futures[-1] is not None and futures[-1].done() and futures[-1].exception() is not None:
+                    scoring.append(self._score_steps(part, begun, executor))
+                    if any(future.done() and future.exception() is not None for future in scoring[-1]):
                         break
-        for part, future in zip(parts, futures, strict=True):
+        for part, futures in zip(parts, scoring, strict=True):
             with self.stopwatch("reward"):
-                error = None if future is None else future.exception()
-            fault = fault or error
-            if future is not None and error is None:
-                self._attach(part, future.result())
+                errors = [future.exception() for future in futures]
+            fault = fault or next((error for error in errors if error is not None), None)
+            if futures and not any(errors):
+                self._attach(part, [future.result() for future in futures])
             progress("reward")
         return parts, fault
 
@@ -148,26 +149,49 @@ class Collector:
         epoch: int,
         kept: Sequence[dict[str, Any]],
         progress: Callable[[str], None],
-    ) -> Iterator[Part]:
-        """The parts, one after the other: restored where they were kept, or sampled."""
+        executor: ThreadPoolExecutor | None,
+    ) -> Iterator[tuple[Part, list[Future]]]:
+        """The parts, one after the other: restored where they were kept, or sampled.
+
+        With an executor a step's images are scored while the next step is sampled, and their futures are here; without
+        one they are scored later: the same calls with the same images, so that the rewards are the same.
+        """
         for i, batch in enumerate(batches):
+            begun: list[Future] = []
             if i < len(kept):
                 part = self._restore(batch, kept[i])
             else:
                 with self.stopwatch("rollout"):
-                    part = self.roll_out(batch, seed, epoch)
+                    part = self.roll_out(batch, seed, epoch, self._scorer(batch, begun, executor))
             progress("rollout")
-            yield part
+            yield part, begun
 
-    def _attach(self, part: Part, scores: Scores) -> None:
-        part.scores = scores.values.reshape(*part.rollout.scored.shape[:3], -1)
-        part.metadata = scores.metadata
+    def _scorer(
+        self, batch: PromptBatch, begun: list[Future], executor: ThreadPoolExecutor | None
+    ) -> Callable[[Tensor], None] | None:
+        """What `rollout` hands a step's clean latents to."""
+        return None if executor is None else lambda latents: begun.append(self.score(batch, latents, executor))
+
+    def _score_steps(self, part: Part, begun: list[Future], executor: ThreadPoolExecutor | None) -> list[Future]:
+        """A future of each scored step's `Scores`: those that were begun, or begun now; none where scores are there."""
+        futures = list(begun)
+        if part.scores is None and not begun:
+            for latents in part.rollout.scored.unbind(1):
+                futures.append(self.score(part.batch, latents, executor))
+                if executor is None and futures[-1].exception() is not None:
+                    break
+        if self.keep_images:
+            with self.stopwatch("decode"):
+                part.images = self.decode(part.rollout.final)
+        return futures
+
+    def _attach(self, part: Part, scores: Sequence[Scores]) -> None:
+        batch, _, kinds = part.rollout.scored.shape[:3]
+        part.scores = torch.stack([step.values.reshape(batch, kinds, -1) for step in scores], dim=1)
+        part.metadata = scores[-1].metadata  # of the images that the sampler returned
         part.rollout = dataclasses.replace(part.rollout, scored=part.rollout.scored[:0])  # scored: no longer needed
 
     def _restore(self, batch: PromptBatch, payload: dict[str, Any]) -> Part:
         device = self.levels.device
         fields = {name: value.to(device) for name, value in payload["rollout"].items()}
-        part = Part(batch, Rollout(**fields), scores=payload["scores"], metadata={})
-        if self.keep_images:
-            part.images = self.decode(part.rollout.final)
-        return part
+        return Part(batch, Rollout(**fields), scores=payload["scores"], metadata={})

@@ -117,19 +117,22 @@ class MeanMetrics:
 
 
 class Stopwatch:
-    """Seconds spent in named stretches."""
+    """Seconds spent in named stretches; a stretch within another one counts for itself alone."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._inner = 0.0  # seconds of stretches within the present one
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time a stretch; `with stopwatch("rollout"):`."""
-        start = time.perf_counter()
+        outer, self._inner, start = self._inner, 0.0, time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner
+            self._inner = outer + elapsed
 
     def pop(self) -> dict[str, float]:
         """`time/<name>` of each stretch since the last `pop`."""

@@ -136,6 +136,7 @@ def rollout(
     storage_dtype: torch.dtype = torch.float32,
     reduction: str = "sum",
     scored_steps: range | None = None,
+    on_scored: Callable[[Tensor], None] | None = None,
 ) -> Rollout:
     """Sample B trajectories and keep what training needs (Algorithm 1, lines 5 to 17).
 
@@ -150,6 +151,7 @@ def rollout(
         reduction: of the log-probabilities.
         scored_steps: the steps, 0-based, whose clean images will be scored; by default those that the kernel's
             actions answer for (n = 2..N of the paper).
+        on_scored: given each scored step's clean latents, (B, K, *), as soon as they are there.
     """
     trained = kernel.trained_steps(len(levels) - 1)
     if not trained:
@@ -177,6 +179,8 @@ def rollout(
                 raise ValueError(
                     f"step {scored_steps[0]} isn't explored, and has no baseline of its own: don't score it"
                 )
+            if on_scored is not None:
+                on_scored(scored[-1])
     return Rollout(
         levels=levels,
         steps=torch.tensor(list(trained), dtype=torch.int64),

@@ -130,7 +130,8 @@ class TAFSGRPOTrainer:
 
     def _reward_set(self, rewards: Any, weights: Sequence[float] | None = None) -> RewardSet:
         retries, delay = self.config.reward_max_retries, self.config.reward_retry_delay
-        return RewardSet(rewards, weights, max_retries=retries, retry_delay=delay)
+        failure = self.config.reward_on_failure
+        return RewardSet(rewards, weights, max_retries=retries, retry_delay=delay, on_failure=failure)
 
     def _make_evaluator(self, prompts: Any, rewards: Any) -> Evaluator | None:
         if prompts is None:

@@ -101,7 +101,7 @@ class Words(Task):
     """D = 1,536: an OCR engine's reward on random words, judged on held-out ones by it, an older one, and pixels."""
 
     name = "words"
-    seconds, rates = 24.0, (1e-3, 3e-3)
+    seconds, rates = 20.0, (1e-3, 3e-3)
 
     def __init__(self) -> None:
         """One image of each of 92 held-out words."""

@@ -4,49 +4,26 @@
 (PP-OCRv4, in the wheel of `rapidocr-onnxruntime`) that training never sees. Both are PaddleOCR's, Apache-2.0.
 """
 
-from importlib.util import find_spec
-from pathlib import Path
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from words_data import COLOURS, INKS, LAYOUTS, LETTERS, WORD_LENGTH, atlas, parse
+from words_data import COLOURS, INKS, LAYOUTS, WORD_LENGTH, atlas, parse
+
+from trl_tafs.rewards.ocr import Recognizer, ctc_log_probability, edit_distance
 
 
-def edit_distance(first: str, second: str) -> int:
-    """Levenshtein's: insertions, deletions and substitutions, 1 each."""
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, 1):
-        previous, row[0] = row[0], i
-        for j, b in enumerate(second, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
-    return row[-1]
-
-
-class _Recogniser:
-    """A CTC text recogniser of PaddleOCR's, by its ONNX file.
-
-    Images are enlarged to 32 pixels' height and put on a page of 48 that continues their borders.
-    """
+class _Recogniser(Recognizer):
+    """The library's recogniser; images are enlarged to 32 pixels' height, on a page that continues their borders."""
 
     package = ""
-    HEIGHT, TEXT = 48, 32
+    TEXT = 32
 
     def __init__(self, kind: str = "edit", batch_size: int = 32, threads: int | None = None):
         """Open it. `kind`: "edit" is 1 - normalised edit distance to the asked word, "ctc" the probability a letter."""
-        import onnxruntime
-
         if kind not in ("edit", "ctc"):
-            raise ValueError(f"kind is 'edit' or 'ctc', not {kind!r}")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        folder = Path(find_spec(self.package).origin).parent / "models"
-        path = next(folder.glob("*rec*.onnx"))
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        # the CTC head's classes: blank first, then the listed characters, a space last
-        self.characters = ["", *self.session.get_modelmeta().custom_metadata_map["character"].splitlines(), " "]
-        self.kind, self.batch_size = kind, batch_size
+            raise ValueError(f"kind is {kind!r}; use 'edit' or 'ctc'")
+        super().__init__(self.package, batch_size, threads)
+        self.kind = kind
 
     def page(self, images: Tensor) -> Tensor:
         """(B, 3, 48, W') in [-1, 1]."""
@@ -56,38 +33,13 @@ class _Recogniser:
         border = (self.HEIGHT - self.TEXT) // 2
         return 2 * F.pad(text, (border,) * 4, mode="replicate") - 1
 
-    def probabilities(self, images: Tensor) -> np.ndarray:
-        """(B, T, classes)."""
-        name, pages = self.session.get_inputs()[0].name, self.page(images.float()).contiguous().numpy()
-        starts = range(0, len(pages), self.batch_size)
-        return np.concatenate([self.session.run(None, {name: pages[i : i + self.batch_size]})[0] for i in starts])
-
-    def read(self, images: Tensor) -> list[str]:
-        """The text in each image, lower-case."""
-        words = []
-        for best in self.probabilities(images).argmax(-1):
-            changes = np.append(True, best[1:] != best[:-1])
-            words.append("".join(self.characters[i] for i in best[changes & (best > 0)]).strip().lower())
-        return words
-
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> list[float]:
         """1 where the asked word is read, less the more is wrong; in [0, 1]."""
         words = [parse(prompt)[0] for prompt in prompts]
         if self.kind == "ctc":
-            return self._likelihood(images, words)
-        found = self.read(images)
-        pairs = zip(found, words, strict=True)
+            return ctc_log_probability(self.probabilities(images), words, self.characters).exp().tolist()
+        pairs = zip((text.lower() for text in self.read(images)), words, strict=True)
         return [1 - edit_distance(text, word) / max(len(text), len(word)) for text, word in pairs]
-
-    def _likelihood(self, images: Tensor, words: list[str]) -> list[float]:
-        scores = torch.from_numpy(self.probabilities(images))
-        columns = [[self.characters.index(c) for c in (letter, letter.upper())] for letter in LETTERS]
-        letters = scores[..., torch.tensor(columns)].sum(-1)  # (B, T, 26)
-        logs = torch.cat([scores[..., :1], letters], -1).clamp(min=1e-6).log().transpose(0, 1)
-        targets = torch.tensor([[1 + LETTERS.index(c) for c in word] for word in words])
-        sizes = torch.full((len(words),), len(logs)), torch.full((len(words),), targets.shape[1])
-        nll = F.ctc_loss(logs, targets, *sizes, reduction="none")
-        return (-nll / targets.shape[1]).exp().tolist()
 
 
 class OCRReward(_Recogniser):

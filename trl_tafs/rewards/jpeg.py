@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+
+from trl_tafs.rewards.preprocessing import to_uint8
 
 
 def jpeg_size(images: Tensor, quality: int = 95) -> Tensor:
     """Kilobytes (1000) of each image (B, 3, H, W) in [0, 1] as a JPEG: (B,)."""
-    pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy().transpose(0, 2, 3, 1)
-    return torch.tensor([_encoded(image, quality) / 1000 for image in pixels])
+    return torch.tensor([_encoded(image, quality) / 1000 for image in to_uint8(images).numpy()])
 
 
 def _encoded(image: np.ndarray, quality: int) -> int:
+    from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=quality)
     return buffer.tell()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -18,9 +20,17 @@ from torch import Tensor
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
 
 REWARDS = {
+    "aesthetic": "trl_tafs.rewards.aesthetic:Aesthetic",
     "clip_score": "trl_tafs.rewards.clip_score:ClipScore",
+    "geneval": "trl_tafs.rewards.geneval:GenEval",
+    "hps_v2": "trl_tafs.rewards.hps_v2:HPSv2",
+    "image_reward": "trl_tafs.rewards.image_reward:ImageReward",
     "jpeg_compressibility": "trl_tafs.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "trl_tafs.rewards.jpeg:jpeg_incompressibility",
+    "ocr": "trl_tafs.rewards.ocr:OCR",
+    "pickscore": "trl_tafs.rewards.pickscore:PickScore",
+    "remote": "trl_tafs.rewards.remote:RemoteReward",
+    "unified_reward": "trl_tafs.rewards.unified_reward:UnifiedReward",
 }
 
 
@@ -44,11 +54,20 @@ class RewardSet:
         weights: one a reward, in order; overrides those in the dict.
         max_retries: calls after the first one that raises.
         retry_delay: seconds before the first retry, doubled each time.
+        on_failure: what becomes of images whose reward still raises then: "error", or "mask", no verdict (NaN).
     """
 
     def __init__(
-        self, rewards: Any, weights: Sequence[float] | None = None, *, max_retries: int = 0, retry_delay: float = 1.0
+        self,
+        rewards: Any,
+        weights: Sequence[float] | None = None,
+        *,
+        max_retries: int = 0,
+        retry_delay: float = 1.0,
+        on_failure: str = "error",
     ) -> None:
+        if on_failure not in ("error", "mask"):
+            raise ValueError(f"on_failure is {on_failure!r}; use error or mask")
         named = _named(rewards)
         self.names = tuple(named)
         self.functions = tuple(function for function, _ in named.values())
@@ -58,7 +77,7 @@ class RewardSet:
             )
         chosen = [weight for _, weight in named.values()] if weights is None else list(weights)
         self.weights = torch.tensor(chosen, dtype=torch.float32)
-        self.max_retries, self.retry_delay = max_retries, retry_delay
+        self.max_retries, self.retry_delay, self.on_failure = max_retries, retry_delay, on_failure
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
         """Score B images (B, 3, H, W) by every reward.
@@ -78,6 +97,13 @@ class RewardSet:
             try:
                 return function(images, prompts, metadata)
             except Exception as error:  # a reward is the user's code: whatever it raises is retried, then reported
+                if attempt == self.max_retries and self.on_failure == "mask":
+                    warnings.warn(
+                        f"reward {name!r} raised {type(error).__name__}: {error} ({attempt + 1} calls); its "
+                        f"{len(prompts)} images get no verdict",
+                        stacklevel=2,
+                    )
+                    return [None] * len(prompts)
                 if attempt == self.max_retries:
                     shown = ", ".join(repr(prompt) for prompt in dict.fromkeys(prompts))[:300]
                     raise RewardError(
@@ -136,13 +162,36 @@ def _named(rewards: Any) -> dict[str, tuple[RewardFunction, float]]:
     return pairs
 
 
-def load_reward(name: str) -> RewardFunction:
-    """A reward by its name in `REWARDS`, or one's own as `package.module:name` or `folder/file.py:name`.
+def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
+    """A reward by its name in `REWARDS`, or one's own by its path, or a served one by its address.
 
-    A class is called, without arguments, to make the reward.
+    Args:
+        name: a name; `package.module:name`, `package.module.name` or `folder/file.py:name`; or `http://host:port` of
+            `trl-tafs serve-reward`, several with commas between.
+        options: arguments of the class that makes the reward.
+
+    Raises:
+        ValueError: there is no such reward, or it takes no such options.
     """
-    module_name, _, attribute = REWARDS.get(name, name).rpartition(":")
-    if not module_name:
+    options = dict(options or {})
+    if name.startswith(("http://", "https://")):
+        name, options = "remote", {"endpoints": name.split(",")} | options
+    made = _find(name)
+    if not isinstance(made, type):
+        if options:
+            raise ValueError(f"reward {name!r} is a function, which takes no options, given {', '.join(options)}")
+        return made
+    known = _options_of(made)
+    if known is not None and not options.keys() <= known:
+        unknown = ", ".join(sorted(options.keys() - known))
+        raise ValueError(f"reward {name!r} has no option {unknown}; its options are {', '.join(sorted(known))}")
+    return made(**options)
+
+
+def _find(name: str) -> Any:
+    path = REWARDS.get(name, name)
+    module_name, colon, attribute = path.rpartition(":" if ":" in path else ".")
+    if not module_name or not colon:
         raise ValueError(
             f"no reward {name!r}; use one of {', '.join(REWARDS)}, or your own as 'module:name' or 'file.py:name'"
         )
@@ -152,25 +201,61 @@ def load_reward(name: str) -> RewardFunction:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {name!r} can't be imported: {error}") from error
-    return function() if isinstance(function, type) else function
 
 
-def parse_rewards(specifications: Sequence[str]) -> dict[str, tuple[RewardFunction, float]]:
-    """`["pickscore=1.0", "my_module:sharpness=0.5"]` to a dict of name to (reward, weight)."""
-    rewards = {}
-    for item in specifications:
-        name, _, weight = item.partition("=")
+def _options_of(made: type) -> set[str] | None:
+    """Names of a class's arguments, those of its bases too where it hands on `**options`; None: it takes any."""
+    names: set[str] = set()
+    for base in made.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            return names
+    return None
+
+
+def _split(item: str) -> tuple[str, str]:
+    name, equals, weight = item.rpartition("=")
+    return (name, weight) if equals else (item, "")
+
+
+def reward_label(item: str) -> str:
+    """What a reward of the command line, NAME or NAME=WEIGHT, is called in logs and options."""
+    name = _split(item)[0]
+    if name.startswith(("http://", "https://")):
+        return urlsplit(name.partition(",")[0]).netloc
+    return name.rpartition(":" if ":" in name else ".")[2]
+
+
+def parse_rewards(
+    specifications: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, tuple[RewardFunction, float]]:
+    """`["pickscore=1.0", "my_module:sharpness=0.5"]` to a dict of name to (reward, weight).
+
+    Args:
+        specifications: NAME or NAME=WEIGHT each, NAME as `load_reward` takes it.
+        options: each reward's options by its name.
+    """
+    chosen = {}
+    for item in [specifications] if isinstance(specifications, str) else specifications:
+        name, weight = _split(item)
         try:
             value = float(weight) if weight else 1.0
         except ValueError as error:
             raise ValueError(f"--reward {item!r}: {weight!r} is no number; write NAME=WEIGHT") from error
         if not math.isfinite(value):
             raise ValueError(f"--reward {item!r}: a weight must be finite")
-        label = name.rpartition(":")[2]
-        if label in rewards:
+        label = reward_label(name)
+        if label in chosen:
             raise ValueError(f"--reward names {label!r} twice; give it one weight")
-        rewards[label] = (load_reward(name), value)
-    return rewards
+        chosen[label] = (name, value)
+    options = dict(options or {})
+    if not options.keys() <= chosen.keys():
+        unknown = ", ".join(sorted(options.keys() - chosen.keys()))
+        raise ValueError(f"options are given for {unknown}, and the rewards are {', '.join(chosen)}")
+    return {label: (load_reward(name, options.get(label)), value) for label, (name, value) in chosen.items()}

@@ -1,0 +1,216 @@
+"""`trl_tafs.evaluate()`: models on a prompt set, the same noise for each; resumable, on any number of processes."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trl_tafs.conditioning import PromptEncoder
+from trl_tafs.evaluation import SAMPLERS, Setting, sample_step_images
+from trl_tafs.metrics import save_png, tensor_to_image
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.prompts import row_to_prompt
+from trl_tafs.rewards.scoring import RewardError, RewardSet
+from trl_tafs.scores import Sampling, Task, read_scores
+from trl_tafs.statistics import IMAGE_STATISTICS, thumbnails
+from trl_tafs.tables import Results, collect, write
+
+
+def evaluate(
+    models: Mapping[str, Any],
+    prompts: Any,
+    rewards: Any,
+    output_dir: str | Path,
+    *,
+    num_steps: Sequence[int] = (4,),
+    samplers: Sequence[str] = ("annealed",),
+    sizes: Sequence[tuple[int, int]] | None = None,
+    guidance_scale: float = 1.0,
+    negative_prompt: str | None = "",
+    images_per_prompt: int = 1,
+    batch_size: int = 8,
+    seed: int = 0,
+    step_rewards: bool = False,
+    grid_prompts: int = 8,
+    max_sequence_length: int | None = None,
+    resamples: int = 2000,
+) -> Results:
+    """Draw, score and compare; what is in `output_dir` already is not done again.
+
+    Image i of a prompt has the same noise for every model, so that models are compared pair by pair. Under `accelerate
+    launch` the images are shared among the processes, which must see one `output_dir`; the main one writes the tables.
+
+    Args:
+        models: name to TAFS pipeline, or to (pipeline, adapter), the adapter a folder or a repository on the Hub. The
+            first is what the others are compared with.
+        prompts: strings, (prompt, metadata) pairs, rows with a `prompt`, or a dataset with that column.
+        rewards: as the trainer's; weights don't matter.
+        output_dir: for scores, tables, grids and plots.
+        num_steps: step counts.
+        samplers: "annealed", "ode".
+        sizes: (height, width) pairs; by default the pipeline's own.
+        guidance_scale: above 1 with classifier-free guidance, at twice the evaluations.
+        negative_prompt: with guidance.
+        images_per_prompt: diversity needs two.
+        batch_size: images at once; the last batch is padded.
+        seed: of the noise.
+        step_rewards: score the clean estimate of every step, for the correlation with the result (Table 7).
+        grid_prompts: prompts shown in the grids, and whose images are saved.
+        max_sequence_length: tokens of a prompt.
+        resamples: of the bootstrap.
+
+    Returns:
+        A `tables.Results`, the same on every process.
+
+    Raises:
+        ValueError: settings can't work, or `output_dir` holds an evaluation of other settings.
+        RewardError: a reward failed; what was scored before is kept.
+    """
+    from accelerate import PartialState
+
+    state, folder = PartialState(), Path(output_dir)
+    named = {name: value if isinstance(value, tuple) else (value, None) for name, value in models.items()}
+    _check(named, samplers, num_steps, images_per_prompt, batch_size)
+    items = tuple(row_to_prompt(prompts[i]) for i in range(len(prompts)))
+    if not items:
+        raise ValueError("there are no prompts to evaluate on; give at least one")
+    judges = rewards if isinstance(rewards, RewardSet) else RewardSet(rewards)
+    task = Task(items, images_per_prompt, seed, batch_size, judges, step_rewards, grid_prompts)
+    _claim(folder, task.identity(list(named)), state)
+    samplings: dict[str, Sampling] = {}
+    for name, (pipeline, adapter) in named.items():
+        with adapted(pipeline, adapter):
+            pipeline.to(state.device)
+            for sampling in _samplings(pipeline, samplers, num_steps, sizes, guidance_scale):
+                samplings[sampling.label] = sampling
+                encode = PromptEncoder(
+                    pipeline,
+                    state.device,
+                    guidance_scale=guidance_scale,
+                    negative_prompt=negative_prompt,
+                    max_sequence_length=max_sequence_length,
+                )
+                _score_all(task, pipeline, encode, sampling, folder / "scores" / _safe(name) / sampling.label, state)
+    state.wait_for_everyone()
+    results = collect(folder, {name: _safe(name) for name in named}, list(samplings.values()), task, resamples)
+    if state.is_main_process:
+        write(results, folder)
+    state.wait_for_everyone()
+    return results
+
+
+def _check(models: Mapping[str, Any], samplers: Any, num_steps: Any, images_per_prompt: int, batch_size: int) -> None:
+    if not models:
+        raise ValueError("there are no models to evaluate; give name: pipeline, or name: (pipeline, adapter)")
+    for name, (pipeline, _) in models.items():
+        if not isinstance(pipeline, TAFSPipelineMixin):
+            raise ValueError(f"model {name!r} is a {type(pipeline).__name__}; load it as a TAFS pipeline")
+    if len({_safe(name) for name in models}) < len(models):
+        raise ValueError(f"the models' names {', '.join(models)} are the same as folders; choose others")
+    unknown = [sampler for sampler in samplers if sampler not in SAMPLERS]
+    if unknown or not samplers or not num_steps or min(num_steps) < 1:
+        raise ValueError(f"samplers {list(samplers)} (of {', '.join(SAMPLERS)}) at {list(num_steps)} steps can't work")
+    if images_per_prompt < 1 or batch_size < 1:
+        raise ValueError(f"images_per_prompt {images_per_prompt} and batch_size {batch_size} must be at least 1")
+
+
+def _safe(name: str) -> str:
+    """A model's name as a folder's."""
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip(".") or "model"
+
+
+def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, guidance: float) -> Iterator[Sampling]:
+    for height, width in sizes or [pipeline.default_size()]:
+        pipeline.check_size(height, width)
+        for sampler in samplers:
+            for steps in num_steps:
+                yield Sampling(sampler, steps, height, width, guidance)
+
+
+def _claim(folder: Path, identity: dict[str, Any], state: Any) -> None:
+    """Mark the folder as this evaluation's, or say what it is of instead."""
+    path = folder / "evaluation.json"
+    if state.is_main_process and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(identity, indent=1))
+    state.wait_for_everyone()
+    found = json.loads(path.read_text())
+    other = {key: found.get(key) for key in identity if found.get(key) != identity[key]}
+    if other:
+        asked = {key: identity[key] for key in other}
+        raise ValueError(f"{folder} holds an evaluation with {other}, asked for is {asked}; choose another output_dir")
+
+
+@contextmanager
+def adapted(pipeline: Any, adapter: str | None) -> Iterator[None]:
+    """The pipeline with an adapter of a folder or of the Hub, and without it afterwards."""
+    if adapter is None:
+        yield
+        return
+    pipeline.load_lora_weights(adapter)
+    try:
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def _score_all(task: Task, pipeline: Any, encode: Any, sampling: Sampling, folder: Path, state: Any) -> None:
+    """Draw and score what isn't there yet, this process's share of it, a line an image."""
+    from accelerate.utils import gather_object
+
+    done = read_scores(folder)
+    state.wait_for_everyone()
+    mine = [i for i in range(len(task)) if i not in done][state.process_index :: state.num_processes]
+    fault: RewardError | None = None
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = pipeline.storage_dtype
+    setting = Setting(sampling.height, sampling.width, task.batch_size, task.seed, storage, state.device)
+    path = folder / f"rank{state.process_index}.jsonl"
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        path.write_bytes(path.read_bytes() + b"\n")  # what a kill tore ends here
+    with path.open("a") as file:
+        for start in range(0, len(mine), task.batch_size):
+            ids = mine[start : start + task.batch_size]
+            try:
+                rows = _score(task, pipeline, encode, sampling, setting, ids, folder)
+            except RewardError as error:  # the other processes wait below: stop together
+                fault = error
+                break
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+    faults = [text for text in gather_object([str(fault or "")]) if text]
+    if faults:
+        raise RewardError(f"evaluation: {faults[0]}; what was scored is kept in {folder}") from fault
+
+
+def _score(
+    task: Task, pipeline: Any, encode: Any, sampling: Sampling, setting: Setting, ids: Sequence[int], folder: Path
+) -> list[dict[str, Any]]:
+    pairs = [task.prompts[i // task.images_per_prompt] for i in ids]
+    prompts, metadata = [prompt for prompt, _ in pairs], [row for _, row in pairs]
+    how = {"sampler": sampling.sampler, "num_steps": sampling.num_steps, "steps": task.step_rewards}
+    images = sample_step_images(pipeline, encode, pipeline.velocity, setting, prompts, ids, **how)
+    steps = [task.rewards(column, prompts, metadata).values for column in images.unbind(1)]  # N of (B, R)
+    final = images[:, -1]
+    statistics = {name: measure(final) for name, measure in IMAGE_STATISTICS.items()}
+    small = thumbnails(final)
+    rows = []
+    for b, sample in enumerate(ids):
+        row: dict[str, Any] = {"sample": sample, "prompt": sample // task.images_per_prompt}
+        row["rewards"] = dict(zip(task.rewards.names, _numbers(steps[-1][b]), strict=True))
+        row["statistics"] = {name: round(values[b].item(), 6) for name, values in statistics.items()}
+        row["thumbnail"] = base64.b64encode(small[b].numpy().tobytes()).decode("ascii")
+        if task.step_rewards:
+            row["steps"] = {name: _numbers([s[b, r] for s in steps]) for r, name in enumerate(task.rewards.names)}
+        if row["prompt"] < task.keep_prompts and sample % task.images_per_prompt == 0:
+            save_png(tensor_to_image(final[b]), folder / f"{row['prompt']}.png")
+        rows.append(row)
+    return rows
+
+
+def _numbers(values: Any) -> list[float | None]:
+    return [None if value != value else float(value) for value in values]
