@@ -129,7 +129,9 @@ def test_an_empty_source_is_an_error(empty):
         PromptSource(empty)
 
 
-@pytest.mark.parametrize("source", ["a cat", None, 7, iter([("a cat", {})])], ids=repr)
+@pytest.mark.parametrize(
+    "source", ["a cat", None, 7, iter([("a cat", {})])], ids=["string", "none", "number", "iterator"]
+)
 def test_a_source_of_another_kind_is_an_error(source):
     with pytest.raises(ValueError, match="a function, a dataset or a list"):
         PromptSource(source)
