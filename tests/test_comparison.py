@@ -4,12 +4,15 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny
 from hub_stub import HubStub
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import ROOT
 
 from trl_tafs import cli, evaluate
@@ -155,6 +158,17 @@ def test_another_evaluations_folder_is_refused(adapter, tmp_path):
         evaluate({"base": pipeline}, ["two"], brightness, tmp_path / "out")
 
 
+def test_an_adapter_that_was_trained_anew_is_not_taken_for_the_old_one(adapter, tmp_path):
+    pipeline, lora = tiny.load(adapter[0]), tmp_path / "adapter"
+    shutil.copytree(adapter[1], lora)
+    evaluate({"ours": (pipeline, str(lora))}, ["one"], brightness, tmp_path / "out")
+    weights = next(lora.glob("*.safetensors"))
+    tensors = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata=safe_open(weights, "pt").metadata())
+    with pytest.raises(ValueError, match="holds an evaluation with .*'adapter'"):
+        evaluate({"ours": (pipeline, str(lora))}, ["one"], brightness, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -181,6 +195,8 @@ def test_the_command_compares_base_and_adapter(adapter, tmp_path, capsys):
     assert cli.main(["evaluate", "none", str(lora), *options, "--size", "8x8"]) == 0
     shown = capsys.readouterr().out
     assert "| base | annealed | 4 | 8 x 8 | 4 | 2 |" in shown and "Paired differences" in shown
+    assert cli.main(["evaluate", str(lora), *options, "--push"]) == 1
+    assert "--push is for adapters on the Hub" in capsys.readouterr().err
     assert cli.main(["evaluate", "none", *options, "--size", "8"]) == 1
     assert "isn't HEIGHTxWIDTH" in capsys.readouterr().err
     assert cli.main(["evaluate", "none", *options, "--reward", "a", "--reward", "b"]) == 1

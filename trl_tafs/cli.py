@@ -222,6 +222,9 @@ def evaluate(argv: Sequence[str]) -> Callable[[], None]:
     """Compare adapters and their base on a prompt set by any rewards: tables, grids, plots."""
     options = evaluation_parser().parse_args(list(argv))
     check_repeated(argv, ("--reward", "--prompts", "--num_steps", "--sampler", "--size"))
+    local = [name for name in options.adapters if Path(name).exists()]
+    if options.push and local:
+        raise ValueError(f"--push is for adapters on the Hub, and {', '.join(local)} is local; push it first")
     arguments = _evaluation_arguments(options)
     return partial(_evaluate, options, arguments)
 

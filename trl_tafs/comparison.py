@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,9 @@ def evaluate(
         raise ValueError("there are no prompts to evaluate on; give at least one")
     judges = rewards if isinstance(rewards, RewardSet) else RewardSet(rewards)
     task = Task(items, images_per_prompt, seed, batch_size, judges, step_rewards, grid_prompts)
-    _claim(folder, task.identity(list(named)), state)
+    _claim(folder, task.identity(), state)
+    for name, (_, adapter) in named.items():
+        _claim(folder / "scores" / _safe(name), {"adapter": fingerprint(adapter)}, state)
     samplings: dict[str, Sampling] = {}
     for name, (pipeline, adapter) in named.items():
         with adapted(pipeline, adapter):
@@ -131,8 +134,18 @@ def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, guidanc
                 yield Sampling(sampler, steps, height, width, guidance)
 
 
+def fingerprint(adapter: str | None) -> str | None:
+    """What an adapter is known by: the digest of its weights where it is a local folder, else its name on the Hub."""
+    if adapter is None or not Path(adapter).is_dir():
+        return adapter
+    digest = hashlib.sha256()
+    for path in sorted(Path(adapter).glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _claim(folder: Path, identity: dict[str, Any], state: Any) -> None:
-    """Mark the folder as this evaluation's, or say what it is of instead."""
+    """Mark a folder as this evaluation's, or this model's, or say what it is of instead."""
     path = folder / "evaluation.json"
     if state.is_main_process and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

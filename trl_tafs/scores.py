@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ class Task:
     def __len__(self) -> int:
         return len(self.prompts) * self.images_per_prompt
 
-    def identity(self, models: Sequence[str]) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be the same for an evaluation to be gone on with."""
         digest = hashlib.sha256(json.dumps(self.prompts, sort_keys=True, default=str).encode()).hexdigest()[:16]
         settings = {"prompts": digest, "images_per_prompt": self.images_per_prompt, "seed": self.seed}
