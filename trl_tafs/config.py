@@ -241,8 +241,8 @@ class TAFSGRPOConfig:
     beta: float | None = option(
         None,
         "Weight of the KL to the base without the adapter; the forward objectives': half the squared distance of the "
-        "velocities. None: .2 for forward, which costs it a seventh of the epochs and keeps what the reward doesn't see "
-        "(docs/learning.md); 0 for the others (paper: none).",
+        "velocities. None: .2 for forward, which costs it a seventh of the epochs and keeps what the reward doesn't "
+        "see (docs/learning.md); 0 for the others (paper: none).",
     )
     train_gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
     train_use_ema: bool = option(False, "Evaluate and save an exponential average of the adapter.")
