@@ -39,10 +39,10 @@ bench-methods: setup
 	$(ONE_THREAD) $(BIN)/python examples/benchmarks/methods.py
 
 test: setup
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
-	$(ONE_THREAD) $(BIN)/python -m pytest -m slow
+	$(ONE_THREAD) $(BIN)/python -m pytest -m slow -n 0
 
 lint: setup
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ import torch
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline
 
 PIPELINE = Path(__file__).resolve().parent / "digits" / "pipeline"
+STEPS, SCORED = 4, 3  # of sampling; those of them whose images are scored
 
 
 class Waiting:
@@ -44,6 +45,7 @@ def collect(reward: Waiting, args: argparse.Namespace, threads: int) -> tuple[fl
     """Seconds of one epoch's experience, the second one of two, and its rewards."""
     with tempfile.TemporaryDirectory() as folder:
         config = TAFSGRPOConfig(
+            objective="clipped",  # whose every step is scored
             project_kwargs={"project_dir": folder},
             mixed_precision="no",
             sample_batch_size=args.batch_size,
@@ -56,6 +58,7 @@ def collect(reward: Waiting, args: argparse.Namespace, threads: int) -> tuple[fl
         )
         pipeline = TAFSStableDiffusion3Pipeline.from_pretrained(PIPELINE)
         trainer = TAFSGRPOTrainer(config, reward, ["seven", "one", "four"], pipeline)
+        assert len(trainer.algorithm.scored_steps_at(0)) == SCORED
         batches = trainer._batches(trainer.prompts.batch(0, args.batches, args.batch_size))
         trainer.collector.collect(batches, 0, 0)
         start = time.perf_counter()
@@ -75,13 +78,12 @@ def main() -> None:
     args = parser.parse_args()
     reward = Waiting()
     alone, _ = collect(reward, args, threads=0)
-    steps, scored = 4, 3
-    reward.seconds = args.share * alone / (args.batches * steps)
+    reward.seconds = args.share * alone / (args.batches * STEPS)
     in_turn, expected = collect(reward, args, threads=0)
     hidden_by, got = collect(reward, args, threads=args.workers)
     if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
         raise SystemExit("the rewards differ")
-    intermediate = args.batches * (scored - 1) * reward.seconds
+    intermediate = args.batches * (SCORED - 1) * reward.seconds
     last = reward.seconds  # nothing is sampled after the last batch's last step
     share = min(1.0, 1 - (hidden_by - alone - last) / intermediate)
     print(json.dumps({

@@ -128,10 +128,11 @@ def test_gradients_are_averaged_over_the_micro_batches_and_clipped(pipeline_fold
 def test_rewards_are_logged_by_name_and_step(pipeline, tmp_path):
     calls = []
 
-    def by_step(images, prompts, metadata):  # three scored steps an image, in order
+    def by_step(images, prompts, metadata):  # a call a scored step, three a batch, in order
         if len(images) == 2:  # the preflight
             return [0.0, 0.0]
-        return [float(i % 3) + 10 * (i // 3 % 8) + 100 * (len(calls) - 1) for i in range(len(images))]
+        part, step = divmod(len(calls) - 1, 3)
+        return [float(step) + 10 * i + 100 * part for i in range(len(images))]
 
     def constant(images, prompts, metadata):
         if len(images) > 2:

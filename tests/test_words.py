@@ -101,7 +101,7 @@ def test_what_is_misread_costs_its_share(readers):
     assert readers["ocr"](torch.full((1, 3, 16, 32), 0.9), ["tree in red"]) == [0.0]
     blurred = torch.nn.functional.avg_pool2d(images, 7, 1, 3)
     assert sum(readers["ocr"](blurred, prompts)) / 2 < 0.5
-    with pytest.raises(ValueError, match="kind is 'edit' or 'ctc', not 'loss'"):
+    with pytest.raises(ValueError, match="kind is 'loss'; use 'edit' or 'ctc'"):
         words_judges.OCRReward(kind="loss")
 
 
@@ -166,6 +166,7 @@ def test_pre_training_goes_on_where_it_is_told_and_is_the_same_twice():
 
 def test_words_ocr_writes_what_it_promises(tmp_path):
     options = ["--images_per_word", "1", "--base", str(tmp_path / "base.json"), "--output_dir", str(tmp_path)]
+    options += ["--after", "4 annealed steps"]
 
     def run(*more):
         command = [sys.executable, str(EXAMPLES / "words_ocr.py"), *options, *more]
