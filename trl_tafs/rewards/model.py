@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-class ModelReward:
+class ModelReward(ABC):
     """A reward whose verdict is a network's.
 
     A subclass makes its modules, hands them to `adopt`, and implements `score`; where it judges only some prompts,
@@ -78,9 +79,9 @@ class ModelReward:
         """Whether this reward has a verdict on images of this prompt."""
         return True
 
+    @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """(B,) of images (B, 3, H, W) float32 in [0, 1] on the device."""
-        raise NotImplementedError(f"{type(self).__name__} has no `score`")
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
