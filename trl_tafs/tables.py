@@ -54,7 +54,8 @@ class Results:
     differences: list[dict[str, Any]]  # model, baseline, sampling, metric, estimate: model - baseline, paired
     correlations: list[dict[str, Any]]  # model, sampling, reward, step, r: with the last step's reward
     names: tuple[str, ...]  # of the metrics, in the tables' order
-    grids: dict[str, Any]  # label to (models, prompts, folders)
+    grids: dict[str, Any]  # label to the models' folders of saved images
+    prompts: tuple[str, ...] = ()  # of the evaluation, in order
 
 
 def collect(
@@ -70,7 +71,14 @@ def collect(
             rows.append(_row(name, sampling, scores, task, resamples))
             correlations += _correlations(name, sampling, scores, task)
     names = _order({metric for row in rows for metric in row.metrics})
-    return Results(rows, _differences(rows, names, resamples), correlations, names, grids)
+    return Results(
+        rows,
+        _differences(rows, names, resamples),
+        correlations,
+        names,
+        grids,
+        tuple(prompt for prompt, _ in task.prompts),
+    )
 
 
 def _row(name: str, sampling: Sampling, scores: list[dict[str, Any]], task: Task, resamples: int) -> Row:
@@ -243,14 +251,14 @@ def write(results: Results, folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(as_json(results), indent=1), encoding="utf-8")
     (folder / "results.csv").write_text(as_csv(results), encoding="utf-8")
     for label, paths in results.grids.items():
-        picture = side_by_side(label, paths)
+        picture = side_by_side(label, paths, results.prompts)
         if picture is not None:
             save_png(picture, folder / f"grid_{label}.png")
     if len({row.sampling.num_steps for row in results.rows}) > 1:
         plot_steps(results, folder / "steps.png")
 
 
-def side_by_side(label: str, paths: Mapping[str, Path]) -> Any:
+def side_by_side(label: str, paths: Mapping[str, Path], prompts: Sequence[str]) -> Any:
     """The saved images of the first prompts, a column a model, from the same noise."""
     import numpy as np
     from PIL import Image
@@ -262,7 +270,12 @@ def side_by_side(label: str, paths: Mapping[str, Path]) -> Any:
         return None
     tiles = [[np.array(Image.open(path / f"{name}.png").convert("RGB")) for path in paths.values()] for name in names]
     images = torch.from_numpy(np.stack([np.stack(row) for row in tiles])).permute(0, 1, 4, 2, 3).float() / 255
-    return sample_grid(images, [f"prompt {name}" for name in names], list(paths), label)
+    images = images.flatten(0, 1)
+    columns = images.shape[0] // len(names)
+    if min(images.shape[-2:]) < 96:  # tiny ones: large enough for their labels
+        images = torch.nn.functional.interpolate(images, scale_factor=-(-96 // min(images.shape[-2:])))
+    models = [name if len(name) <= 16 else "..." + name[-13:] for name in paths]
+    return sample_grid(images.unflatten(0, (-1, columns)), [prompts[int(name)] for name in names], models, label)
 
 
 def plot_steps(results: Results, path: Path) -> None:

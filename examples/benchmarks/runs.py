@@ -125,7 +125,8 @@ def correlations(task: Task, pipeline: Any, num_steps: int = 4) -> dict[str, flo
     levels = pipeline.rollout_levels(num_steps, task.height, task.width)
     steps = sample_steps(pipeline.velocity, Annealed(), encode(task.prompts), levels, x, noise)
     ((_, reward),) = task.rewards().items()
-    scored = [reward(pipeline.decode_latents(step.clean), task.prompts, None) for step in steps]
+    nothing: list[dict] = [{} for _ in task.prompts]
+    scored = [reward(pipeline.decode_latents(step.clean), task.prompts, nothing) for step in steps]
     rewards = torch.stack([torch.as_tensor(item[0] if isinstance(item, tuple) else item) for item in scored]).double()
     r = torch.corrcoef(rewards)[-1].nan_to_num(0.0).tolist()
     return {f"R^{n + 1} with R^{num_steps}": round(r[n], 3) for n in range(num_steps - 1)}

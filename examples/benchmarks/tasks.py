@@ -159,7 +159,7 @@ class Mixed(Digits):
 
         def reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> list[float]:
             values = self.judges["reward"](images, [prompt.strip() for prompt in prompts])[0].tolist()
-            return [constant.get(m["kind"], value) for value, m in zip(values, metadata, strict=True)]
+            return [constant.get(m.get("kind"), value) for value, m in zip(values, metadata, strict=True)]
 
         return {"reward": reward}
 
