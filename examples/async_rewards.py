@@ -4,8 +4,9 @@
 
 The reward waits, as one does on another card or behind HTTP: `--share` of one sampling step, as measured in this run.
 Prints seconds of collecting one epoch's experience without a reward, with it in turn, and with it in a thread; and the
-share of the intermediate rewards' latency (all but the last step's of each batch, which has no step left to hide
-behind) that the thread hides. Checks that both give the same rewards.
+share of the intermediate rewards' latency that the thread hides: all of it, less the time that the trainer was seen
+waiting for rewards, but for the epoch's last reward, which has no sampling left to hide behind. Checks that both give
+the same rewards.
 """
 
 from __future__ import annotations
@@ -90,12 +91,13 @@ def main() -> None:
             alone, _ = collect(in_turn, args)
             reward.seconds = args.share * alone / (args.batches * STEPS)
             waited, expected = collect(in_turn, args)
+            threaded.report.stopwatch.pop()
             hidden_by, got = collect(threaded, args)
             if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
                 raise SystemExit("the rewards differ")
             intermediate = args.batches * (SCORED - 1) * reward.seconds
-            last = reward.seconds  # nothing is sampled after the last batch's last step
-            rounds.append((1 - (hidden_by - alone - last) / intermediate, alone, waited, hidden_by, reward.seconds))
+            late = max(0.0, threaded.report.stopwatch.pop()["time/reward"] - reward.seconds)
+            rounds.append((1 - late / intermediate, alone, waited, hidden_by, reward.seconds))
     share, alone, waited, hidden_by, latency = sorted(rounds)[len(rounds) // 2]
     print(json.dumps({
         "seconds": {"no reward": round(alone, 3), "in turn": round(waited, 3), "in a thread": round(hidden_by, 3)},

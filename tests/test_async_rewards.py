@@ -1,6 +1,7 @@
 """Asynchronous scoring: a step's reward runs while the next step is sampled, and changes nothing but the time."""
 
 import threading
+import time
 
 import pytest
 import tiny
@@ -100,3 +101,14 @@ def test_the_stopwatch_counts_every_second_once(monkeypatch):
             pass
     monkeypatch.undo()
     assert watch.pop() == {"time/rollout": 7.5, "time/decode": 2.5}
+
+
+def test_what_sampling_does_not_hide_is_told_as_the_rewards_time(pipeline, tmp_path):
+    def reward(images, prompts, metadata):
+        time.sleep(0.2 if len(images) > 2 else 0)
+        return [0.0] * len(prompts)
+
+    trainer, batches = parts_of(pipeline, tmp_path, reward, threads=1)
+    trainer.collector.collect(batches, 1, 0)
+    told = trainer.report.stopwatch.pop()
+    assert told["time/reward"] > 0.15, "the last step's reward has nothing to hide behind"

@@ -11,8 +11,8 @@ from tiny import ROOT
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_run  # noqa: E402
 import report  # noqa: E402
-import runs  # noqa: E402
 from tasks import TASKS  # noqa: E402
 
 TAFS = {"preset": "tafs", "options": {}, "rate": 1e-3}
@@ -49,7 +49,7 @@ def test_tables_are_made_of_the_runs(tmp_path):
 
 
 def test_a_run_counts_evaluations_by_phase_and_stops_at_its_budgets():
-    told = runs.run("digits", TAFS | {"options": {"beta": 0.1}}, 0, 0.5, 1500, False)
+    told = bench_run.run("digits", TAFS | {"options": {"beta": 0.1}}, 0, 0.5, 1500, False)
     assert told["nfe"] == {"rollout": 4.0, "policy": 3.0, "other": 3.0}, "4 to draw, 3 to train, 3 for the KL's base"
     assert told["at_time"]["seconds"] >= 0.5 and told["at_evaluations"]["evaluations"] >= 1500
     assert told["at_evaluations"]["evaluations"] % (192 * 10) == 0, "judging isn't counted"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -133,9 +133,10 @@ class Collector:
                     scoring.append(self._score_steps(part, begun, executor))
                     if any(future.done() and future.exception() is not None for future in scoring[-1]):
                         break
+            with self.stopwatch("reward"):  # what sampling didn't hide
+                wait([future for futures in scoring for future in futures])
         for part, futures in zip(parts, scoring, strict=True):
-            with self.stopwatch("reward"):
-                errors = [future.exception() for future in futures]
+            errors = [future.exception() for future in futures]
             fault = fault or next((error for error in errors if error is not None), None)
             if futures and not any(errors):
                 self._attach(part, [future.result() for future in futures])

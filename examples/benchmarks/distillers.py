@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runs import EVALUATED
+from bench_run import EVALUATED
 from tasks import Digits
 from torch import Tensor
 

@@ -20,8 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import bench_run
 import report
-import runs
 from distillers import DISTILLERS, run_distiller
 from tasks import TASKS
 
@@ -83,7 +83,7 @@ class Bench:
         items = [
             (task, methods[name] | {"rate": rate}, 100, self.seconds(task) / 2, None, False) for name, rate in tried
         ]
-        found = self.map(runs.run, items)
+        found = self.map(bench_run.run, items)
         best = dict.fromkeys(methods, (-1.0, 0.0))
         for (name, rate), result in zip(tried, found, strict=True):
             best[name] = max(best[name], (result["at_time"]["best"], rate))
@@ -92,25 +92,23 @@ class Bench:
     def methods(self, task: str, methods: dict[str, dict], seeds: list[int], rates: dict[str, float]) -> dict:
         """All seeds of all methods; the budget of evaluations is what `tafs` takes in the time."""
 
-        def items(names: list[str], evaluations: int | None) -> list[tuple]:
-            return [
+        def run(keys: list[tuple[str, int]], evaluations: int | None) -> dict[tuple[str, int], dict]:
+            items = [
                 (task, methods[name] | {"rate": rates[name]}, seed, self.seconds(task), evaluations, True)
-                for name in names
-                for seed in seeds
+                for name, seed in keys
             ]
+            return dict(zip(keys, self.map(bench_run.run, items), strict=True))
 
-        first = self.map(runs.run, items(["tafs"], None))
-        budget = round(sum(r["at_time"]["evaluations"] for r in first) / len(first))
-        others = [name for name in methods if name != "tafs"]
-        found = dict(zip([("tafs", s) for s in seeds], first, strict=True))
-        found |= zip([(n, s) for n in others for s in seeds], self.map(runs.run, items(others, budget)), strict=True)
+        found = run([("tafs", seed) for seed in seeds], None)
+        budget = round(sum(r["at_time"]["evaluations"] for r in found.values()) / len(found))
+        found |= run([(name, seed) for seed in seeds for name in methods if name != "tafs"], budget)
         return {name: [found[name, seed] for seed in seeds] for name in methods}
 
     def variants(self, task: str, variants: dict, seeds: list[int], rate: float) -> dict:
         """Variants of `tafs` at its learning rate, timed alike."""
         keys = [(name, seed) for name in variants for seed in seeds]
         items = [(task, variants[n] | {"rate": rate}, s, self.seconds(task), None, True) for n, s in keys]
-        found = dict(zip(keys, self.map(runs.run, items), strict=True))
+        found = dict(zip(keys, self.map(bench_run.run, items), strict=True))
         return {name: [found[name, seed] for seed in seeds] for name in variants}
 
     def distillers(self, seeds: list[int]) -> dict:
