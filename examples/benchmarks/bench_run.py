@@ -20,7 +20,6 @@ from trl_tafs.kernels import Annealed
 from trl_tafs.presets import preset
 from trl_tafs.rollout import SampleNoise, sample_steps
 
-CURVE_POINTS = 4
 EVALUATED = {"annealed 4": ("annealed", 4), "ode 4": ("ode", 4), "ode 10": ("ode", 10)}
 STEP_COUNTS = (1, 2, 3, 4, 5, 6, 8)
 
@@ -86,6 +85,7 @@ def train(
     evaluations: int | None,
     look: Callable[[], dict[str, float]],
     judge: Callable[[bool], dict[str, Any]],
+    points: int,
 ) -> dict[str, Any]:
     """Train until both budgets are spent, at most half as long again; judge where either is.
 
@@ -102,7 +102,7 @@ def train(
         trainer.first_epoch += 1
         spent += time.process_time() - start
         facts = {"seconds": round(spent, 2), "evaluations": counter.total, "epochs": trainer.first_epoch}
-        if seconds * len(curve) / CURVE_POINTS <= spent < seconds:
+        if seconds * len(curve) / points <= spent < seconds:
             curve.append(facts | look())
         if "at_time" not in result and spent >= seconds:
             result["at_time"] = facts | judge(True)
@@ -150,12 +150,14 @@ def run(task_name: str, method: dict[str, Any], seed: int, seconds: float, evalu
         def judge(by_all: bool) -> dict[str, Any]:
             if not (full and by_all):
                 return {"best": max(value("annealed", 4), value("ode", 4))}
-            rows = {name: task.judge(task.images(pipeline, *how)) for name, how in EVALUATED.items()}
+            rows = {
+                name: task.judge(task.images(pipeline, *how)) for name, how in EVALUATED.items() if name in task.judged
+            }
             rows = {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}
             return {"rows": rows, "best": max(rows["annealed 4"]["reward"], rows["ode 4"]["reward"])}
 
         before = correlations(task, pipeline) if full and seed == 0 else None
-        result = train(trainer, seconds, evaluations, look, judge)
+        result = train(trainer, seconds, evaluations, look, judge, task.points)
         if full and seed == 0:
             pairs = [(sampler, n) for sampler in ("annealed", "ode") for n in STEP_COUNTS]
             result["steps"] = {f"{sampler} {n}": value(sampler, n) for sampler, n in pairs}

@@ -25,8 +25,8 @@ guidance is off and the groups are of one size for all, whatever their papers ha
 Seeds {seeds}: the mean and, after +-, the standard deviation over seeds. Time is CPU time of one thread, {seconds}
 seconds a run. `NFE old` is the evaluations of the denoiser that an image takes to be drawn, `NFE` those with gradient,
 `other` those of old or reference policies. Judged at 4 steps without guidance, by the better of the annealed sampler
-and the ODE; `ODE 10` is the reward at 10 ODE steps. "At equal evaluations" is where a method has spent as many as
-`tafs` in the time, or half as much time again. `base` is `tafs` at a learning rate of 1e-9: nothing moves.
+and the ODE; `reward_ode_10` is the reward at 10 ODE steps. "At equal evaluations" is where a method has spent as many
+as `tafs` in the time, or half as much time again. `base` is `tafs` at a learning rate of 1e-9: nothing moves.
 """
 LABELS = {"digits": "Digits, D = 64", "words": "Words, D = 1,536"}
 COLUMNS = {
@@ -62,7 +62,9 @@ def facts(runs: list[dict[str, Any]], columns: Sequence[str]) -> dict[str, list[
     """A method's columns when the time was spent."""
     judged = [better(run["at_time"]) for run in runs]
     row = {name: spread([values[name] for values in judged]) for name in columns}
-    return row | {"reward_ode_10": spread([run["at_time"]["rows"]["ode 10"]["reward"] for run in runs])}
+    if "ode 10" in runs[0]["at_time"]["rows"]:
+        row["reward_ode_10"] = spread([run["at_time"]["rows"]["ode 10"]["reward"] for run in runs])
+    return row
 
 
 def summarise(task: str, runs: Runs, rates: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -90,18 +92,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main_table(task: str, summary: dict[str, dict], distillers: dict[str, dict]) -> str:
     """Table 2's columns."""
-    columns = COLUMNS[task]
-    header = ["", "NFE old", "NFE", "other", "time an epoch", "rate", *columns, "ODE 10", "reward at equal evaluations"]
+    columns = [name for name in (*COLUMNS[task], "reward_ode_10") if name in summary["tafs"]["at_time"]]
+    header = ["", "NFE old", "NFE", "other", "time an epoch", "rate", *columns, "reward at equal evaluations"]
     order = sorted(summary, key=lambda name: -summary[name]["at_time"]["reward"][0])
     rows = []
     for name in order:
         row, nfe = summary[name], summary[name]["nfe"]
         cells = [f"{nfe.get(phase, 0):g}" for phase in ("rollout", "policy", "other")]
         cells += [f"{row['time_ratio']:.2f}", f"{row['rate']:g}"]
-        cells += [show(row["at_time"][column]) for column in (*columns, "reward_ode_10")]
+        cells += [show(row["at_time"][column]) for column in columns]
         rows.append([f"`{name}`", *cells, show(row["at_evaluations"]["reward"])])
     for name, row in distillers.items():
-        cells = [show(row["at_time"][column]) for column in (*columns, "reward_ode_10")]
+        cells = [show(row["at_time"][column]) for column in columns]
         rows.append([f"{name} (needs the reward's gradient)", "", "", "", "", f"{row['rate']:g}", *cells, ""])
     return table(header, rows)
 

@@ -26,6 +26,8 @@ class Task(ABC):
     seconds: float  # of CPU time, each run's
     rates: tuple[float, ...]  # learning rates that are tried for every method alike
     options: dict[str, Any]  # of TAFSGRPOConfig: sizes that are the same for every method
+    judged: tuple[str, ...] = ("annealed 4", "ode 4", "ode 10")  # samplers
+    points: int = 4  # of the curve of rewards
     prompts: list[str]  # judged
     train_prompts: list[tuple[str, dict]]
 
@@ -102,6 +104,7 @@ class Words(Task):
 
     name = "words"
     seconds, rates = 20.0, (1e-3, 3e-3)
+    judged, points = ("annealed 4", "ode 4"), 2
 
     def __init__(self) -> None:
         """One image of each of 92 held-out words."""
