@@ -13,9 +13,9 @@ from typing import Any
 Runs = dict[str, list[dict[str, Any]]]  # a method's name to its seeds
 HEAD = """# Benchmarks
 
-Every number on this page was measured by the command below in one go, on the embedded pipelines, which are toys: they
-rank methods at D = 64 and D = 1,536, and say nothing of SD3.5. Methods are presets (`TAFSGRPOConfig.from_preset`);
-guidance is off and the groups are of one size for all, whatever their papers have.
+Every number on this page was measured by the command below, beside other work on two cores, on the embedded pipelines.
+These are toys: they rank methods at D = 64 and D = 1,536, and say nothing of SD3.5. Methods are presets
+(`TAFSGRPOConfig.from_preset`); guidance is off and the groups are of one size for all, whatever their papers have.
 
 ```bash
 {command}
@@ -94,6 +94,8 @@ def main_table(task: str, summary: dict[str, dict], distillers: dict[str, dict])
     """Table 2's columns."""
     columns = [name for name in (*COLUMNS[task], "reward_ode_10") if name in summary["tafs"]["at_time"]]
     header = ["", "NFE old", "NFE", "other", "time an epoch", "rate", *columns, "reward at equal evaluations"]
+    few = min(len(row["seeds"]) for row in summary.values()) < len(summary["tafs"]["seeds"])
+    header += ["seeds"] if few else []
     order = sorted(summary, key=lambda name: -summary[name]["at_time"]["reward"][0])
     rows = []
     for name in order:
@@ -101,10 +103,23 @@ def main_table(task: str, summary: dict[str, dict], distillers: dict[str, dict])
         cells = [f"{nfe.get(phase, 0):g}" for phase in ("rollout", "policy", "other")]
         cells += [f"{row['time_ratio']:.2f}", f"{row['rate']:g}"]
         cells += [show(row["at_time"][column]) for column in columns]
-        rows.append([f"`{name}`", *cells, show(row["at_evaluations"]["reward"])])
+        seeds = [", ".join(map(str, row["seeds"]))] if few else []
+        rows.append([f"`{name}`", *cells, show(row["at_evaluations"]["reward"]), *seeds])
     for name, row in distillers.items():
         cells = [show(row["at_time"][column]) for column in columns]
-        rows.append([f"{name} (needs the reward's gradient)", "", "", "", "", f"{row['rate']:g}", *cells, ""])
+        rows.append(
+            [
+                f"{name} (needs the reward's gradient)",
+                "",
+                "",
+                "",
+                "",
+                f"{row['rate']:g}",
+                *cells,
+                "",
+                *([""] if few else []),
+            ]
+        )
     return table(header, rows)
 
 
