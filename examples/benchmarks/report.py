@@ -25,7 +25,7 @@ These are toys: they rank methods at D = 64 and D = 1,536, and say nothing of SD
 Seeds {seeds}: the mean and, after +-, the standard deviation over seeds. Time is CPU time of one thread, {seconds}
 seconds a run. `NFE old` is the evaluations of the denoiser that an image takes to be drawn, `NFE` those with gradient,
 `other` those of old or reference policies. Judged at 4 steps without guidance, by the better of the annealed sampler
-and the ODE; `reward_ode_10` is the reward at 10 ODE steps. "At equal evaluations" is where a method has spent as many
+and the ODE; `ODE 10` is the reward at 10 ODE steps. "At equal evaluations" is where a method has spent as many
 as `tafs` in the time, or half as much time again. `base` is `tafs` at a learning rate of 1e-9: nothing moves.
 """
 LABELS = {"digits": "Digits, D = 64", "words": "Words, D = 1,536"}
@@ -93,7 +93,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main_table(task: str, summary: dict[str, dict], distillers: dict[str, dict]) -> str:
     """Table 2's columns."""
     columns = [name for name in (*COLUMNS[task], "reward_ode_10") if name in summary["tafs"]["at_time"]]
-    header = ["", "NFE old", "NFE", "other", "time an epoch", "rate", *columns, "reward at equal evaluations"]
+    shown = ["ODE 10" if name == "reward_ode_10" else name for name in columns]
+    header = ["", "NFE old", "NFE", "other", "time an epoch", "rate", *shown, "reward at equal evaluations"]
     few = min(len(row["seeds"]) for row in summary.values()) < len(summary["tafs"]["seeds"])
     header += ["seeds"] if few else []
     order = sorted(summary, key=lambda name: -summary[name]["at_time"]["reward"][0])
