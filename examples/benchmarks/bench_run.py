@@ -79,41 +79,67 @@ def make_trainer(task: Task, method: dict[str, Any], seed: int, folder: str) -> 
     return TAFSGRPOTrainer(config, task.rewards(), task.train_prompts, task.pipeline())
 
 
+def epoch_seconds(task_name: str, methods: dict[str, dict], rounds: int = 2, epochs: int = 2) -> dict[str, Any]:
+    """What an epoch of each method takes, in CPU seconds of one thread: `seconds`.
+
+    The least of `rounds` times `epochs`; each round goes through all methods, so that a slow minute of the machine
+    isn't one method's. An epoch before those warms up.
+    """
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    task, least = TASKS[task_name](), dict.fromkeys(methods, float("inf"))
+    for name in [*methods] * rounds:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(task, {"rate": 1e-5} | methods[name], 0, folder)
+            train_epoch(trainer)
+            for _ in range(epochs):
+                start = time.process_time()
+                train_epoch(trainer)
+                least[name] = min(least[name], time.process_time() - start)
+    return {"seconds": {name: round(value, 3) for name, value in least.items()}}
+
+
+def train_epoch(trainer: TAFSGRPOTrainer) -> None:
+    """One epoch, without evaluation, files or logs."""
+    trainer.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
+    trainer.first_epoch += 1
+
+
 def train(
     trainer: TAFSGRPOTrainer,
-    seconds: float,
+    epochs: int,
     evaluations: int | None,
     look: Callable[[], dict[str, float]],
     judge: Callable[[bool], dict[str, Any]],
     points: int,
 ) -> dict[str, Any]:
-    """Train until both budgets are spent, at most half as long again; judge where either is.
+    """Train for `epochs`, and on until `evaluations` are spent, at most half as long again; judge where either is.
 
-    Judging costs no time of the budget; `judge(True)` is by all judges, `judge(False)` by the reward. The result has
-    `at_time`, `at_evaluations` (where that budget wasn't reached, the end) and a `curve` of (seconds, evaluations,
-    value).
+    `judge(True)` is by all judges, `judge(False)` by the reward. The result has `at_time`, `at_evaluations` (where that
+    budget wasn't reached, the end) and a `curve` of (epochs, evaluations, value).
     """
-    counter, spent, curve = Evaluations(trainer), 0.0, [{"seconds": 0.0, "evaluations": 0} | look()]
+    counter, curve = Evaluations(trainer), [{"epochs": 0, "evaluations": 0} | look()]
+    looks = {round(epochs * k / points) for k in range(1, points + 1)}
     result: dict[str, Any] = {}
-    while "at_time" not in result or ("at_evaluations" not in result and evaluations and spent < 1.5 * seconds):
-        start = time.process_time()
+
+    def short_of_evaluations() -> bool:
+        return bool(evaluations) and "at_evaluations" not in result and trainer.first_epoch < 1.5 * epochs
+
+    while "at_time" not in result or short_of_evaluations():
         with counter.training():
-            trainer.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
-        trainer.first_epoch += 1
-        spent += time.process_time() - start
-        facts = {"seconds": round(spent, 2), "evaluations": counter.total, "epochs": trainer.first_epoch}
-        if seconds * len(curve) / points <= spent < seconds:
+            train_epoch(trainer)
+        facts = {"evaluations": counter.total, "epochs": trainer.first_epoch}
+        if trainer.first_epoch in looks:
             curve.append(facts | look())
-        if "at_time" not in result and spent >= seconds:
+        if trainer.first_epoch == epochs:
             result["at_time"] = facts | judge(True)
-            curve.append(facts | look())
         if "at_evaluations" not in result and evaluations and counter.total >= evaluations:
             result["at_evaluations"] = facts | judge(False)
     if "at_evaluations" not in result:
         result["at_evaluations"] = facts | judge(False) if evaluations else result["at_time"]
     images = trainer.plan.total_images * trainer.first_epoch
     result["nfe"] = {phase: round(count / images, 2) for phase, count in counter.counts.items()}
-    return result | {"curve": curve, "seconds_per_epoch": round(spent / trainer.first_epoch, 3)}
+    return result | {"curve": curve}
 
 
 @torch.no_grad()
@@ -132,7 +158,7 @@ def correlations(task: Task, pipeline: Any, num_steps: int = 4) -> dict[str, flo
     return {f"R^{n + 1} with R^{num_steps}": round(r[n], 3) for n in range(num_steps - 1)}
 
 
-def run(task_name: str, method: dict[str, Any], seed: int, seconds: float, evaluations: int | None, full: bool) -> dict:
+def run(task_name: str, method: dict[str, Any], seed: int, epochs: int, evaluations: int | None, full: bool) -> dict:
     """One run; `full` adds what the figures need: step counts, correlations, the base's own figures."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -157,9 +183,9 @@ def run(task_name: str, method: dict[str, Any], seed: int, seconds: float, evalu
             return {"rows": rows, "best": max(rows["annealed 4"]["reward"], rows["ode 4"]["reward"])}
 
         before = correlations(task, pipeline) if full and seed == 0 else None
-        result = train(trainer, seconds, evaluations, look, judge, task.points)
+        result = train(trainer, epochs, evaluations, look, judge, task.points)
         if full and seed == 0:
             pairs = [(sampler, n) for sampler in ("annealed", "ode") for n in STEP_COUNTS]
             result["steps"] = {f"{sampler} {n}": value(sampler, n) for sampler, n in pairs}
             result["correlations"] = {"before": before, "after": correlations(task, pipeline)}
-    return {"task": task_name, "method": method, "seed": seed, "budget": seconds} | result
+    return {"task": task_name, "method": method, "seed": seed} | result

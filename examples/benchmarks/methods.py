@@ -3,9 +3,10 @@
     python examples/benchmarks/methods.py --jobs 2             # or: make bench-methods
     python examples/benchmarks/methods.py --quick              # digits, one seed, the methods of the slow test
 
-Each method is given the same learning rates for half the time with one seed, and then three seeds at the best of
-them. Time is CPU time of one thread, so that runs side by side don't count against each other. Guidance is off and
-groups are of one size for all. What was run already is read from `--runs`.
+What an epoch of each method takes is measured first, in turn and with nothing beside; a budget of time is then a number
+of epochs, so that runs side by side don't count against each other and a repeated run has the same results. Each method
+is given the same learning rates for half the time with one seed, and then three seeds at the best of them. Guidance is
+off and groups are of one size for all. What was run already is read from `--runs`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import bench_run
 import report
-from distillers import DISTILLERS, run_distiller
+from distillers import DISTILLERS, run_distiller, step_seconds
 from tasks import TASKS
 
 from trl_tafs.presets import PRESETS
@@ -49,13 +51,26 @@ GROUPS = {
 QUICK = ("tafs", "tafs_sum", "flow_grpo", "base")
 
 
+@dataclass(frozen=True)
+class Epochs:
+    """A budget of time, for one method: `count` epochs of `seconds` each."""
+
+    count: int
+    seconds: float
+
+    def facts(self, budget: float) -> dict[str, float]:
+        """What a run is told by."""
+        return {"budget": budget, "seconds_per_epoch": self.seconds}
+
+
 class Bench:
     """Runs what isn't there yet, several side by side, and remembers."""
 
     def __init__(self, folder: Path, jobs: int, scale: float) -> None:
         """Results are in `folder`, a file a run; budgets of time are multiplied by `scale`."""
         self.folder, self.scale = folder, scale
-        self.pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+        # a fresh process now and then: what torch and the reward engines keep isn't given back
+        self.pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=8)
         folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Bench:
@@ -77,48 +92,56 @@ class Bench:
         """A run's budget."""
         return TASKS[task].seconds * self.scale
 
-    def tune(self, task: str, methods: dict[str, dict]) -> dict[str, float]:
+    def epochs(self, task: str, methods: dict[str, dict]) -> dict[str, Epochs]:
+        """What the budget is in epochs of each method, and what one takes; measured with nothing beside."""
+        (found,) = self.map(bench_run.epoch_seconds, [(task, methods)])
+        seconds = found["seconds"]
+        return {name: Epochs(max(2, round(self.seconds(task) / seconds[name])), seconds[name]) for name in methods}
+
+    def tune(self, task: str, methods: dict[str, dict], epochs: dict[str, Epochs]) -> dict[str, float]:
         """Each method's best learning rate: half the time, one seed, the better of both samplers at 4 steps."""
-        tried = [(name, rate) for name in methods for rate in TASKS[task].rates]
-        items = [
-            (task, methods[name] | {"rate": rate}, 100, self.seconds(task) / 2, None, False) for name, rate in tried
-        ]
-        found = self.map(bench_run.run, items)
+        rates = {name: method["options"].get("train_learning_rate") for name, method in methods.items()}
+        fixed = {name: rate for name, rate in rates.items() if rate is not None}
+        tried = [(name, rate) for name in methods if name not in fixed for rate in TASKS[task].rates]
+        items = [(task, methods[n] | {"rate": rate}, 100, epochs[n].count // 2, None, False) for n, rate in tried]
         best = dict.fromkeys(methods, (-1.0, 0.0))
-        for (name, rate), result in zip(tried, found, strict=True):
+        for (name, rate), result in zip(tried, self.map(bench_run.run, items), strict=True):
             best[name] = max(best[name], (result["at_time"]["best"], rate))
-        return {name: rate for name, (_, rate) in best.items()}
+        return {name: rate for name, (_, rate) in best.items()} | fixed
 
-    def methods(self, task: str, methods: dict[str, dict], seeds: list[int], rates: dict[str, float]) -> dict:
+    def methods(
+        self, task: str, methods: dict[str, dict], seeds: list[int], rates: dict[str, float], epochs: dict[str, Epochs]
+    ) -> dict[str, list[dict]]:
         """All seeds of all methods; the budget of evaluations is what `tafs` takes in the time."""
+        rated = {name: method | {"rate": rates[name]} for name, method in methods.items()}
+        found = self.variants(task, {"tafs": rated.pop("tafs")}, seeds, epochs)
+        budget = round(sum(run["at_time"]["evaluations"] for run in found["tafs"]) / len(seeds))
+        return found | self.variants(task, rated, seeds, epochs, budget)
 
-        def run(keys: list[tuple[str, int]], evaluations: int | None) -> dict[tuple[str, int], dict]:
-            items = [
-                (task, methods[name] | {"rate": rates[name]}, seed, self.seconds(task), evaluations, True)
-                for name, seed in keys
-            ]
-            return dict(zip(keys, self.map(bench_run.run, items), strict=True))
-
-        found = run([("tafs", seed) for seed in seeds], None)
-        budget = round(sum(r["at_time"]["evaluations"] for r in found.values()) / len(found))
-        found |= run([(name, seed) for seed in seeds for name in methods if name != "tafs"], budget)
-        return {name: [found[name, seed] for seed in seeds] for name in methods}
-
-    def variants(self, task: str, variants: dict, seeds: list[int], rate: float) -> dict:
-        """Variants of `tafs` at its learning rate, timed alike."""
-        keys = [(name, seed) for name in variants for seed in seeds]
-        items = [(task, variants[n] | {"rate": rate}, s, self.seconds(task), None, True) for n, s in keys]
-        found = dict(zip(keys, self.map(bench_run.run, items), strict=True))
-        return {name: [found[name, seed] for seed in seeds] for name in variants}
+    def variants(
+        self,
+        task: str,
+        methods: dict[str, dict],
+        seeds: list[int],
+        epochs: dict[str, Epochs],
+        evaluations: int | None = None,
+    ) -> dict[str, list[dict]]:
+        """All seeds of methods that have a rate."""
+        items = [(task, methods[n], seed, epochs[n].count, evaluations, True) for seed in seeds for n in methods]
+        found = iter(self.map(bench_run.run, items))
+        runs = {(seed, n): next(found) | epochs[n].facts(self.seconds(task)) for seed in seeds for n in methods}
+        return {n: [runs[seed, n] for seed in seeds] for n in methods}
 
     def distillers(self, seeds: list[int]) -> dict:
         """The gradient-based ones, on digits; tuned as the others."""
         seconds, best = self.seconds("digits"), {}
+        timed = zip(DISTILLERS, self.map(step_seconds, [(name,) for name in DISTILLERS]), strict=True)
+        steps = {name: round(seconds / found["seconds"]) for name, found in timed}
         tried = [(name, rate) for name in DISTILLERS for rate in TASKS["digits"].rates]
-        found = self.map(run_distiller, [(n, rate, 100, seconds / 2) for n, rate in tried])
+        found = self.map(run_distiller, [(n, rate, 100, steps[n] // 2) for n, rate in tried])
         for (name, rate), result in zip(tried, found, strict=True):
             best[name] = max(best.get(name, (0.0, 0.0)), (result["at_time"]["best"], rate))
-        return {n: self.map(run_distiller, [(n, best[n][1], seed, seconds) for seed in seeds]) for n in DISTILLERS}
+        return {n: self.map(run_distiller, [(n, best[n][1], seed, steps[n]) for seed in seeds]) for n in DISTILLERS}
 
 
 def _keep(path: Path, function: Callable[..., dict], arguments: tuple) -> Path:
@@ -133,19 +156,21 @@ def _keep(path: Path, function: Callable[..., dict], arguments: tuple) -> Path:
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     """All that the page shows."""
     results: dict[str, Any] = {}
+    tables = {"table_4": TABLE_4, "table_5": TABLE_5}
     for task in args.tasks:
+        beside = {} if args.quick or task != "digits" else tables
         methods = {name: METHODS[name] for name in args.methods}
-        rates = dict.fromkeys(methods, RATE) if args.quick else bench.tune(task, methods)
-        results[task] = {"rates": rates, "methods": bench.methods(task, methods, args.seeds, rates)}
-        if args.quick or task != "digits":
-            continue
-        rate = rates["tafs"]
-        for table, variants in (("table_4", TABLE_4), ("table_5", TABLE_5)):
-            runs_of = results[task]["methods"]
-            own = {row: runs_of[name] for row, name in SAME[table].items() if name in runs_of}
-            rows = own | bench.variants("digits", variants, args.seeds, rate)
-            results[table] = dict(sorted(rows.items()))
-        results["groups"] = bench.variants("mixed", GROUPS, args.seeds, rate)
+        epochs = bench.epochs(task, methods | {row: v for rows in beside.values() for row, v in rows.items()})
+        rates = dict.fromkeys(methods, RATE) if args.quick else bench.tune(task, methods, epochs)
+        runs = bench.methods(task, methods, args.seeds, rates, epochs)
+        results[task] = {"rates": rates, "methods": runs}
+        for name, variants in beside.items():
+            own = {row: runs[method] for row, method in SAME[name].items() if method in runs}
+            rated = {row: variant | {"rate": rates["tafs"]} for row, variant in variants.items()}
+            results[name] = dict(sorted((own | bench.variants(task, rated, args.seeds, epochs)).items()))
+    if "digits" in results and not args.quick:
+        rated = {row: group | {"rate": results["digits"]["rates"]["tafs"]} for row, group in GROUPS.items()}
+        results["groups"] = bench.variants("mixed", rated, args.seeds, bench.epochs("mixed", GROUPS))
         results["distillers"] = bench.distillers(args.seeds)
     return results
 

@@ -24,8 +24,8 @@ class Task(ABC):
     height: int
     width: int
     seconds: float  # of CPU time, each run's
-    rates: tuple[float, ...]  # learning rates that are tried for every method alike
     options: dict[str, Any]  # of TAFSGRPOConfig: sizes that are the same for every method
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates that are tried for every method alike
     judged: tuple[str, ...] = ("annealed 4", "ode 4", "ode 10")  # samplers
     points: int = 4  # of the curve of rewards
     prompts: list[str]  # judged
@@ -63,7 +63,7 @@ class Digits(Task):
     """D = 64: a classifier's reward, a held-out classifier, an OCR model, Frechet distance, diversity."""
 
     name, height, width = "digits", 8, 8
-    seconds, rates = 16.0, (3e-4, 1e-3, 3e-3)
+    seconds = 16.0
 
     def __init__(self) -> None:
         """300 images, 30 of each digit."""
@@ -103,8 +103,8 @@ class Words(Task):
     """D = 1,536: an OCR engine's reward on random words, judged on held-out ones by it, an older one, and pixels."""
 
     name = "words"
-    seconds, rates = 20.0, (1e-3, 3e-3)
-    judged, points = ("annealed 4", "ode 4"), 2
+    seconds = 60.0
+    judged = ("annealed 4", "ode 4")
 
     def __init__(self) -> None:
         """One image of each of 92 held-out words."""
