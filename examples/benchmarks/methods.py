@@ -149,7 +149,8 @@ def _keep(path: Path, function: Callable[..., dict], arguments: tuple) -> Path:
     result = function(*arguments)
     path.with_suffix(".part").write_text(json.dumps(result))
     path.with_suffix(".part").rename(path)
-    print(f"{function.__name__} {arguments[:3]}: {result['at_time'].get('best')}", flush=True)
+    told = result["at_time"]["best"] if "at_time" in result else result["seconds"]
+    print(f"{function.__name__} {arguments[:3]}: {told}", flush=True)
     return path
 
 
