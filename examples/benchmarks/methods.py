@@ -16,7 +16,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -70,14 +69,14 @@ class Bench:
         """Results are in `folder`, a file a run; budgets of time are multiplied by `scale`."""
         self.folder, self.scale = folder, scale
         # a fresh process now and then: what torch and the reward engines keep isn't given back
-        self.pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=8)
+        self.pool = get_context("spawn").Pool(jobs, maxtasksperchild=8)
         folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.terminate()
 
     def map(self, function: Callable[..., dict], arguments: list[tuple]) -> list[dict]:
         """`function` of each, from the folder or computed."""
@@ -85,8 +84,8 @@ class Bench:
         for item in arguments:
             key = hashlib.sha256(json.dumps([function.__name__, *item], sort_keys=True).encode()).hexdigest()[:16]
             path = self.folder / f"{key}.json"
-            futures.append(path if path.exists() else self.pool.submit(_keep, path, function, item))
-        return [json.loads((item if isinstance(item, Path) else item.result()).read_text()) for item in futures]
+            futures.append(path if path.exists() else self.pool.apply_async(_keep, (path, function, item)))
+        return [json.loads((item if isinstance(item, Path) else item.get()).read_text()) for item in futures]
 
     def seconds(self, task: str) -> float:
         """A run's budget."""
