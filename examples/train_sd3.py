@@ -5,7 +5,7 @@ One GPU of 24 GB:
     accelerate launch examples/train_sd3.py \
         --pretrained_model stabilityai/stable-diffusion-3.5-medium \
         --prompts prompts.txt --reward clip_score=1.0 \
-        --sample_batch_size 4 --sample_num_batches_per_epoch 12 --train_batch_size 4 \
+        --sample_batch_size 4 --sample_num_batches_per_epoch 24 --train_batch_size 4 \
         --train_gradient_checkpointing True --offload_text_encoders True \
         --logdir runs --run_name sd35m-clip
 
@@ -20,8 +20,7 @@ The embedded pipeline, on a CPU, in a minute:
 """
 
 from trl_tafs import TAFSGRPOTrainer
-from trl_tafs.cli import load_pipeline, load_prompts, parse_arguments
-from trl_tafs.rewards import parse_rewards
+from trl_tafs.cli import load_pipeline, load_prompts, load_rewards, parse_arguments
 
 if __name__ == "__main__":
     script_args, training_args = parse_arguments()
@@ -30,8 +29,7 @@ if __name__ == "__main__":
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
     prompts = load_prompts(script_args.prompts)
     eval_prompts = load_prompts(script_args.eval_prompts) if script_args.eval_prompts else None
-    rewards = parse_rewards(script_args.reward)
-    eval_rewards = parse_rewards(script_args.eval_reward) if script_args.eval_reward else None
+    rewards, eval_rewards = load_rewards(script_args)
 
     trainer = TAFSGRPOTrainer(
         training_args,

@@ -60,6 +60,24 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys, arguments, message)
     assert code == 1 and message in error and error.count("\n") == 1
 
 
+def test_options_reach_the_rewards_of_both_lists(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "class Scaled:\n    def __init__(self, scale=1.0):\n        self.scale = scale\n"
+        "    def __call__(self, images, prompts, metadata):\n        return self.scale * images.mean((1, 2, 3))\n"
+        "class Other(Scaled):\n    pass\n"
+    )
+    options = {"Scaled": {"scale": 3.0}, "Other": {"scale": 4.0}}
+    arguments = cli.ScriptArguments(
+        reward=[f"{file}:Scaled=0.5"], eval_reward=[f"{file}:Other", f"{file}:Scaled"], reward_options=json.dumps(options)
+    )
+    training, held_out = cli.load_rewards(arguments)
+    assert {name: (reward.scale, weight) for name, (reward, weight) in training.items()} == {"Scaled": (3.0, 0.5)}
+    assert {name: reward.scale for name, (reward, _) in held_out.items()} == {"Other": 4.0, "Scaled": 3.0}
+    with pytest.raises(ValueError, match="reward_options are for Scaled, Other; the rewards are Scaled"):
+        cli.load_rewards(cli.ScriptArguments(reward=[f"{file}:Scaled"], reward_options=options))
+
+
 def test_train_then_sample(pipeline_folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     (tmp_path / "config.yaml").write_text(

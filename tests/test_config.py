@@ -115,6 +115,7 @@ def test_yaml_is_read_and_the_command_line_wins(tmp_path):
         "project_kwargs: {project_dir: out, total_limit: 2}\n"
         'tracker_kwargs: \'{"trackio": {"space_id": "x"}}\'\n'
         "step_credit: reward_to_go\n"
+        "objective: clipped\n"
     )
     config = parse("--config", str(path), "--num_generations", "24")
     assert (config.sample_num_steps, config.num_generations, config.height) == (8, 24, 64)
@@ -204,6 +205,8 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"beta": -0.1}, "beta is -0.1"),
         ({"num_advantage_steps": 4}, "num_advantage_steps is 4; with sample_num_steps=4 it can be 1 to 3"),
         ({"num_advantage_steps": 0}, "num_advantage_steps is 0"),
+        ({"step_credit": "sum"}, "step_credit='sum' .* scores the final image alone; use forward_images='every'"),
+        ({"objective": "awm", "num_advantage_steps": 2}, "num_advantage_steps=2: objective='awm'"),
         ({"sample_guidance_scale": 4.5}, "sample_guidance_scale=4.5 with train_cfg=False: .* same guidance"),
         ({"train_cfg": True}, "sample_guidance_scale=1.0 with train_cfg=True"),
         ({"num_perturbations": 3, "antithetic_perturbations": True}, "even num_perturbations, not 3; use 4"),
@@ -288,7 +291,8 @@ def test_what_cannot_work_is_an_error_that_says_the_numbers(changes, told):
         },
         {"objective": "clipped", "sample_kernel": "clean", "clean_baseline": "group", "per_prompt_stat_tracking": True},
         {"early_stopping_patience": 3, "eval_freq": 2, "metric_for_best_model": "eval/annealed_4/a"},
-        {"num_advantage_steps": 3},
+        {"objective": "clipped", "num_advantage_steps": 3},
+        {"forward_images": "every", "num_advantage_steps": 2, "step_credit": "sum"},
         {"sample_num_steps": 2, "num_advantage_steps": 1},
         {"sample_eta": 0.3},
         {"num_epochs": 0, "save_freq": 0},

@@ -39,6 +39,12 @@ def test_train_sd3_by_accelerate_launch_on_the_embedded_pipeline(tmp_path):
     assert (tmp_path / "digits" / "adapter" / "pytorch_lora_weights.safetensors").exists()
 
 
+def test_train_sd3_takes_the_options_of_rewards():
+    command = [sys.executable, "examples/train_sd3.py", "--config", "examples/configs/digits.yaml"]
+    done = subprocess.run([*command, "--reward_options", '{"absent": {}}'], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.returncode and "reward_options are for absent" in done.stderr
+
+
 def test_quickstart_writes_what_it_promises(tmp_path):
     out = launch(DIGITS / "quickstart.py", "--epochs", 2, "--images_per_digit", 6, "--output_dir", tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -9,7 +9,8 @@ from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig
 
-from trl_tafs import card, hub
+from trl_tafs import card, cli, evaluate, hub
+from trl_tafs.comparison import fingerprint
 from trl_tafs.evaluation import sample_images
 
 FULL = {"full_finetuning": True, "train_learning_rate": 1e-3, "beta": 0.1}
@@ -53,6 +54,25 @@ def test_all_of_it_moves_its_base_is_kept_and_diffusers_draws_the_same(trained, 
     assert type(scope["pipe"]) is StableDiffusion3Pipeline and scope["image"].size == (8, 8)
     assert "fine-tuned denoiser" in (folder / "README.md").read_text()
     assert facts.pictures, "before and after"
+
+
+def test_the_command_and_the_evaluation_take_it_as_an_adapter(trained, pipeline_folder, tmp_path):
+    folder = Path(trained.config.project_dir) / "adapter"
+    model = ["--pretrained_model", str(pipeline_folder), "--dtype", "float32"]
+    for name, source in (("base", "none"), ("ours", str(folder))):
+        assert cli.main(["sample", source, *model, "--prompt", "two", "--output", str(tmp_path / f"{name}.png")]) == 0
+    base, ours = ((tmp_path / f"{name}.png").read_bytes() for name in ("base", "ours"))
+    assert base != ours
+
+    pipeline = tiny.load(pipeline_folder)
+    before = {name: p.clone() for name, p in pipeline.transformer.named_parameters()}
+    judge = {"brightness": lambda images, prompts, metadata: images.mean((1, 2, 3))}
+    models = {"base": pipeline, "ours": (pipeline, str(folder)), "again": pipeline}
+    found = evaluate(models, ["two", "six"], judge, tmp_path / "out")
+    means = [row.metrics["brightness"].mean for row in found.rows]
+    assert means[0] == means[2] != means[1], "and the base is there again afterwards"
+    assert all(torch.equal(p, before[name]) for name, p in pipeline.transformer.named_parameters())
+    assert fingerprint(str(folder)) != fingerprint(str(pipeline_folder)), "known by its weights"
 
 
 def test_a_resumed_run_is_the_whole_run(trained, pipeline_folder, tmp_path):

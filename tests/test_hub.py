@@ -386,6 +386,19 @@ def test_card_of_a_base_that_is_not_on_the_hub():
     assert not re.search(r"## Results|<details>|reward_curve|None|\n\n\n", bare.text)
 
 
+def test_the_card_says_how_it_was_trained_and_is_to_be_sampled():
+    def text(**settings):
+        return card.create_model_card(facts(**settings)).text
+
+    ours = text()
+    assert "scheduler anneals" in ours and "the final images are scored" in ours and "re-noising follows" in ours
+    steps = text(objective="clipped", scores_every_step=True)
+    assert "every step's clean images are scored" in steps and "clipped policy gradient" in steps
+    ode = text(sample_kernel="ode", anneals=False)
+    assert "solves the ODE" in ode and "are drawn by the ODE" in ode and "noise" not in ode.split("## Noise levels")[0]
+    assert "stochastic sampler (`flow_sde`)" in text(sample_kernel="flow_sde", anneals=False)
+
+
 def test_card_facts_are_checked():
     with pytest.raises(ValueError, match="4 steps need as many levels.*levels has 4, levels_unshifted 5"):
         facts(levels_unshifted=[*LEVELS, 0.0])

@@ -67,6 +67,10 @@ class CardFacts:
     call: Mapping[str, Any] | None = None  # steps, levels and guidance as the stock pipeline's call takes them
     whole_denoiser: str | None = None  # the class of the denoiser, where all of it was trained instead of a LoRA
     scheduler_class: str = "FlowMatchEulerDiscreteScheduler"  # of the repository's scheduler
+    sample_kernel: str = "annealed"  # what drew the rollouts
+    anneals: bool = True  # whether the repository's scheduler does; the ODE's otherwise
+    objective: str = "forward"
+    scores_every_step: bool = False  # or the final image alone
     max_sequence_length: int | None = None  # tokens of a prompt, where it isn't the pipeline's default
     torch_dtype: str = "float32"  # the base model's
     base_model: str | None = None  # "org/name", None if it isn't on the Hub
@@ -173,7 +177,7 @@ from diffusers import {", ".join(sorted(classes))}
 pipe.scheduler = {facts.scheduler_class}.from_pretrained({_quoted(adapter)}, subfolder="scheduler")
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
-torch.manual_seed(0)  # the first noise and the re-noising
+torch.manual_seed(0){"  # the first noise and the re-noising" if facts.anneals else ""}
 image = pipe(
     prompt={_quoted(prompt)},
 {call}
@@ -214,10 +218,27 @@ def create_model_card(facts: CardFacts) -> ModelCard:
         title=(facts.repo_id or f"{name}-tafs-lora").split("/")[-1],
         base=base,
         usage=usage_code(facts),
+        method=_method(facts),
         versions=", ".join(f"{name} {version}" for name, version in facts.versions.items()),
         licence=_licence(facts, base),
         **_tables(facts),
     )
+
+
+def _method(facts: CardFacts) -> str:
+    """How it was trained, in a sentence."""
+    drawn = {
+        "annealed": "are noised again between steps",
+        "clean": "are noised again between steps, around clean images that are explored",
+        "ode": "are drawn by the ODE",
+    }.get(facts.sample_kernel, f"are drawn by a stochastic sampler (`{facts.sample_kernel}`)")
+    scored = "the final images are scored and compared with those of the same prompt"
+    if facts.scores_every_step:
+        scored = "every step's clean images are scored and compared with those of the same prompt and step"
+    moved = "each step is made more or less likely by how its images compare (a clipped policy gradient)"
+    if facts.objective != "clipped":
+        moved = "the model is moved towards those that compare well (a forward-process objective)"
+    return f"the model's own {facts.num_steps}-step samples {drawn}, {scored}, and {moved}"
 
 
 def _tables(facts: CardFacts) -> dict[str, str]:

@@ -38,21 +38,23 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "Training prompts: a .txt file (one a line), a .jsonl, .json or .csv file with a `prompt` column "
-            "(the others are handed to the rewards as metadata), or a dataset on the Hub."
+            "(the others are handed to the rewards as metadata), a named set, geneval-style:N or geneval-style:N:SEED, "
+            "or a dataset on the Hub (docs/evaluation.md)."
         },
     )
     eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts, as `prompts`."})
     reward: list[str] = field(
         default_factory=lambda: ["clip_score=1.0"],
         metadata={
-            "help": "Rewards with weights: NAME=WEIGHT ..., a name of trl_tafs.rewards.REWARDS or module:function."
+            "help": "Rewards with weights: NAME=WEIGHT ..., a name of trl_tafs.rewards.REWARDS, module:name, "
+            "file.py:name, or an address, http://HOST:PORT."
         },
     )
     reward_options: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": 'Options of named rewards as JSON, such as \'{"hps_v2": {"version": "v2.0"}}\'; for `reward` '
-            "and `eval_reward`."
+            "help": 'Options of rewards as JSON, such as \'{"hps_v2": {"version": "v2.0"}}\'; for `reward` and '
+            "`eval_reward`. A served reward goes by HOST:PORT, one of your own by its name."
         },
     )
     eval_reward: list[str] | None = field(
@@ -113,13 +115,14 @@ def quantization_config(name: str | None, components: Sequence[str]) -> Any:
     )
 
 
-def load_pipeline(arguments: ScriptArguments, mixed_precision: str) -> Any:
-    """The base model as a TAFS pipeline, its weights in the dtype that it is trained in."""
+def load_pipeline(arguments: ScriptArguments | argparse.Namespace, precision: str) -> Any:
+    """The base model as a TAFS pipeline, its weights in the dtype of `mixed_precision`, or of that name."""
     import torch
 
     from trl_tafs import AutoTAFSPipeline
 
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    name = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(precision, precision)
+    dtype = getattr(torch, name)
     dtypes = {"default": dtype, "vae": torch.float32} if dtype == torch.float16 else dtype  # VAEs overflow in float16
     pipeline = AutoTAFSPipeline.from_pretrained(
         arguments.pretrained_model,
@@ -134,42 +137,47 @@ def load_pipeline(arguments: ScriptArguments, mixed_precision: str) -> Any:
 def train(argv: Sequence[str]) -> Callable[[], None]:
     """Train an adapter; all fields of the script's arguments and of `TAFSGRPOConfig` are options, or keys in YAML."""
     from trl_tafs import TAFSGRPOTrainer
-    from trl_tafs.config import decode_dict
-    from trl_tafs.rewards.scoring import reward_label
 
     arguments, config = parse_arguments(argv, prog="trl-tafs train")
     if arguments.prompts is None:
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
     prompts = load_prompts(arguments.prompts)
-    options = decode_dict("reward_options", arguments.reward_options)
-    names = {reward_label(item) for item in [*arguments.reward, *(arguments.eval_reward or [])]}
-    if not options.keys() <= names:
-        raise ValueError(f"reward_options are for {', '.join(options)}; the rewards are {', '.join(sorted(names))}")
-    judges = parse_known(arguments.eval_reward, options) if arguments.eval_reward else None
+    rewards, eval_rewards = load_rewards(arguments)
     trainer = TAFSGRPOTrainer(
         config,
-        parse_known(arguments.reward, options),
+        rewards,
         prompts,
         load_pipeline(arguments, config.mixed_precision),
         eval_prompts=load_prompts(arguments.eval_prompts) if arguments.eval_prompts else None,
-        eval_reward_function=judges,
+        eval_reward_function=eval_rewards,
     )
     return trainer.train
 
 
-def parse_known(items: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-    """The rewards of a list, with those of the options that are theirs."""
+def load_rewards(arguments: ScriptArguments) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The rewards of `--reward` and those of `--eval_reward`, None without, made with the options that are theirs."""
+    from trl_tafs.config import decode_dict
     from trl_tafs.rewards.scoring import parse_rewards, reward_label
 
-    labels = {reward_label(item) for item in items}
-    return parse_rewards(items, {label: value for label, value in options.items() if label in labels})
+    options = decode_dict("reward_options", arguments.reward_options)
+    lists = [arguments.reward, arguments.eval_reward or []]
+    labels = [{reward_label(item) for item in items} for items in lists]
+    if not options.keys() <= labels[0] | labels[1]:
+        names = ", ".join(sorted(labels[0] | labels[1]))
+        raise ValueError(f"reward_options are for {', '.join(options)}; the rewards are {names}")
+    training, held_out = (
+        parse_rewards(items, {label: value for label, value in options.items() if label in own}) if items else None
+        for items, own in zip(lists, labels, strict=True)
+    )
+    return training, held_out
 
 
 def sample(argv: Sequence[str]) -> Callable[[], None]:
     """Draw images with an adapter, by the sampler that it was trained for."""
     parser = argparse.ArgumentParser(prog="trl-tafs sample", description=sample.__doc__)
     parser.add_argument("adapter", help="folder or repository of the adapter; `none` for the base model")
-    parser.add_argument("--pretrained_model", required=True, help="its base model")
+    add_model_options(parser, "its base model")
+    parser.add_argument("--model_cpu_offload", action="store_true", help="each model is on the GPU only while it works")
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts, an image each")
     parser.add_argument("--output", default="image.png", help="PNG; several images side by side (default: image.png)")
     parser.add_argument("--num_steps", type=int, default=4, help="steps (default: 4)")
@@ -179,29 +187,48 @@ def sample(argv: Sequence[str]) -> Callable[[], None]:
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     options = parser.parse_args(list(argv))
+    quantization_config(options.quantization, options.quantized_components)
     return partial(_sample, options)
+
+
+def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """How a base model is loaded, as for training."""
+    parser.add_argument("--pretrained_model", required=True, help=what)
+    parser.add_argument("--pretrained_revision", help="branch, tag or commit of the base model")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
+    parser.add_argument("--quantization", help="parts of the base in 4 bit (nf4) or 8 bit (int8), as it was trained")
+    parser.add_argument("--quantized_components", nargs="+", default=["transformer"])
 
 
 def _sample(options: argparse.Namespace) -> None:
     import torch
 
-    from trl_tafs import AutoTAFSPipeline
+    from trl_tafs.hub import applied
     from trl_tafs.metrics import save_png, tensor_to_image
 
-    dtype = getattr(torch, options.dtype)
-    pipeline = AutoTAFSPipeline.from_pretrained(options.pretrained_model, torch_dtype=dtype)
-    if options.adapter != "none":
-        pipeline.load_lora_weights(options.adapter)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = load_pipeline(options, options.dtype)
+    with applied(pipeline, None if options.adapter == "none" else options.adapter):
+        if options.model_cpu_offload:
+            pipeline.enable_model_cpu_offload()
+        else:
+            pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        images = _draw(pipeline, options)
+    save_png(tensor_to_image(torch.cat(list(images.cpu()), dim=-1)), options.output)
+    print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {options.output}")
+
+
+def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
+    """(B, 3, H, W), an image a prompt."""
+    import torch
+
     default = pipeline.default_size()
     call = pipeline.call_arguments(
         options.num_steps, options.guidance_scale, embedded_guidance_scale=options.embedded_guidance_scale
     )
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * len(options.prompt)
-    images = pipeline(
+    return pipeline(
         prompt=options.prompt,
         height=options.height or default[0],
         width=options.width or default[1],
@@ -211,8 +238,6 @@ def _sample(options: argparse.Namespace) -> None:
         output_type="pt",
         **call,
     ).images
-    save_png(tensor_to_image(torch.cat(list(images.cpu()), dim=-1)), options.output)
-    print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {options.output}")
 
 
 EVALUATION_OPTIONS = {"geneval": {"graded": False}, "clip_score": {"scale": 100.0}}  # as the papers' tables have them
@@ -233,14 +258,17 @@ def evaluation_parser() -> argparse.ArgumentParser:
     """The options of `trl-tafs evaluate`."""
     parser = argparse.ArgumentParser(prog="trl-tafs evaluate", description=evaluate.__doc__)
     parser.add_argument("adapters", nargs="+", help="folders or repositories of adapters; `none` for the base model")
-    parser.add_argument("--pretrained_model", required=True, help="their base model")
+    add_model_options(parser, "their base model")
+    parser.add_argument("--offload_text_encoders", action="store_true", help="on the GPU only while they encode")
     parser.add_argument("--prompts", required=True, help="as for training, or a name of trl_tafs.prompt_sets")
     parser.add_argument("--reward", nargs="+", required=True, help="NAME ..., as for training")
     parser.add_argument("--reward_options", default="{}", help="of named rewards, as JSON")
     parser.add_argument("--output_dir", default="evaluation", help="what is there already is not done again")
     parser.add_argument("--num_steps", type=int, nargs="+", default=[4])
     parser.add_argument("--sampler", nargs="+", default=["annealed"], help="annealed, ode")
-    parser.add_argument("--size", nargs="+", help="HEIGHTxWIDTH ...; by default the model's own")
+    parser.add_argument(
+        "--size", nargs="+", help="HEIGHTxWIDTH ...; by default 512x512, or the model's own where smaller"
+    )
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--max_sequence_length", type=int)
     parser.add_argument("--max_prompts", type=int, help="only the first so many")
@@ -248,7 +276,6 @@ def evaluation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step_rewards", action="store_true", help="score every step's clean estimate (Table 7)")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--push", action="store_true", help="add the results to the cards of the adapters on the Hub")
     return parser
 
@@ -278,6 +305,7 @@ def _evaluation_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "seed": options.seed,
         "step_rewards": options.step_rewards,
+        "offload_text_encoders": options.offload_text_encoders,
     }
 
 
@@ -289,16 +317,12 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _evaluate(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
-    import torch
     from accelerate import PartialState
 
-    from trl_tafs import AutoTAFSPipeline
     from trl_tafs import evaluate as compare
     from trl_tafs.tables import markdown, push
 
-    dtype = getattr(torch, options.dtype)
-    pipeline = AutoTAFSPipeline.from_pretrained(options.pretrained_model, torch_dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(options, options.dtype)
     models = {
         "base" if name == "none" else name: (pipeline, None if name == "none" else name) for name in options.adapters
     }

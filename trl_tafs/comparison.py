@@ -6,14 +6,17 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from trl_tafs import hub
 from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.evaluation import SAMPLERS, Setting, sample_step_images
 from trl_tafs.metrics import save_png, tensor_to_image
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.policy import is_bitsandbytes
 from trl_tafs.prompts import row_to_prompt
 from trl_tafs.rewards.scoring import RewardError, RewardSet
 from trl_tafs.scores import Sampling, Task, read_scores
@@ -38,6 +41,7 @@ def evaluate(
     step_rewards: bool = False,
     grid_prompts: int = 8,
     max_sequence_length: int | None = None,
+    offload_text_encoders: bool = False,
     resamples: int = 2000,
 ) -> Results:
     """Draw, score and compare; what is in `output_dir` already is not done again.
@@ -46,14 +50,14 @@ def evaluate(
     launch` the images are shared among the processes, which must see one `output_dir`; the main one writes the tables.
 
     Args:
-        models: name to TAFS pipeline, or to (pipeline, adapter), the adapter a folder or a repository on the Hub. The
-            first is what the others are compared with.
+        models: name to TAFS pipeline, or to (pipeline, adapter), the adapter (a LoRA, or a denoiser trained whole) a
+            folder or a repository on the Hub. The first is what the others are compared with.
         prompts: strings, (prompt, metadata) pairs, rows with a `prompt`, or a dataset with that column.
         rewards: as the trainer's; weights don't matter.
         output_dir: for scores, tables, grids and plots.
         num_steps: step counts.
         samplers: "annealed", "ode".
-        sizes: (height, width) pairs; by default the pipeline's own.
+        sizes: (height, width) pairs; by default 512 pixels, or the model's own size where that is smaller.
         guidance_scale: above 1 with classifier-free guidance, at twice the evaluations.
         negative_prompt: with guidance.
         images_per_prompt: diversity needs two.
@@ -62,6 +66,7 @@ def evaluate(
         step_rewards: score the clean estimate of every step, for the correlation with the result (Table 7).
         grid_prompts: prompts shown in the grids, and whose images are saved.
         max_sequence_length: tokens of a prompt.
+        offload_text_encoders: they are on the GPU only while they encode.
         resamples: of the bootstrap.
 
     Returns:
@@ -86,8 +91,8 @@ def evaluate(
         _claim(folder / "scores" / _safe(name), {"adapter": fingerprint(adapter)}, state)
     samplings: dict[str, Sampling] = {}
     for name, (pipeline, adapter) in named.items():
-        with adapted(pipeline, adapter):
-            pipeline.to(state.device)
+        with hub.applied(pipeline, adapter):
+            _place(pipeline, state.device, offload_text_encoders)
             for sampling in _samplings(pipeline, samplers, num_steps, sizes, guidance_scale):
                 samplings[sampling.label] = sampling
                 encode = PromptEncoder(
@@ -96,6 +101,7 @@ def evaluate(
                     guidance_scale=guidance_scale,
                     negative_prompt=negative_prompt,
                     max_sequence_length=max_sequence_length,
+                    offload=offload_text_encoders,
                 )
                 _score_all(task, pipeline, encode, sampling, folder / "scores" / _safe(name) / sampling.label, state)
     state.wait_for_everyone()
@@ -126,6 +132,13 @@ def _safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip(".") or "model"
 
 
+def _place(pipeline: Any, device: torch.device, offload_text_encoders: bool) -> None:
+    """The models on the device, text encoders off it where they wait there; bitsandbytes' stay where they are."""
+    for name, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module) and not is_bitsandbytes(module):
+            module.to("cpu" if offload_text_encoders and name.startswith("text_encoder") else device)
+
+
 def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, guidance: float) -> Iterator[Sampling]:
     for height, width in sizes or [pipeline.default_size()]:
         pipeline.check_size(height, width)
@@ -139,8 +152,9 @@ def fingerprint(adapter: str | None) -> str | None:
     if adapter is None or not Path(adapter).is_dir():
         return adapter
     digest = hashlib.sha256()
-    for path in sorted(Path(adapter).glob("*.safetensors")):
-        digest.update(path.read_bytes())
+    for path in sorted([*Path(adapter).glob("*.safetensors"), *Path(adapter).glob("*/*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
@@ -156,19 +170,6 @@ def _claim(folder: Path, identity: dict[str, Any], state: Any) -> None:
     if other:
         asked = {key: identity[key] for key in other}
         raise ValueError(f"{folder} holds an evaluation with {other}, asked for is {asked}; choose another output_dir")
-
-
-@contextmanager
-def adapted(pipeline: Any, adapter: str | None) -> Iterator[None]:
-    """The pipeline with an adapter of a folder or of the Hub, and without it afterwards."""
-    if adapter is None:
-        yield
-        return
-    pipeline.load_lora_weights(adapter)
-    try:
-        yield
-    finally:
-        pipeline.unload_lora_weights()
 
 
 def _score_all(task: Task, pipeline: Any, encode: Any, sampling: Sampling, folder: Path, state: Any) -> None:

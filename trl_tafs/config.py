@@ -133,7 +133,7 @@ class TAFSGRPOConfig:
     max_sequence_length: int | None = option(None, "Tokens of a prompt. None: the family's default.")
     negative_prompts: str | None = option("", "Negative prompt, where guidance is on.")
     offload_text_encoders: bool = option(
-        False, "Keep text encoders on the CPU except while they encode: 11 GB less for SD3.5's T5-XXL in bf16."
+        False, "Keep text encoders on the CPU except while they encode: 11 GB less for SD3.5's three in bf16."
     )
     model_cpu_offload: bool = option(
         False,
@@ -167,14 +167,17 @@ class TAFSGRPOConfig:
     # Credit ---------------------------------------------------------------------------------------------------
     step_credit: str = option(
         "step",
-        "Which rewards an action answers for: step (Eq. 10), sum (Alg. 1, line 18), reward_to_go, gain, trace "
-        "(SuperFlow: increments, weighted in continuous time), or terminal (w/o Step Adv.).",
+        "Which rewards an action answers for, where every step is scored (objective=clipped or forward_images=every): "
+        "step (Eq. 10), sum (Alg. 1, line 18), reward_to_go, gain, trace (SuperFlow: increments, weighted in "
+        "continuous time), or terminal (w/o Step Adv.).",
     )
     credit_trace: float = option(
         0.0, "trace: how fast later increments fade, per unit of level; 0: all count, a large one: gain."
     )
     credit_discount: float = option(0.0, "trace: how fast later value fades, per unit of level.")
-    num_advantage_steps: int | None = option(None, "Only the last so many steps' rewards are used (Table 5).")
+    num_advantage_steps: int | None = option(
+        None, "Only the last so many steps' rewards are used (Table 5), where every step is scored."
+    )
     train_adv_clip_max: float = option(5.0, "Advantages are clipped to +- this.")
     per_prompt_stat_tracking: bool = option(False, "DDPO's running statistics of a prompt instead of the group's.")
     per_prompt_stat_tracking_buffer_size: int = option(16, "Rewards kept a prompt.")
@@ -306,6 +309,11 @@ class TAFSGRPOConfig:
     def project_dir(self) -> str:
         """Where the run writes everything."""
         return self.project_kwargs.get("project_dir") or os.path.join(self.logdir, self.run_name)
+
+    @property
+    def anneals(self) -> bool:
+        """Whether what is trained is to be sampled by annealing; by the ODE otherwise, as SDE methods' authors do."""
+        return self.sample_kernel in ("annealed", "clean")
 
     @property
     def num_trained_steps(self) -> int:
@@ -471,6 +479,13 @@ class TAFSGRPOConfig:
             raise ValueError(
                 f"objective={self.objective!r} learns from images, not from actions; sample_kernel="
                 f"{self.sample_kernel!r} with num_perturbations={self.num_perturbations} needs objective='clipped'"
+            )
+        says_more = self.step_credit not in ("step", "terminal") or self.num_advantage_steps not in (None, 1)
+        if self.credits_final_image and says_more:
+            raise ValueError(
+                f"step_credit={self.step_credit!r} with num_advantage_steps={self.num_advantage_steps}: objective="
+                f"{self.objective!r} with forward_images='final' scores the final image alone; use "
+                "forward_images='every' or objective='clipped', or leave both out"
             )
         own_baseline = self.num_perturbations > 1 or (self.sample_kernel == "clean" and self.clean_baseline == "state")
         if own_baseline and self.per_prompt_stat_tracking:

@@ -1,7 +1,7 @@
 """Adapters on disk and on the Hub, in the format that plain diffusers loads.
 
 What is published is a folder: `pytorch_lora_weights.safetensors` with the LoRA's configuration in its header,
-`scheduler/scheduler_config.json` (the annealed sampler), and what `trl_tafs.card` writes beside them. A file
+`scheduler/scheduler_config.json` (the sampler), and what `trl_tafs.card` writes beside them. A file
 is written beside its place and renamed into it: an interrupted save leaves the old one or the new, whole.
 """
 
@@ -95,6 +95,7 @@ def save_adapter(
     state_dict: dict[str, torch.Tensor] | None = None,
     adapter_name: str = "default",
     scheduler_config: dict[str, Any] | None = None,
+    annealed: bool = True,
     fold_alpha: bool = False,
 ) -> Path:
     """Write the LoRA of the pipeline's denoiser, in float32, and the scheduler that samples it.
@@ -105,7 +106,8 @@ def save_adapter(
         lora_config: the configuration that the adapter was attached with.
         state_dict: weights to write instead of the attached ones (an EMA of them), as PEFT names them.
         adapter_name: which of the attached adapters.
-        scheduler_config: instead of the pipeline's; `stochastic_sampling=True` is added in either case.
+        scheduler_config: instead of the pipeline's; `stochastic_sampling` is set to `annealed` in either case.
+        annealed: whether the adapter is to be sampled by annealing, or by the ODE.
         fold_alpha: multiply the strength into the weights, for tools that ignore the metadata; see `folded_alpha`.
 
     Raises:
@@ -119,7 +121,7 @@ def save_adapter(
     folder = Path(folder)
     (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
-        _annealed_scheduler(pipeline, scheduler_config).save_pretrained(Path(beside, "scheduler"))
+        _scheduler(pipeline, scheduler_config, annealed).save_pretrained(Path(beside, "scheduler"))
         type(pipeline).save_lora_weights(
             beside,
             weight_name=WEIGHT_NAME,
@@ -147,12 +149,12 @@ def _adapter_layers(denoiser, adapter_name, state_dict):
     return {name: layers[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(layers)}
 
 
-def save_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> Path:
+def save_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike, *, annealed: bool = True) -> Path:
     """Write the whole denoiser in diffusers' format, in a folder of its name, and the scheduler that samples it."""
     name, folder = getattr(pipeline, "denoiser_name", "transformer"), Path(folder)
     (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
-        _annealed_scheduler(pipeline, None).save_pretrained(Path(beside, "scheduler"))
+        _scheduler(pipeline, None, annealed).save_pretrained(Path(beside, "scheduler"))
         getattr(pipeline, name).save_pretrained(Path(beside, name))
         os.replace(Path(beside, SCHEDULER_FILE), folder / SCHEDULER_FILE)
         if (folder / name).exists():
@@ -167,6 +169,50 @@ def load_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> Non
     denoiser = getattr(pipeline, name)
     saved = type(denoiser).from_pretrained(Path(folder, name), torch_dtype=torch.float32)
     denoiser.load_state_dict(saved.state_dict())
+
+
+def whole_denoiser(source: str | os.PathLike, denoiser: str = "transformer") -> Path | None:
+    """Where `save_denoiser` wrote, fetched if `source` is a repository; None where that holds a LoRA."""
+    if Path(source).exists():
+        return Path(source) if Path(source, denoiser, "config.json").is_file() else None
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        hf_hub_download(str(source), f"{denoiser}/config.json")
+    except (OSError, HFValidationError):  # every answer of the Hub but the file is an OSError
+        return None
+    return Path(snapshot_download(str(source), allow_patterns=[f"{denoiser}/*"]))
+
+
+@contextmanager
+def applied(pipeline: DiffusionPipeline, source: str | os.PathLike | None) -> Iterator[None]:
+    """The pipeline with a LoRA, or with a denoiser that was trained whole, and without it afterwards.
+
+    Args:
+        pipeline: whose denoiser has no adapter yet.
+        source: a folder or a repository on the Hub; None for the base as it is.
+    """
+    if source is None:
+        yield
+        return
+    folder = whole_denoiser(source, getattr(pipeline, "denoiser_name", "transformer"))
+    if folder is None:
+        pipeline.load_lora_weights(source)
+        try:
+            yield
+        finally:
+            pipeline.unload_lora_weights()
+        return
+    denoiser = getattr(pipeline, getattr(pipeline, "denoiser_name", "transformer"))
+    if getattr(denoiser, "hf_quantizer", None) is not None:
+        raise ValueError(f"{source} holds a whole {type(denoiser).__name__}; load its base without quantization")
+    base = {name: weight.to("cpu", copy=True) for name, weight in denoiser.state_dict().items()}
+    load_denoiser(pipeline, folder)
+    try:
+        yield
+    finally:
+        denoiser.load_state_dict(base)
 
 
 def folded_alpha(layers: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -188,14 +234,14 @@ def folded_alpha(layers: dict[str, torch.Tensor], config: LoraConfig) -> tuple[d
     return folded, type(config)(**(lora_metadata(config) | settings))
 
 
-def _annealed_scheduler(pipeline, scheduler_config):
+def _scheduler(pipeline, scheduler_config, annealed):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     if scheduler_config is None and hasattr(pipeline, "annealed_scheduler"):
-        return pipeline.annealed_scheduler()
+        return pipeline.annealed_scheduler() if annealed else pipeline.euler_scheduler()
     config = pipeline.scheduler.config if scheduler_config is None else scheduler_config
     config = {name: value for name, value in config.items() if not name.startswith("_")}  # no _name_or_path
-    return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True)
+    return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=annealed)
 
 
 def read_adapter(

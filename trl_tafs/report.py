@@ -233,6 +233,7 @@ class RunReport:
                 prompts,
                 range(len(prompts)),
                 num_steps=trainer.config.sample_num_steps,
+                sampler="annealed" if trainer.config.anneals else "ode",
             )
             for i, image in enumerate(images):
                 save_png(tensor_to_image(image), folder / "images" / f"{name}_{i}.png")
@@ -261,6 +262,10 @@ class RunReport:
             ),
             whole_denoiser=type(trainer.sd_pipeline.denoiser).__name__ if config.full_finetuning else None,
             scheduler_class=type(trainer.sd_pipeline.annealed_scheduler()).__name__,
+            sample_kernel=config.sample_kernel,
+            anneals=config.anneals,
+            objective=config.objective,
+            scores_every_step=not config.credits_final_image and config.step_credit != "terminal",
             max_sequence_length=self.card_sequence_length(),
             torch_dtype=str(trainer.storage_dtype).removeprefix("torch."),
             **card.base_model_facts(trainer.sd_pipeline),

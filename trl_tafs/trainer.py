@@ -520,10 +520,10 @@ class TAFSGRPOTrainer:
     def write_weights(self, folder: str | os.PathLike, *, fold_alpha: bool = False) -> None:
         """The adapter, or the whole denoiser where that is trained, and the scheduler that samples it."""
         if self.config.full_finetuning:
-            hub.save_denoiser(self.sd_pipeline, folder)
+            hub.save_denoiser(self.sd_pipeline, folder, annealed=self.config.anneals)
             return
         options = {"lora_config": self.lora_config, "adapter_name": self.adapter_name, "fold_alpha": fold_alpha}
-        hub.save_adapter(self.sd_pipeline, folder, **options)
+        hub.save_adapter(self.sd_pipeline, folder, annealed=self.config.anneals, **options)
 
     def _save_adapter_hook(self, models: list, weights: list, output_dir: str) -> None:
         if self.accelerator.is_main_process:

@@ -230,6 +230,10 @@ class TAFSPipelineMixin(ABC):
         """The scheduler with which the stock pipeline anneals, for an adapter's users."""
         return FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler), stochastic_sampling=True)
 
+    def euler_scheduler(self) -> Any:
+        """The scheduler with which the stock pipeline solves the ODE, for users of an adapter of another sampler."""
+        return FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler), stochastic_sampling=False)
+
     def rollout_levels(self, num_steps: int, height: int, width: int) -> Tensor:
         """(N + 1,) float32: `linspace(1, 1/N, N)` shifted as this pipeline's scheduler shifts, and 0.
 

@@ -117,6 +117,10 @@ class TAFSSanaSprintPipeline(SanaMixin, SanaSprintPipeline):
         """Its own: it anneals by itself."""
         return type(self.scheduler).from_config(self.scheduler.config)
 
+    def euler_scheduler(self) -> Any:
+        """Its own, the only one that its stock pipeline samples with."""
+        return self.annealed_scheduler()
+
     def seeded_scheduler(self, generator: torch.Generator | list[torch.Generator] | None) -> Any:
         """Its own, to which the stock pipeline hands the generator."""
         return copy.copy(self.scheduler)
