@@ -69,7 +69,9 @@ def test_options_reach_the_rewards_of_both_lists(tmp_path):
     )
     options = {"Scaled": {"scale": 3.0}, "Other": {"scale": 4.0}}
     arguments = cli.ScriptArguments(
-        reward=[f"{file}:Scaled=0.5"], eval_reward=[f"{file}:Other", f"{file}:Scaled"], reward_options=json.dumps(options)
+        reward=[f"{file}:Scaled=0.5"],
+        eval_reward=[f"{file}:Other", f"{file}:Scaled"],
+        reward_options=json.dumps(options),
     )
     training, held_out = cli.load_rewards(arguments)
     assert {name: (reward.scale, weight) for name, (reward, weight) in training.items()} == {"Scaled": (3.0, 0.5)}

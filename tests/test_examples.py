@@ -41,7 +41,8 @@ def test_train_sd3_by_accelerate_launch_on_the_embedded_pipeline(tmp_path):
 
 def test_train_sd3_takes_the_options_of_rewards():
     command = [sys.executable, "examples/train_sd3.py", "--config", "examples/configs/digits.yaml"]
-    done = subprocess.run([*command, "--reward_options", '{"absent": {}}'], cwd=tiny.ROOT, capture_output=True, text=True)
+    command += ["--reward_options", '{"absent": {}}']
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
     assert done.returncode and "reward_options are for absent" in done.stderr
 
 

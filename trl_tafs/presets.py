@@ -27,8 +27,11 @@ _FLOW_GRPO = {
     "step_credit": "terminal",  # one reward a trajectory
     "scale_rewards": "batch",  # sample.global_std
     "train_level_weighting": "gaussian",  # the density as it is
+    "train_log_prob_reduction": "mean",  # sd3_sde_with_logprob; the clip range at 512 px is then train.clip_range, 1e-4
     "beta": 0.04,  # train.beta
 }
+# Its fast configurations: train.clip_range 1e-5 of a mean over 65,536 elements, 512 px, as one that holds at any size
+_FAST_CLIP = {"train_log_prob_reduction": "sqrt", "train_clip_range": 0.0026}
 _SD3_GUIDANCE = {"sample_guidance_scale": 4.5, "train_cfg": True}  # general_ocr_sd3: sample.guidance_scale, train.cfg
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -69,6 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "flow_grpo_fast": {
         **_FLOW_GRPO,
         **_SD3_GUIDANCE,
+        **_FAST_CLIP,
         "sample_eta": 0.8,  # sample.noise_level
         "sample_window_size": 2,  # sample.train_num_steps
         "sample_window_range": 5,  # sample.sde_window_range = (0, num_steps // 2), of the later configurations
@@ -102,10 +106,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "share_initial_noise": True,  # --init_same_noise
         "step_credit": "terminal",
         "train_level_weighting": "gaussian",
+        "multi_objective_aggregation": "normalize_then_sum",  # --multi_reward_mix advantage_aggr
         "beta": 0.0,  # --kl_coeff
     },
     # Wang and Yu 2025, arXiv 2509.05952; flow_grpo, config/grpo.py, geneval_sd3_fast_nocfg, without its window
-    "flow_cps": {**_FLOW_GRPO, "sample_kernel": "cps", "sample_eta": 0.8, "beta": 0.0},
+    "flow_cps": {
+        **_FLOW_GRPO,
+        **_FAST_CLIP,
+        "sample_kernel": "cps",
+        "sample_eta": 0.8,
+        "train_level_weighting": "uniform",  # sd3_sde_with_logprob: -(x - mean)^2, without 1 / (2 std^2)
+        "beta": 0.0,
+    },
     # Zheng et al. 2025, arXiv 2509.16117; DiffusionNFT, config/nft.py; its solver of second order is the Euler ODE here
     "diffusion_nft": {
         "objective": "forward",
@@ -113,12 +125,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_num_steps": 10,  # sample.num_steps
         "num_generations": 24,  # sample.num_image_per_prompt
         "scale_rewards": "batch",  # sample.global_std
-        "forward_levels": "random",  # Algorithm 1
-        "forward_num_levels": 10,  # one a sampling step
+        "forward_levels": "sampler",  # train_nft_sd3: the sampler's own timesteps, shuffled
         "nft_beta": 1.0,  # beta
         "old_policy_decay": 0.5,  # decay_type 1: min(.001 epoch, .5)
         "old_policy_ramp": 0.001,
-        "beta": 1e-4,  # train.beta
+        "beta": 2e-4,  # train.beta, 1e-4, of the squared distance, which is halved here
     },
     # Xue et al. 2025, arXiv 2509.25050; advantage_weighted_matching, config/dgx_awm.py, ocr_sd3_no_cfg_1node
     "awm": {
@@ -129,9 +140,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scale_rewards": "batch",  # sample.global_std
         "forward_levels": "random",
         "forward_num_levels": 6,  # train.train_timesteps
-        "train_adv_clip_max": 1.0,  # train.advantage_max
+        "train_adv_clip_max": 5.0,  # train.adv_clip_max; there rescaled by advantage_max / 5, here beta is times 5
+        "train_log_prob_reduction": "mean",  # of the matching losses
+        "train_clip_range": 1.0,  # train.clip_range
         "train_level_weighting": "velocity",  # Eq. 6's weight; its public configuration has a robust one
-        "beta": 0.003,  # train.beta
+        "beta": 0.03,  # train.beta, .003, times 5 and halved here; its KL to a lagging average is left out
     },
     # the paper's Table 3, "w/o TAFS": the same number of SDE steps; an SDE's few-step estimates are scored as TAFS's
     "tafs_without_annealing": {**_TAFS, "sample_kernel": "flow_sde", "train_level_weighting": "balanced"},
