@@ -565,3 +565,27 @@ def test_a_prompt_with_a_single_image_takes_its_expected_reward_as_baseline():
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # "c" was never seen: no verdict
     alone = Advantages(Credit("step"))(table(values), group_ids, prompts, 1)[:, 0, 0]
     assert alone[0] == 0, "without a tracker a single image says nothing"
+
+
+def test_a_single_image_with_a_baseline_does_not_widen_the_batchs_deviation():
+    values, group_ids = 20 + random_rewards(9, 1), ids(4, 4, 1)
+
+    def baseline(asked):
+        return torch.full((len(asked), 1), 20.0)
+
+    prompts = ["a"] * 4 + ["b"] * 4 + ["c"]
+    got = Advantages(Credit("step"), scale="batch", baseline=baseline)(table(values), group_ids, prompts, 1)[:, 0, 0]
+    without = Advantages(Credit("step"), scale="batch")(table(values[:8]), group_ids[:8], prompts[:8], 1)[:, 0, 0]
+    torch.testing.assert_close(got[:8], without, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[8], (values[8, 0] - 20) / (values[:8].std() + EPS), rtol=1e-3, atol=1e-4)
+    alone = Advantages(Credit("step"), scale="batch", baseline=baseline)(table(values[:2]), ids(1, 1), ["a", "b"], 1)
+    torch.testing.assert_close(alone[:, 0, 0], values[:2, 0] - 20, rtol=1e-3, atol=1e-4)  # no deviation is known
+
+
+def test_tracker_counts_all_of_an_epoch_that_is_larger_than_its_buffer():
+    values = torch.arange(48, dtype=torch.float32).reshape(48, 1, 1)
+    tracker = PerPromptStatTracker(buffer_size=16, min_count=16)
+    got = tracker.update(["a"] * 48, values).flatten()
+    torch.testing.assert_close(got, (values.flatten() - 23.5) / (values.std() + EPS))
+    tracker.update(["a"], torch.zeros(1, 1, 1))
+    assert len(tracker.stats["a"]) == 16, "and then its own size again"

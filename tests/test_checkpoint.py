@@ -101,6 +101,24 @@ def test_a_run_killed_in_the_middle_goes_on_from_its_last_checkpoint(pipeline_fo
     assert_same(straight, run(tmp_path / "killed", pipeline_folder, resume_from="latest"))
 
 
+def test_a_full_disk_while_rollouts_are_kept_still_leaves_a_checkpoint(pipeline_folder, tmp_path, monkeypatch):
+    calls = []
+
+    def breaks(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) > 7:  # preflight and the first epoch
+            raise ConnectionError("judge is down")
+        return tiny.brightness(images, prompts, metadata)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_pending", full)
+    with pytest.raises(RewardError, match="judge is down.* could not be kept .*No space left"):
+        run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=0, save_freq=0)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "failed" / "checkpoints")] == ["checkpoint_1"]
+
+
 def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_folder, tmp_path):
     straight = run(tmp_path / "straight", pipeline_folder)
     calls = []

@@ -80,7 +80,8 @@ def test_the_command_line_is_read_in_every_type(parser):
             "--tracker_kwargs",
             '{"wandb": {"tags": ["a"]}}',
         ),
-        *("--no_allow_tf32", "--train_clip_range", "0.1", "--push_to_hub", "--hub_private_repo", "true"),
+        *("--no_allow_tf32", "--objective", "clipped", "--train_clip_range", "0.1"),
+        *("--push_to_hub", "--hub_private_repo", "true"),
         *("--train_gradient_accumulation_steps", "2", "--log_with", "tensorboard", "--train_use_ema", "True"),
         parser=parser,
     )
@@ -207,6 +208,8 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"num_advantage_steps": 0}, "num_advantage_steps is 0"),
         ({"step_credit": "sum"}, "step_credit='sum' .* scores the final image alone; use forward_images='every'"),
         ({"objective": "awm", "num_advantage_steps": 2}, "num_advantage_steps=2: objective='awm'"),
+        ({"train_clip_range": 0.1}, "train_clip_range=0.1 clips a ratio, and objective='forward' has none"),
+        ({"per_prompt_stat_tracking": True, "scale_rewards": "none"}, "scale_rewards='none' says nothing"),
         ({"sample_guidance_scale": 4.5}, "sample_guidance_scale=4.5 with train_cfg=False: .* same guidance"),
         ({"train_cfg": True}, "sample_guidance_scale=1.0 with train_cfg=True"),
         ({"num_perturbations": 3, "antithetic_perturbations": True}, "even num_perturbations, not 3; use 4"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from trl_tafs.kernels import Annealed, Clean, clean_estimate
+from trl_tafs.kernels import Annealed, Clean, Windowed, clean_estimate
 from trl_tafs.objectives import MIN_LEVEL, OBJECTIVES, ClippedObjective, ForwardObjective, MatchingObjective
 from trl_tafs.rollout import SampleNoise, replay, rollout
 from trl_tafs.schedules import uniform_levels, with_zero
@@ -314,3 +314,17 @@ def test_the_clipped_objective_takes_siblings_of_a_state():
     objective = ClippedObjective(kernel, 0.1, level_weighting="balanced")
     rows = objective.rows(result, torch.randn(5, 3, 4))
     assert objective(velocity, rows, condition(5)[rows.sample]).metrics["ratio_deviation"] < 1e-5
+
+
+@pytest.mark.parametrize("levels", ["trajectory", "sampler"])
+def test_a_windows_images_have_their_own_advantages(levels):
+    result = rolled_out(Windowed(Annealed(), range(1, 3)))
+    advantages = torch.arange(10, dtype=torch.float32).reshape(5, 2, 1)
+    rows = forward_rows(result, advantages, images="every", levels=levels)
+    each = 1 if levels == "trajectory" else 4
+    assert len(rows) == 5 * 2 * each
+    for image in range(5):
+        for step in range(2):
+            row = rows[each * (2 * image + step)]
+            assert torch.equal(row.clean, result.clean[image, step + 2]), "that of the step after the action"
+            assert row.sample == image and row.advantage.tolist() == [2 * image + step]

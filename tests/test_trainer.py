@@ -155,6 +155,16 @@ def test_a_known_reward_is_learned_and_a_shuffled_one_is_not(pipeline_folder, tm
     assert abs(random) < 0.4 * real
 
 
+def test_a_hook_that_fails_costs_its_pictures_alone(pipeline, tmp_path):
+    def hook(*args):
+        raise OSError("no space on the tracker")
+
+    trainer = tiny.trainer(pipeline, tmp_path, hook=hook, num_epochs=1)
+    with pytest.warns(UserWarning, match="image_samples_hook failed .OSError: no space on the tracker"):
+        trainer.train()
+    assert trainer.global_step == 1 and (tmp_path / "adapter").exists()
+
+
 def test_the_hook_sees_what_ddpo_s_sees(pipeline, tmp_path):
     seen = []
     tiny.trainer(pipeline, tmp_path, hook=lambda *args: seen.append(args), num_epochs=1).train()

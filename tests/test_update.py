@@ -1,5 +1,6 @@
 """What an epoch's update does with its rows: prompts, noise, shuffles, averages, gradients; and what is logged."""
 
+import dataclasses
 import json
 
 import pytest
@@ -263,3 +264,21 @@ def test_only_the_final_image_is_scored_where_it_alone_is_matched(pipeline, tmp_
 
     tiny.trainer(pipeline, tmp_path, reward=count, objective="forward", num_epochs=1).train()
     assert seen == [2, 8, 8]  # the preflight, two batches
+
+
+def test_a_step_whose_gradient_is_not_finite_is_left_out(pipeline, tmp_path):
+    trainer = tiny.trainer(pipeline, tmp_path, num_epochs=3)
+    compute, calls = trainer.compute_loss, []
+
+    def once(rows, conditioning):
+        output = compute(rows, conditioning)
+        calls.append(trainer.global_step)
+        return dataclasses.replace(output, loss=output.loss * float("nan")) if trainer.global_step == 1 else output
+
+    trainer.compute_loss = once
+    with pytest.warns(UserWarning, match="norm is nan: this optimizer step is left out"):
+        trainer.train()
+    assert set(calls) == {0, 1, 2}
+    assert all(torch.isfinite(weight).all() for weight in lora(trainer).values())
+    norms = [line["grad_norm"] for line in log(tmp_path) if "grad_norm" in line]
+    assert len(norms) == 3 and norms[1] is None and norms[2] > 0

@@ -53,7 +53,7 @@ def normalize_groups(values: Tensor, group_ids: Tensor, scale: str = "group", ce
         scale: "group", the paper's; "batch", the deviation of all groups together; "none", the mean alone (as
             TRL's `scale_rewards`).
         centred: (B,) bool, rows that are a group by themselves and have had a baseline of another origin taken out;
-            they are divided by the mean deviation of the other groups.
+            they are divided by the mean deviation of the other groups, or by the batch's without them.
 
     Returns:
         (B, ...), NaN where `values` is, exactly 0 in a group without variance.
@@ -61,15 +61,22 @@ def normalize_groups(values: Tensor, group_ids: Tensor, scale: str = "group", ce
     mean, std = group_mean_std(values, group_ids)
     residual = torch.where(std > 0, values - mean, torch.where(values.isnan(), values, torch.zeros_like(values)))
     if centred is not None and centred.any():
-        rows = centred.reshape(-1, *[1] * (values.ndim - 1))
+        rows = rows_like(centred, values)
         residual = torch.where(rows, values, residual)
         others = std.masked_fill((std == 0) | rows, float("nan")).nanmean(dim=0, keepdim=True)
         std = torch.where(rows, others.nan_to_num(1.0), std)
     if scale == "none":
         return residual
     if scale == "batch":
-        std = group_mean_std(values, torch.zeros_like(group_ids))[1]
+        whole = values if centred is None else values.masked_fill(rows_like(centred, values), float("nan"))
+        std = group_mean_std(whole, torch.zeros_like(group_ids))[1]
+        std = std if bool((~whole.isnan()).any()) else torch.ones_like(std)
     return residual / (std + EPS)
+
+
+def rows_like(chosen: Tensor, values: Tensor) -> Tensor:
+    """(B,) for what is (B, ...)."""
+    return chosen.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def normalize_states(values: Tensor, group_ids: Tensor, scale: str = "group") -> Tensor:
@@ -90,7 +97,10 @@ def normalize_states(values: Tensor, group_ids: Tensor, scale: str = "group") ->
 
 
 class PerPromptStatTracker:
-    """DDPO's running statistics: the last `buffer_size` rewards of a prompt, over epochs, by scored step."""
+    """DDPO's running statistics: the last `buffer_size` rewards of a prompt, over epochs, by scored step.
+
+    An epoch that brings more of one prompt counts with all of them.
+    """
 
     def __init__(self, buffer_size: int, min_count: int) -> None:
         self.buffer_size = buffer_size
@@ -109,8 +119,9 @@ class PerPromptStatTracker:
         batch_mean, batch_std = group_mean_std(rows, torch.zeros(len(rows), dtype=torch.int64))
         out = torch.empty_like(rows)
         for prompt, index in by_prompt.items():
-            buffer = self.stats.setdefault(prompt, deque(maxlen=self.buffer_size))
+            buffer = deque(self.stats.get(prompt, ()), maxlen=max(self.buffer_size, len(index)))
             buffer.extend(rows[index].tolist())
+            self.stats[prompt] = buffer
             mean, std = batch_mean[0], batch_std[0]
             if len(buffer) >= self.min_count:
                 history = torch.tensor(list(buffer), dtype=rows.dtype)
@@ -125,7 +136,7 @@ class PerPromptStatTracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.stats = {prompt: deque(rows, maxlen=self.buffer_size) for prompt, rows in state.items()}
+        self.stats = {prompt: deque(rows) for prompt, rows in state.items()}
 
 
 def combine_rewards(table: RewardTable, group_ids: Tensor) -> Tensor:

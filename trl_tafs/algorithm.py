@@ -128,7 +128,8 @@ def build_objective(config: TAFSGRPOConfig, kernel: Kernel, clip_range: float) -
         "forward": forward,
         "awm": forward | ratio,
     }
-    return OBJECTIVES[config.objective](beta=config.beta, **options[config.objective])
+    usual = options["clipped" if config.from_actions else "forward"]
+    return OBJECTIVES[config.objective](beta=config.beta, **options.get(config.objective, usual))
 
 
 def build_kernel(config: TAFSGRPOConfig) -> Kernel:

@@ -15,10 +15,9 @@ from trl_tafs.objectives import OBJECTIVES
 from trl_tafs.presets import preset
 
 _DICT_FIELDS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs")
-_WEIGHTINGS = {"clipped": LEVEL_WEIGHTINGS, "forward": FORWARD_WEIGHTINGS, "awm": FORWARD_WEIGHTINGS}
 _DEFAULT_ETA = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
 _DEFAULT_BETA = {"forward": 0.2}
-_DEFAULT_WEIGHTING = {"clipped": "balanced", "forward": "adaptive", "awm": "velocity"}
+_DEFAULT_WEIGHTING = {"awm": "velocity"}
 
 
 def _default_exp_name() -> str:
@@ -180,7 +179,7 @@ class TAFSGRPOConfig:
     )
     train_adv_clip_max: float = option(5.0, "Advantages are clipped to +- this.")
     per_prompt_stat_tracking: bool = option(False, "DDPO's running statistics of a prompt instead of the group's.")
-    per_prompt_stat_tracking_buffer_size: int = option(16, "Rewards kept a prompt.")
+    per_prompt_stat_tracking_buffer_size: int = option(16, "Rewards kept a prompt, or an epoch's if these are more.")
     per_prompt_stat_tracking_min_count: int = option(16, "Rewards needed before a prompt's own statistics are used.")
 
     # Training -------------------------------------------------------------------------------------------------
@@ -244,8 +243,9 @@ class TAFSGRPOConfig:
     beta: float | None = option(
         None,
         "Weight of the KL to the base without the adapter; the forward objectives': half the squared distance of the "
-        "velocities. None: .2 for forward, which costs it a seventh of the epochs and keeps what the reward doesn't "
-        "see (docs/learning.md); 0 for the others (paper: none).",
+        "velocities. A mean over latent elements: beside a policy term in sqrt units (train_log_prob_reduction) it "
+        "weighs sqrt(D) times less than beside public code's mean. None: .2 for forward, which costs it a seventh of "
+        "the epochs and keeps what the reward doesn't see (docs/learning.md); 0 for the others (paper: none).",
     )
     train_gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
     train_use_ema: bool = option(False, "Evaluate and save an exponential average of the adapter.")
@@ -328,7 +328,7 @@ class TAFSGRPOConfig:
     @property
     def rows_per_image(self) -> int:
         """Rows that the objective makes of one image."""
-        if self.objective == "clipped" or self.forward_levels == "trajectory":
+        if self.from_actions or self.forward_levels == "trajectory":
             return self.num_trained_steps
         levels = {"sampler": self.sample_num_steps, "random": self.forward_num_levels}[self.forward_levels]
         return levels * (1 if self.credits_final_image else self.num_trained_steps)
@@ -341,12 +341,18 @@ class TAFSGRPOConfig:
     @property
     def credits_final_image(self) -> bool:
         """Whether only the final image is scored, whatever the credit."""
-        return self.objective != "clipped" and self.forward_images == "final"
+        return not self.from_actions and self.forward_images == "final"
+
+    @property
+    def from_actions(self) -> bool:
+        """Whether the objective learns from actions, and so needs a kernel with a density."""
+        return OBJECTIVES[self.objective].from_actions
 
     @property
     def level_weighting(self) -> str:
         """`train_level_weighting`, or the objective's default."""
-        return self.train_level_weighting or _DEFAULT_WEIGHTING[self.objective]
+        usual = "balanced" if self.from_actions else "adaptive"
+        return self.train_level_weighting or _DEFAULT_WEIGHTING.get(self.objective, usual)
 
     def _check_choices(self) -> None:
         choices = {
@@ -367,7 +373,7 @@ class TAFSGRPOConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
-        weightings = _WEIGHTINGS[self.objective]
+        weightings = LEVEL_WEIGHTINGS if self.from_actions else FORWARD_WEIGHTINGS
         if self.level_weighting not in weightings:
             raise ValueError(
                 f"train_level_weighting is {self.train_level_weighting!r}; use one of {', '.join(weightings)} with "
@@ -475,32 +481,7 @@ class TAFSGRPOConfig:
             )
         self._check_sampler()
         self._check_groups()
-        if self.objective != "clipped" and (self.sample_kernel == "clean" or self.num_perturbations > 1):
-            raise ValueError(
-                f"objective={self.objective!r} learns from images, not from actions; sample_kernel="
-                f"{self.sample_kernel!r} with num_perturbations={self.num_perturbations} needs objective='clipped'"
-            )
-        says_more = self.step_credit not in ("step", "terminal") or self.num_advantage_steps not in (None, 1)
-        if self.credits_final_image and says_more:
-            raise ValueError(
-                f"step_credit={self.step_credit!r} with num_advantage_steps={self.num_advantage_steps}: objective="
-                f"{self.objective!r} with forward_images='final' scores the final image alone; use "
-                "forward_images='every' or objective='clipped', or leave both out"
-            )
-        own_baseline = self.num_perturbations > 1 or (self.sample_kernel == "clean" and self.clean_baseline == "state")
-        if own_baseline and self.per_prompt_stat_tracking:
-            raise ValueError(
-                "per_prompt_stat_tracking replaces the baseline; use it with num_perturbations=1 and the annealed "
-                "kernel or clean_baseline='group'"
-            )
-        if own_baseline and (
-            self.step_credit != "step" or self.num_advantage_steps not in (None, self.num_trained_steps)
-        ):
-            raise ValueError(
-                f"step_credit={self.step_credit!r} with num_advantage_steps={self.num_advantage_steps}: a state's own "
-                "baseline takes all that earlier actions did out of a reward, and leaves them none; use "
-                "step_credit='step' and num_advantage_steps=None, or clean_baseline='group' with num_perturbations=1"
-            )
+        self._check_credit()
         if self.full_finetuning:
             wrong = ("model_cpu_offload", "adapter_name_or_path", "lora_target_modules", "lora_fold_alpha")
             if given := [name for name in wrong if getattr(self, name)]:
@@ -515,11 +496,49 @@ class TAFSGRPOConfig:
         if self.metric_for_best_model is not None and not self.eval_freq:
             raise ValueError("metric_for_best_model needs eval_freq above 0")
 
-    def _check_sampler(self) -> None:
-        if self.objective == "clipped" and self.sample_kernel == "ode":
+    def _check_credit(self) -> None:
+        if not self.from_actions and (self.sample_kernel == "clean" or self.num_perturbations > 1):
             raise ValueError(
-                "sample_kernel='ode' has no density, and objective='clipped' needs one; use annealed, flow_sde, "
-                "dance_sde or cps, or objective='forward'"
+                f"objective={self.objective!r} learns from images, not from actions; sample_kernel="
+                f"{self.sample_kernel!r} with num_perturbations={self.num_perturbations} needs objective='clipped'"
+            )
+        says_more = self.step_credit not in ("step", "terminal") or self.num_advantage_steps not in (None, 1)
+        if self.credits_final_image and says_more:
+            raise ValueError(
+                f"step_credit={self.step_credit!r} with num_advantage_steps={self.num_advantage_steps}: objective="
+                f"{self.objective!r} with forward_images='final' scores the final image alone; use "
+                "forward_images='every' or objective='clipped', or leave both out"
+            )
+        own_baseline = self.num_perturbations > 1 or (self.sample_kernel == "clean" and self.clean_baseline == "state")
+        if self.per_prompt_stat_tracking and self.scale_rewards != "group":
+            raise ValueError(
+                f"scale_rewards={self.scale_rewards!r} says nothing to per_prompt_stat_tracking, which divides by a "
+                "prompt's own deviation; leave one of them out"
+            )
+        if self.objective == "forward" and self.train_clip_range is not None:
+            raise ValueError(
+                f"train_clip_range={self.train_clip_range} clips a ratio, and objective='forward' has none; leave it "
+                "out (its own brakes are beta, nft_beta and train_adv_clip_max)"
+            )
+        if own_baseline and self.per_prompt_stat_tracking:
+            raise ValueError(
+                "per_prompt_stat_tracking replaces the baseline; use it with num_perturbations=1 and the annealed "
+                "kernel or clean_baseline='group'"
+            )
+        if own_baseline and (
+            self.step_credit != "step" or self.num_advantage_steps not in (None, self.num_trained_steps)
+        ):
+            raise ValueError(
+                f"step_credit={self.step_credit!r} with num_advantage_steps={self.num_advantage_steps}: a state's own "
+                "baseline takes all that earlier actions did out of a reward, and leaves them none; use "
+                "step_credit='step' and num_advantage_steps=None, or clean_baseline='group' with num_perturbations=1"
+            )
+
+    def _check_sampler(self) -> None:
+        if self.from_actions and self.sample_kernel == "ode":
+            raise ValueError(
+                f"sample_kernel='ode' has no density, and objective={self.objective!r} needs one; use annealed, "
+                "flow_sde, dance_sde or cps, or objective='forward'"
             )
         if self.sample_kernel in ("clean", "ode") and self.sample_eta != 1.0:
             raise ValueError(

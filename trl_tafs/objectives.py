@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ MIN_LEVEL = 0.02  # of random levels: below, a state is its own clean image
 
 class Objective(Protocol):
     """What the trainer asks of an objective."""
+
+    from_actions: ClassVar[bool]  # whether it learns from the kernel's actions and their density, or from clean images
 
     def rows(self, rollout: Rollout, advantages: Tensor, noise: Noise) -> Any:
         """Rows of B images, equally many each and in their order, with fields `sample` (T,) and `advantage`."""
@@ -56,6 +58,7 @@ class ClippedObjective:
     reduction: str = "sqrt"
     level_weighting: str = "gaussian"
     beta: float = 0.0
+    from_actions: ClassVar[bool] = True
 
     def rows(self, rollout: Rollout, advantages: Tensor, noise: Noise | None = None) -> Transitions:
         """Flatten a rollout of B images and S steps, with its advantages (B, S, M), to B * S rows."""
@@ -126,12 +129,13 @@ class ForwardObjective:
     adv_clip: float = 5.0
     weighting: str = "adaptive"
     beta: float = 0.0
+    from_actions: ClassVar[bool] = False
 
     def rows(self, rollout: Rollout, advantages: Tensor, noise: Noise) -> ForwardRows:
         """Rows of B images: an image's clean images in turn, each at its levels. Advantages (B, S, 1)."""
         if advantages.shape != rollout.log_probs.shape or advantages.shape[2] != 1:
             raise ValueError(f"advantages {tuple(advantages.shape)} for actions {tuple(rollout.log_probs.shape)}")
-        clean, advantage = rollout.clean[:, 1:], advantages[..., 0]  # of n = 2..N, (B, S, *) and (B, S)
+        clean, advantage = rollout.clean[:, rollout.steps + 1], advantages[..., 0]  # (B, S, *) and (B, S)
         if self.images == "final":
             clean, advantage = rollout.final[:, None], advantage[:, -1:]
         if self.levels == "trajectory":

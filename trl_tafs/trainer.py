@@ -63,7 +63,7 @@ class TAFSGRPOTrainer:
         prompt_function: `() -> (prompt, metadata)`, called once a group; or a dataset with a `prompt` column.
         sd_pipeline: a TAFS pipeline, such as `TAFSStableDiffusion3Pipeline.from_pretrained(...)`.
         image_samples_hook: `([[images, prompts, prompt_metadata, rewards, reward_metadata], ...], global_step,
-            tracker)`, called each epoch on the main process.
+            tracker)`, called each epoch on the main process; what it raises becomes a warning.
         peft_config: a `LoraConfig` instead of the default one.
         eval_prompts: held-out prompts, for `eval_freq`.
         eval_reward_function: held-out rewards, as `reward_function`; by default the training ones.
@@ -195,7 +195,7 @@ class TAFSGRPOTrainer:
             storage_dtype=self.storage_dtype,
             decode_batch_size=config.decode_size,
             share_initial_noise=config.share_initial_noise,
-            keep_images=self.image_samples_callback is not None,
+            keep_images=self.image_samples_callback is not None and self.accelerator.is_main_process,
             reward_threads=config.max_workers if config.async_reward_computation else 0,
             take_turns=config.model_cpu_offload,
             stopwatch=self.report.stopwatch,
@@ -322,13 +322,14 @@ class TAFSGRPOTrainer:
             return parts
         done = [(self._identity(self._share(wave.prompts), epoch, global_step), wave.parts) for wave in earlier]
         payload = [{"identity": who, "parts": [part.payload() for part in p]} for who, p in (*done, (identity, parts))]
-        path = checkpoint.save_pending(folder, epoch, rank, payload)
+        try:
+            path = checkpoint.save_pending(folder, epoch, rank, payload)
+            kept = f"The epoch's {len(parts)} rollouts are kept in {path}; resume_from='latest' goes on from them"
+        except Exception as error:  # the other processes wait in save_checkpoint
+            kept = f"The epoch's rollouts could not be kept ({error}); resume_from='latest' draws them again"
         self.save_checkpoint()
         reason = fault or "a reward failed on another process"
-        raise RewardError(
-            f"epoch {epoch}, step {global_step}: {reason}. The epoch's {len(parts)} rollouts are kept in {path}; "
-            "resume_from='latest' goes on from them"
-        ) from fault
+        raise RewardError(f"epoch {epoch}, step {global_step}: {reason}. {kept}") from fault
 
     def _identity(self, prompts: PromptBatch, epoch: int, global_step: int) -> dict[str, Any]:
         """What kept rollouts must have been drawn for to be used."""
@@ -474,7 +475,12 @@ class TAFSGRPOTrainer:
             rows.append([part.images, part.batch.prompts, part.batch.metadata, rewards, part.metadata])
             start += len(part.batch)
         trackers = [t for t in self.accelerator.trackers if t is not self.local_tracker]
-        self.image_samples_callback(rows, global_step, trackers[0] if trackers else self.local_tracker)
+        try:
+            self.image_samples_callback(rows, global_step, trackers[0] if trackers else self.local_tracker)
+        except Exception as error:  # scored rollouts are worth more than a picture, and other processes wait
+            warnings.warn(
+                f"image_samples_hook failed ({type(error).__name__}: {error}); training goes on", stacklevel=2
+            )
 
     def _silent(self) -> bool:
         return self.config.disable_tqdm or not self.accelerator.is_local_main_process

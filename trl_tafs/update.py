@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -123,7 +124,12 @@ class Updater:
         """An optimizer step where gradients are complete; Accelerate makes it nothing where they aren't."""
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.train_max_grad_norm)
-            metrics.last["grad_norm"] = torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
+            norm = torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
+            metrics.last["grad_norm"] = norm
+            if self.accelerator.scaler is None and not torch.isfinite(norm):  # with fp16 the scaler sees to it
+                warnings.warn(f"the gradient's norm is {norm.item()}: this optimizer step is left out", stacklevel=2)
+                self.optimizer.zero_grad()
+                return
         self.optimizer.step()
         if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
