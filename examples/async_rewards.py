@@ -1,6 +1,6 @@
 """How much of the rewards' latency asynchronous scoring hides, on the embedded pipeline.
 
-    python examples/async_rewards.py [--share 0.8] [--batches 4] [--workers 1]
+    python examples/async_rewards.py [--share 0.8] [--batches 8] [--workers 1]
 
 The reward waits, as one does on another card or behind HTTP: `--share` of one sampling step, as measured in this run.
 Prints seconds of collecting one epoch's experience without a reward, with it in turn, and with it in a thread; and the

@@ -1,8 +1,9 @@
 """Train any of the families with TAFS-GRPO, on prompts from a file, for any rewards; the model says which family it is.
 
-FLUX.1-dev as the paper trains it, on eight GPUs:
+FLUX.1-dev on eight GPUs, and as the paper trains it:
 
     accelerate launch --num_processes 8 examples/train.py --config examples/configs/flux1_dev.yaml --prompts prompts.txt
+    accelerate launch --num_processes 8 examples/train.py --config examples/configs/flux1_dev_paper.yaml
 
 One GPU of 24 GB (not measured):
 

@@ -116,7 +116,7 @@ def test_a_full_disk_while_rollouts_are_kept_still_leaves_a_checkpoint(pipeline_
     monkeypatch.setattr(checkpoint, "save_pending", full)
     with pytest.raises(RewardError, match="judge is down.* could not be kept .*No space left"):
         run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=0, save_freq=0)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "failed" / "checkpoints")] == ["checkpoint_1"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "failed" / "checkpoints")] == ["checkpoint_000001"]
 
 
 def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_folder, tmp_path):

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import tiny
@@ -17,11 +18,12 @@ from accelerate.state import AcceleratorState
 from tiny import ROOT
 
 from trl_tafs import AutoTAFSPipeline, TAFSGRPOConfig, TAFSGRPOTrainer, advantages, checkpoint, cli, hub
+from trl_tafs.objectives import OBJECTIVES
 from trl_tafs.rewards.scoring import reward_label
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed", "learning"}
-EXPECTED |= {"new_family", "memory", "benchmarks", "evaluation"}
+EXPECTED |= {"new_family", "memory", "benchmarks", "evaluation", "watching"}
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASE, ADAPTER = "stabilityai/stable-diffusion-3.5-medium", "you/sd35m-red"
 FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}
@@ -88,11 +90,18 @@ def shrink(code, base, adapter):
 RUN = [name for name in DOCUMENTS if any(marked for marked, _, _ in blocks(name, "python"))]
 
 
+@pytest.fixture
+def registries():
+    """What a document registers is gone after it."""
+    with mock.patch.dict(advantages.CREDITS), mock.patch.dict(OBJECTIVES):
+        yield
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("name", RUN)
 def test_marked_python_runs(name, pipeline_folder, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(advantages, "CREDITS", dict(advantages.CREDITS))
     pushed = []
     monkeypatch.setattr(hub, "prepare_repo", lambda repo_id, **options: repo_id)
     monkeypatch.setattr(hub, "push_folder", lambda folder, repo_id, **options: pushed.append((folder, repo_id)))
@@ -251,7 +260,7 @@ def test_functions_named_exist(name):
             found = getattr(found, part)
 
 
-OTHER_NAMES = {"eval_reward_function", "reward_function", "reward_metadata", "reward_to_go", "eval_reward"}
+OTHER_NAMES = {"eval_reward_function", "reward_function", "reward_metadata", "reward_to_go", "eval_reward", "reward_std"}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

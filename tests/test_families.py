@@ -402,7 +402,9 @@ def test_a_second_run_needs_no_text_encoder(name, tmp_path):
 
 TWINS = {
     "sd35_medium": "sd3",
+    "sd35_medium_paper": "sd3",
     "flux1_dev": "flux-dev",
+    "flux1_dev_paper": "flux-dev",
     "flux2_klein": "flux2-klein",
     "qwen_image": "qwen-image",
     "sana": "sana",
