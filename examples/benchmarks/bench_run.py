@@ -81,7 +81,7 @@ def make_trainer(task: Task, method: dict[str, Any], seed: int, folder: str) -> 
     return TAFSGRPOTrainer(config, task.rewards(), task.train_prompts, task.pipeline())
 
 
-def epoch_seconds(task_name: str, methods: dict[str, dict], rounds: int = 2, epochs: int = 2) -> dict[str, Any]:
+def epoch_seconds(task_name: str, methods: dict[str, dict], rounds: int = 5, epochs: int = 2) -> dict[str, Any]:
     """What an epoch of each method takes, in CPU seconds of one thread: `seconds`.
 
     The least of `rounds` times `epochs`; each round goes through all methods, so that a slow minute of the machine
