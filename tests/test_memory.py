@@ -1,5 +1,8 @@
 """The memory plan's arithmetic, what it measures, and what makes a run smaller without changing it."""
 
+import gc
+import weakref
+
 import families
 import pytest
 import tiny
@@ -118,6 +121,34 @@ def test_activations_are_those_without_checkpointing_and_the_model_is_left_as_it
     assert measure_activations(mine, conditioning, 16, 16) == plain
     assert mine.transformer.is_gradient_checkpointing
     assert not any(block._forward_pre_hooks for block in memory.blocks_of(mine.transformer))
+
+
+def test_a_measured_model_is_freed_with_its_activations():
+    mine, conditioning = prepared("flux-dev")
+    weights = weakref.ref(next(p for name, p in mine.transformer.named_parameters() if "lora_" in name))
+    layer = weakref.ref(mine.transformer.transformer_blocks[0])
+    memory.measure_footprint(mine, conditioning, 32, 32)
+    del mine, conditioning
+    gc.collect()
+    assert layer() is None and weights() is None, "the measured graph keeps the denoiser"
+
+
+def test_a_measurement_that_fails_leaves_no_hooks(monkeypatch):
+    mine, conditioning = prepared("flux-dev")
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(mine, "velocity", fails)
+    monkeypatch.setattr(mine, "decode_latents", fails)
+    for measure in (
+        lambda: measure_activations(mine, conditioning, 16, 16),
+        lambda: memory.measure_decoder(mine, 16, 16),
+    ):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            measure()
+    assert not any(m._forward_pre_hooks for m in mine.transformer.modules())
+    assert not any(m._forward_hooks for m in mine.vae.modules())
 
 
 def test_blocks_are_found_in_every_family():
