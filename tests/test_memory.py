@@ -240,6 +240,34 @@ def test_models_on_the_move_are_refused(pipeline, tmp_path):
         tiny.config(tmp_path, model_cpu_offload=True, async_reward_computation=True)
 
 
+@pytest.mark.parametrize("setting", ["offload_text_encoders", "model_cpu_offload"])
+def test_what_waits_on_the_cpu_is_cast_as_what_does_not(pipeline_folder, tmp_path, setting):
+    found = []
+    for name, changes in (("plain", {}), ("waiting", {setting: True})):
+        trainer = tiny.trainer(tiny.load(pipeline_folder), tmp_path / name, mixed_precision="bf16", **changes)
+        mine = trainer.sd_pipeline
+        encoders = [mine.text_encoder, mine.text_encoder_2, mine.text_encoder_3]
+        assert all({p.dtype for p in module.parameters()} == {torch.bfloat16} for module in encoders)
+        assert mine.vae.dtype == torch.float32
+        found.append(trainer.encode(["seven"]).positive.text)
+    assert torch.equal(*found)
+
+
+def test_float16_leaves_in_float32_what_overflows_in_it(pipeline_folder):
+    t5 = tiny.load(pipeline_folder).text_encoder_3
+    before = {name: p.clone() for name, p in t5.named_parameters()}
+    policy.cast(t5, torch.float16)
+    for name, parameter in t5.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".wo." in name else torch.float16), name
+        assert ".wo." not in name or torch.equal(parameter, before[name])
+    assert any(".wo." in name for name in before)
+    theirs = type(t5).from_pretrained(pipeline_folder / "text_encoder_3", dtype=torch.float16)
+    dtypes = {name: p.dtype for name, p in theirs.named_parameters()}
+    assert dtypes == {name: p.dtype for name, p in t5.named_parameters()}
+    policy.cast(t5, torch.bfloat16)
+    assert {p.dtype for p in t5.parameters()} == {torch.bfloat16}
+
+
 def test_a_quantized_base_keeps_its_dtype(pipeline, tmp_path):
     pipeline.text_encoder.is_quantized = True
     trainer = tiny.trainer(pipeline, tmp_path, mixed_precision="bf16")
