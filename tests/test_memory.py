@@ -232,6 +232,34 @@ def test_a_smaller_run_is_the_same_run(pipeline_folder, tmp_path, changes):
     assert all(torch.equal(plain[key], small[key]) for key in plain)
 
 
+def test_evaluation_exchanges_the_models_once_a_setting_and_changes_nothing(pipeline_folder, tmp_path, monkeypatch):
+    results, moves, guests = [], [], []
+
+    def judge(images, prompts, metadata):
+        guests.append(len(getattr(getattr(pipeline.decoding, "func", None), "guests", ())))
+        return images.mean((1, 2, 3))
+
+    monkeypatch.setattr(policy, "move_frozen", lambda module, device: moves.append(device))
+    for offload in (False, True):
+        pipeline = tiny.load(pipeline_folder)
+        trainer = tiny.trainer(
+            pipeline,
+            tmp_path / str(offload),
+            model_cpu_offload=offload,
+            eval_prompts=["one", "two", "three", "four", "five"],
+            eval_reward_function={"judge": judge},
+            eval_batch_size=2,
+            eval_num_steps=[2, 3],
+            eval_samplers=["annealed", "ode"],
+        )
+        trainer.encode(["one", "two", "three", "four", "five"])
+        moves.clear()
+        trainer.evaluate(0)
+        results.append(trainer.report.evaluations)
+    assert results[0] == results[1]
+    assert len(moves) == 2 * 4 and guests == [0] * 4 + [1] * 4, "the rewards have the denoiser's place"
+
+
 def test_models_on_the_move_are_refused(pipeline, tmp_path):
     cpu_offload(pipeline.text_encoder, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"text_encoder has a hook of Accelerate.*use model_cpu_offload=True"):
