@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from trl_tafs import policy
+from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.rewards import RewardError
 
 
@@ -58,6 +59,13 @@ def run(folder, model, batches, fail_at=None, resume="", **changes):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    encoded, encode = [], PromptEncoder._encode
+
+    def counting(self, prompts, keep=True):
+        encoded.extend(() if keep else prompts)
+        encode(self, prompts, keep)
+
+    PromptEncoder._encode = counting
     folder, model = Path(sys.argv[1]), sys.argv[2]
     results = {"straight": run(folder / "straight", model, 2)}
     try:
@@ -68,5 +76,9 @@ if __name__ == "__main__":
     torch.distributed.barrier()
     results["resumed"] = run(folder / "failed", model, 2, resume="latest")
     results["streaming"] = run(folder / "streaming", model, 2, group_allocation="streaming", min_generations=4)
+    encoder = PromptEncoder(tiny.load(model), torch.device("cpu"), cache_dir=folder / "prompts")
+    encoder.prepare(["one", "two", "three"])
+    results["there"] = len(list((folder / "prompts").rglob("*.safetensors")))
+    results["encoded"] = encoded
     torch.save(results, folder / f"result_{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

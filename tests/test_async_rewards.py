@@ -73,6 +73,48 @@ def test_asynchronous_rewards_are_the_synchronous_ones(pipeline_folder, tmp_path
             assert part.scores.shape[1] == 3 and part.scores.unique().numel() > 8
 
 
+@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize("changes", [{}, {"sample_kernel": "clean", "num_perturbations": 2}], ids=["annealed", "clean"])
+def test_the_hooks_images_are_those_that_were_scored(pipeline, tmp_path, threads, changes):
+    decoded = []
+    changes = changes | {"hook": lambda *args: None}
+    trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, threads, **changes)
+    decode = trainer.collector.decode
+    trainer.collector.decode = lambda latents: decoded.append(len(latents)) or decode(latents)
+    parts, _ = trainer.collector.collect(batches, 1, 0)
+    scored = [count for part in parts for count in [len(part.batch) * part.scores.shape[2]] * part.scores.shape[1]]
+    assert decoded == scored, "nothing is decoded twice"
+    for part in parts:
+        assert torch.equal(part.images, decode(part.rollout.final))
+    again, _ = trainer.collector.collect(batches, 1, 0, [part.payload() for part in parts])
+    assert all(torch.equal(a.images, b.images) for a, b in zip(again, parts, strict=True)), "restored, with scores"
+
+
+def test_a_result_that_is_not_scored_is_decoded_for_the_hook(pipeline, tmp_path):
+    trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, 0, hook=lambda *args: None)
+    trainer.collector.scored_steps_at = lambda epoch: range(1, 3)
+    parts, _ = trainer.collector.collect(batches, 1, 0)
+    assert all(torch.equal(part.images, trainer.collector.decode(part.rollout.final)) for part in parts)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_scored_latents_are_freed_as_soon_as_their_scores_are_there(pipeline, tmp_path, threads):
+    trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, threads)
+    roll_out, alive, drawn = trainer.collector.roll_out, [], []
+
+    def watched(*args):
+        alive.append([part.rollout.scored.untyped_storage().nbytes() > 0 for part in drawn])
+        drawn.append(roll_out(*args))
+        return drawn[-1]
+
+    trainer.collector.roll_out = watched
+    parts, fault = trainer.collector.collect(batches, 1, 0)
+    assert fault is None and len(batches) > 1
+    if not threads:
+        assert not any(any(before) for before in alive)
+    assert not any(part.rollout.scored.untyped_storage().nbytes() for part in parts)
+
+
 def test_a_fault_in_a_thread_is_the_batchs(pipeline, tmp_path):
     calls = []
 

@@ -67,3 +67,9 @@ def test_two_processes_share_unequal_groups_as_one_does(two, pipeline_folder, tm
     for key, value in first["weights"].items():
         assert torch.equal(value, second["weights"][key]), "the processes stay in step"
     assert [r for _, r in first["curve"]] == pytest.approx([r for _, r in one["curve"]], abs=1e-5)
+
+
+def test_two_processes_share_the_encoding_of_a_fixed_set_of_prompts(two):
+    _, results = two
+    assert [result["encoded"] for result in results] == [["one", "three"], ["two"]]
+    assert [result["there"] for result in results] == [3, 3], "each waits for the other's share"

@@ -398,6 +398,42 @@ def test_a_second_run_needs_no_text_encoder(name, tmp_path):
         PromptEncoder(mine, torch.device("cpu"), **(options | {"max_sequence_length": 4}))(["a"])
 
 
+def test_prompts_that_are_prepared_are_on_disk_alone(tmp_path):
+    mine = families.ours(families.stock("sd3"), "sd3")
+    encode = PromptEncoder(mine, torch.device("cpu"), max_sequence_length=families.LENGTH, cache_dir=tmp_path)
+    encode.prepare([*PROMPTS, *PROMPTS])
+    assert not encode.cache and len(list(tmp_path.iterdir())) == len(set(PROMPTS))
+
+
+def test_embeddings_by_other_text_encoders_lie_apart(tmp_path):
+    options = {"max_sequence_length": families.LENGTH, "cache_dir": tmp_path}
+
+    def encoder(**missing):
+        mine = families.ours(families.stock("sd3"), "sd3")
+        mine.register_modules(**missing)
+        return PromptEncoder(mine, torch.device("cpu"), **options)
+
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    without_t5 = encoder(text_encoder_3=None)(["a"]).positive.text
+    assert [path.name for path in tmp_path.iterdir()] == ["without_text_encoder_3"]
+    nothing = encoder(**dict.fromkeys(names))
+    assert torch.equal(nothing(["a"]).positive.text, without_t5), "nothing else is there"
+    whole = encoder()(["a"]).positive.text
+    assert not torch.equal(whole, without_t5)
+    assert torch.equal(encoder(**dict.fromkeys(names))(["a"]).positive.text, whole)
+    assert torch.equal(encoder(text_encoder_3=None)(["a"]).positive.text, without_t5)
+
+
+def test_another_revision_of_the_base_is_another_embedding(tmp_path):
+    mine = families.ours(families.stock("sd3"), "sd3")
+    encode = PromptEncoder(mine, torch.device("cpu"), cache_dir=tmp_path)
+    files = [encode._file("a")]
+    for commit in ("0" * 40, "1" * 40):
+        mine.vae.register_to_config(_name_or_path=f"hub/models--a--b/snapshots/{commit}/vae")
+        files.append(encode._file("a"))
+    assert len(set(files)) == 3
+
+
 # The example configurations -----------------------------------------------------------------------------------
 
 TWINS = {

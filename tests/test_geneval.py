@@ -12,6 +12,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from trl_tafs.rewards.geneval import COLOR_TEMPLATES, GREY, GenEval, instances, masked_crop
 from trl_tafs.rewards.geneval_rules import COCO_NAMES, COLORS, TAGS, Detection, check_row, judge, keep, relations
+from trl_tafs.rewards.scoring import RewardRefused, RewardSet
 
 DATA = tiny.ROOT.parent / "shared" / "data" / "geneval"
 
@@ -165,6 +166,15 @@ def test_the_benchmarks_own_rows(name):
 def test_a_row_that_cannot_be_judged_is_an_error(include, message):
     with pytest.raises(ValueError, match=message):
         check_row({"tag": "colors", "include": include})
+    row, calls = {"tag": "colors", "include": include}, []
+
+    def judged(images, prompts, metadata):
+        calls.append(1)
+        check_row(metadata[0])
+
+    with pytest.raises(RewardRefused, match=message):  # another try finds the same row
+        RewardSet(judged, max_retries=3, on_failure="mask")(torch.rand(1, 3, 8, 8), ["a"], [row])
+    assert len(calls) == 1
 
 
 # The detector ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """The memory plan's arithmetic, what it measures, and what makes a run smaller without changing it."""
 
+import gc
+import weakref
+
 import families
 import pytest
 import tiny
@@ -120,6 +123,34 @@ def test_activations_are_those_without_checkpointing_and_the_model_is_left_as_it
     assert not any(block._forward_pre_hooks for block in memory.blocks_of(mine.transformer))
 
 
+def test_a_measured_model_is_freed_with_its_activations():
+    mine, conditioning = prepared("flux-dev")
+    weights = weakref.ref(next(p for name, p in mine.transformer.named_parameters() if "lora_" in name))
+    layer = weakref.ref(mine.transformer.transformer_blocks[0])
+    memory.measure_footprint(mine, conditioning, 32, 32)
+    del mine, conditioning
+    gc.collect()
+    assert layer() is None and weights() is None, "the measured graph keeps the denoiser"
+
+
+def test_a_measurement_that_fails_leaves_no_hooks(monkeypatch):
+    mine, conditioning = prepared("flux-dev")
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(mine, "velocity", fails)
+    monkeypatch.setattr(mine, "decode_latents", fails)
+    for measure in (
+        lambda: measure_activations(mine, conditioning, 16, 16),
+        lambda: memory.measure_decoder(mine, 16, 16),
+    ):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            measure()
+    assert not any(m._forward_pre_hooks for m in mine.transformer.modules())
+    assert not any(m._forward_hooks for m in mine.vae.modules())
+
+
 def test_blocks_are_found_in_every_family():
     counts = {"sd3": 2, "flux-dev": 2, "sana": 2, "qwen-image": 2, "flux2": 2, "z-image": 3, "hidream": 2}
     assert {name: len(memory.blocks_of(families.stock(name).transformer)) for name in counts} == counts
@@ -201,12 +232,68 @@ def test_a_smaller_run_is_the_same_run(pipeline_folder, tmp_path, changes):
     assert all(torch.equal(plain[key], small[key]) for key in plain)
 
 
+def test_evaluation_exchanges_the_models_once_a_setting_and_changes_nothing(pipeline_folder, tmp_path, monkeypatch):
+    results, moves, guests = [], [], []
+
+    def judge(images, prompts, metadata):
+        guests.append(len(getattr(getattr(pipeline.decoding, "func", None), "guests", ())))
+        return images.mean((1, 2, 3))
+
+    monkeypatch.setattr(policy, "move_frozen", lambda module, device: moves.append(device))
+    for offload in (False, True):
+        pipeline = tiny.load(pipeline_folder)
+        trainer = tiny.trainer(
+            pipeline,
+            tmp_path / str(offload),
+            model_cpu_offload=offload,
+            eval_prompts=["one", "two", "three", "four", "five"],
+            eval_reward_function={"judge": judge},
+            eval_batch_size=2,
+            eval_num_steps=[2, 3],
+            eval_samplers=["annealed", "ode"],
+        )
+        trainer.encode(["one", "two", "three", "four", "five"])
+        moves.clear()
+        trainer.evaluate(0)
+        results.append(trainer.report.evaluations)
+    assert results[0] == results[1]
+    assert len(moves) == 2 * 4 and guests == [0] * 4 + [1] * 4, "the rewards have the denoiser's place"
+
+
 def test_models_on_the_move_are_refused(pipeline, tmp_path):
     cpu_offload(pipeline.text_encoder, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"text_encoder has a hook of Accelerate.*use model_cpu_offload=True"):
         tiny.trainer(pipeline, tmp_path)
     with pytest.raises(ValueError, match="use one of them"):
         tiny.config(tmp_path, model_cpu_offload=True, async_reward_computation=True)
+
+
+@pytest.mark.parametrize("setting", ["offload_text_encoders", "model_cpu_offload"])
+def test_what_waits_on_the_cpu_is_cast_as_what_does_not(pipeline_folder, tmp_path, setting):
+    found = []
+    for name, changes in (("plain", {}), ("waiting", {setting: True})):
+        trainer = tiny.trainer(tiny.load(pipeline_folder), tmp_path / name, mixed_precision="bf16", **changes)
+        mine = trainer.sd_pipeline
+        encoders = [mine.text_encoder, mine.text_encoder_2, mine.text_encoder_3]
+        assert all({p.dtype for p in module.parameters()} == {torch.bfloat16} for module in encoders)
+        assert mine.vae.dtype == torch.float32
+        found.append(trainer.encode(["seven"]).positive.text)
+    assert torch.equal(*found)
+
+
+def test_float16_leaves_in_float32_what_overflows_in_it(pipeline_folder):
+    t5 = tiny.load(pipeline_folder).text_encoder_3
+    before = {name: p.clone() for name, p in t5.named_parameters()}
+    policy.cast(t5, torch.float16)
+    for name, parameter in t5.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".wo." in name else torch.float16), name
+        assert ".wo." not in name or torch.equal(parameter, before[name])
+    assert any(".wo." in name for name in before)
+    theirs = type(t5).from_pretrained(pipeline_folder / "text_encoder_3", dtype=torch.float16)
+    dtypes = {name: p.dtype for name, p in theirs.named_parameters()}
+    assert dtypes == {name: p.dtype for name, p in t5.named_parameters()}
+    policy.cast(t5, torch.bfloat16)
+    assert {p.dtype for p in t5.parameters()} == {torch.bfloat16}
 
 
 def test_a_quantized_base_keeps_its_dtype(pipeline, tmp_path):

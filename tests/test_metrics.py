@@ -115,6 +115,37 @@ def test_images_are_saved_under_a_name_that_a_file_may_have(tmp_path, shape):
     assert path.name.startswith("000012_a_cat_a_dog")
 
 
+def test_images_come_as_accelerates_trackers_take_them(tmp_path):
+    pixels = torch.randint(0, 256, (2, 3, 80, 72), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    arrays = pixels.permute(0, 2, 3, 1).numpy()  # as wandb and TensorBoard have them
+    pictures = [Image.fromarray(array) for array in arrays]
+    kinds = {
+        "batch": pixels.float() / 255,
+        "bytes": pixels,
+        "arrays": arrays,
+        "floats": arrays.astype(np.float32) / 255,
+        "pictures": pictures,
+        "list": [pixels[0].float() / 255, arrays[1]],
+    }
+    LocalTracker(tmp_path).log_images(kinds, step=3)
+    for name in kinds:
+        for i in range(2):
+            with Image.open(tmp_path / "images" / f"000003_{name}_{i}.png") as saved:
+                assert np.array_equal(np.array(saved), arrays[i]), name
+    LocalTracker(tmp_path).log_images({"one": pictures[0].convert("RGBA"), "grey": pixels[0, 0]}, step=3)
+    with Image.open(tmp_path / "images" / "000003_one.png") as saved:
+        assert np.array_equal(np.array(saved), arrays[0])
+    with Image.open(tmp_path / "images" / "000003_grey.png") as saved:
+        assert np.array_equal(np.array(saved)[..., 2], pixels[0, 0].numpy())
+
+
+@pytest.mark.parametrize("value", [object(), torch.rand(5, 6, 7), "a path", [None], torch.rand(3)], ids=str)
+def test_what_is_no_image_costs_a_warning_and_the_others_are_saved(tmp_path, value):
+    with pytest.warns(UserWarning, match="the images 'wrong' could not be saved"):
+        LocalTracker(tmp_path).log_images({"wrong": value, "right": torch.rand(3, 8, 8)}, step=1)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["000001_right.png"]
+
+
 @pytest.mark.filterwarnings("ignore:.*could not be written")
 @pytest.mark.parametrize(("title", "step"), [("a cat " * 60, 1), ("a cat", None)], ids=["long prompt", "no step"])
 def test_images_are_saved_for_long_prompts_and_without_a_step(tmp_path, title, step):

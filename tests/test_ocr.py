@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from trl_tafs.rewards import RewardRefused
 from trl_tafs.rewards.ocr import (
     OCR,
     Recognizer,
@@ -78,8 +79,26 @@ def test_text_within_a_box_and_by_detection(ocr):
     box = {"box": [60 / 256, 0.5, 220 / 256, 128 / 192]}
     prompt = ['a wall with "Hello World"']
     assert ocr(scene, prompt, [box]).item() == 1.0
-    assert ocr(scene, prompt, [{}]).item() < 1.0
+    assert ocr(scene, prompt, [{}]).item() == 1.0
+    assert OCR(detect=False, threads=1)(scene, prompt, [{}]).item() < 1.0
     assert OCR(detect=True, threads=1)(scene, prompt, [{}]).item() == 1.0
+
+
+@pytest.mark.parametrize("package", ["rapidocr", "rapidocr_onnxruntime"])
+def test_text_in_a_whole_picture_is_found_without_being_asked_to(package):
+    scene = torch.full((1, 3, 512, 512), 0.8)
+    scene[:, :, 200:264, 100:420] = torch.nn.functional.interpolate(line("OPEN NOW"), scale_factor=2)
+    reward, prompt = OCR(threads=1, package=package), ['a sign that says "OPEN NOW"']
+    assert reward(scene, prompt, [{}]).item() == 1.0
+    both = reward(scene.repeat(2, 1, 1, 1), prompt * 2, [{}, {"box": [0.1, 0.1, 0.6, 0.2]}])
+    assert both.tolist() == [1.0, 0.0], "a box is where the text is sought"
+
+
+def test_lines_are_read_as_before_and_no_detector_is_made(ocr):
+    wide = torch.cat([line("Hello World"), line("Hello Word")])
+    fresh = OCR(threads=1)
+    expected = OCR(detect=False, threads=1)(wide, ['"Hello World"'] * 2, [{}] * 2)
+    assert torch.equal(fresh(wide, ['"Hello World"'] * 2, [{}] * 2), expected) and fresh._detector is None
 
 
 def test_the_likelihood_grows_with_legibility_before_anything_can_be_read(likelihood):
@@ -101,6 +120,17 @@ def test_ctc_log_probability_is_the_sum_over_alignments():
     both = ctc_log_probability(probabilities.repeat(2, 1, 1), ["ab", "A?"], characters)
     torch.testing.assert_close(both, torch.stack([torch.tensor(0.7 * 0.5).log() / 2, expected]))
     assert ctc_log_probability(probabilities, ["?"], characters).isnan().all()
+    # two steps can spell "ab", and neither three letters nor "a", blank, "a"
+    too_long = ctc_log_probability(probabilities.repeat(3, 1, 1), ["ab", "aba", "aa"], characters)
+    assert too_long.isnan().tolist() == [False, True, True]
+
+
+def test_the_likelihood_of_what_no_line_can_spell_is_no_verdict(likelihood):
+    assert likelihood(line("Hello"), ['"' + "a long sentence " * 10 + '"'], [{}]).isnan().all()
+    with pytest.raises(RewardRefused, match=r"images are 64 x 64.*metadata\[\"box\"\]"):
+        likelihood(torch.ones(1, 3, 64, 64), ['"Hello"'], [{}])
+    assert likelihood(torch.ones(1, 3, 64, 64), ['"Hello"'], [{"box": [0, 0, 1, 0.2]}]).isfinite().all()
+    assert OCR(kind="ctc", detect=False, threads=1)(torch.ones(1, 3, 64, 64), ['"Hi"'], [{}]).isfinite().all()
 
 
 def test_what_cannot_work_is_said():

@@ -86,6 +86,30 @@ def test_a_dataset_and_a_list_of_its_rows_are_the_same_source():
     )
 
 
+def test_the_known_prompts_are_read_without_the_other_columns():
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.set_transform(lambda batch: {name: [read(name, v) for v in values] for name, values in batch.items()})
+    seen = set()
+
+    def read(name, value):
+        seen.add(name)
+        return value
+
+    assert PromptSource(rows).known() == PromptSource(ROWS).known() == [row["prompt"] for row in ROWS]
+    assert seen == {"prompt"}
+    assert PromptSource(lambda: ("a cat", {})).known() == []
+
+
+def test_an_order_is_drawn_once_a_sweep(monkeypatch):
+    made = []
+    draw = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or draw(seed))
+    source = PromptSource(ROWS, seed=1)
+    drawn = [source.groups(epoch, 3) for epoch in range(7)]
+    assert len(made) == len(set(made)) == 3
+    assert source.groups(0, 3) == drawn[0], "an earlier sweep's order is found again"
+
+
 def test_dataset_order_is_a_function_of_the_seed_alone():
     assert PromptSource(ROWS, seed=1).groups(4, 7) == PromptSource(ROWS, seed=1).groups(4, 7)
     assert PromptSource(ROWS, seed=1).groups(0, 7) != PromptSource(ROWS, seed=2).groups(0, 7)

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from tiny import ROOT
 
-from trl_tafs.rewards import RewardError, RewardSet, parse_rewards
+from trl_tafs.rewards import RewardError, RewardRefused, RewardSet, parse_rewards
 from trl_tafs.rewards.remote import RemoteReward
 from trl_tafs.rewards.server import SECRET, check_exposure, is_loopback, make_app
 from trl_tafs.rewards.unified_reward import QUESTION, UnifiedReward, parse_score
@@ -120,6 +120,34 @@ def test_a_failing_server_is_asked_again_and_then_masks_or_stops():
         masking = RemoteReward(url, on_failure="mask", **QUICK)
         with pytest.warns(UserWarning, match="5 images get no verdict"):
             assert masking(IMAGES, PROMPTS, METADATA).isnan().all()
+
+
+def test_the_trainers_retries_do_not_multiply_a_remote_rewards_own():
+    judge = Judge()
+    with serving(make_app("mean", judge)) as url:
+        remote = RemoteReward(url, **QUICK)
+        judge.failing = 99
+        with pytest.raises(RewardError, match="no endpoint scored"):
+            RewardSet(remote, max_retries=3, retry_delay=0.0)(IMAGES, PROMPTS, METADATA)
+        assert len(judge.batches) == 2
+    with serving(make_app("mean", judge, max_images=4)) as url:
+        judge.failing, judge.batches = 0, []
+        with pytest.raises(RewardRefused, match="413.*may have 4 images"):
+            RewardSet(RemoteReward(url, **QUICK), max_retries=3, on_failure="mask")(IMAGES, PROMPTS, METADATA)
+        with pytest.raises(RewardRefused, match="must be JSON"):
+            RemoteReward(url, **QUICK)(IMAGES, PROMPTS, [{"n": IMAGES}] * 5)
+
+
+def test_what_the_served_reward_refuses_is_not_asked_again():
+    calls = []
+
+    def refusing(images, prompts, metadata):
+        calls.append(1)
+        raise RewardRefused("no such row")
+
+    with serving(make_app("rows", refusing)) as url, pytest.raises(RewardRefused, match="400.*no such row"):
+        RemoteReward(url, **QUICK)(IMAGES, PROMPTS, METADATA)
+    assert len(calls) == 1
 
 
 def test_a_server_that_hangs_costs_the_timeout():

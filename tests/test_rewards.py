@@ -1,6 +1,7 @@
 import inspect
 import json
 import math
+import pickle
 
 import numpy as np
 import open_clip
@@ -11,7 +12,7 @@ from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import image_transform
 from PIL import Image
 
-from trl_tafs.rewards import REWARDS, RewardError, RewardSet, load_reward
+from trl_tafs.rewards import REWARDS, RewardError, RewardRefused, RewardSet, load_reward
 from trl_tafs.rewards.clip_score import ClipScore
 from trl_tafs.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from trl_tafs.rewards.scoring import as_rewards, parse_rewards
@@ -205,6 +206,25 @@ def test_each_retry_warns():
         score(Flaky(1), max_retries=1, retry_delay=0.0)
 
 
+@pytest.mark.parametrize(("kind", "masked"), [(RewardError, True), (RewardRefused, False)])
+def test_a_reward_that_has_given_up_is_not_called_again_and_a_refusal_is_not_masked(kind, masked):
+    calls = []
+
+    def quits(images, prompts, metadata):
+        calls.append(1)
+        raise kind("no use")
+
+    with pytest.raises(kind, match=r"'quits' raised \w+: no use \(1 calls"):
+        score(quits, max_retries=3)
+    if masked:
+        with pytest.warns(UserWarning, match="get no verdict"):
+            assert score(quits, max_retries=3, on_failure="mask").values.isnan().all()
+    else:
+        with pytest.raises(kind):
+            score(quits, max_retries=3, on_failure="mask")
+    assert len(calls) == 2
+
+
 def test_a_wrong_shape_is_not_retried():
     calls = []
     with pytest.raises(RewardError):
@@ -233,6 +253,35 @@ def test_rewards_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     )
     got = score({"a": load_reward("my_judges:first"), "b": load_reward("my_judges:Second")})
     assert got.values[0].tolist() == [1.0, 2.0]
+
+
+def test_files_of_one_name_are_different_rewards_and_none_is_a_library(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))  # and restores the path
+    for folder, value in (("a", 1), ("b", 2)):
+        for name in ("judge", "datasets"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{name}.py").write_text(
+                f"from dataclasses import dataclass\nfrom beside_{folder} import VALUE\n\n\n@dataclass\nclass Judge:\n"
+                "    scale: float = 1.0\n\n    def __call__(self, images, prompts, metadata):\n"
+                "        return [self.scale * VALUE] * len(prompts)\n"
+            )
+        (tmp_path / folder / f"beside_{folder}.py").write_text(f"VALUE = {value}\n")
+    for name in ("judge", "datasets"):
+        judges = [load_reward(str(tmp_path / folder / f"{name}.py:Judge")) for folder in ("a", "b")]
+        judges += [pickle.loads(pickle.dumps(judge)) for judge in judges]
+        assert score(dict(enumerate(judges))).values[0].tolist() == [1.0, 2.0, 1.0, 2.0]
+    again = load_reward(str(tmp_path / "a" / "judge.py:Judge"))
+    assert type(again) is type(load_reward(str(tmp_path / "b" / ".." / "a" / "judge.py:Judge")))
+
+
+def test_a_file_that_is_not_there_or_breaks_leaves_no_module_behind(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="none.py:f' can't be imported: .*No such file"):
+        load_reward(str(tmp_path / "none.py:f"))
+    (tmp_path / "broken.py").write_text("import no_such_module")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="No module named 'no_such_module'"):
+            load_reward(str(tmp_path / "broken.py:f"))
 
 
 @pytest.mark.parametrize("name", ["clip", "no_such_reward", "no_such_module:f", "trl_tafs.rewards.jpeg:f", ""])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -253,6 +254,23 @@ def test_evaluation_keeps_the_best_and_stops(pipeline, tmp_path):
     assert json.loads((tmp_path / "best" / "best.json").read_text())["epoch"] == 1
     assert trainer.first_epoch == 3, "two evaluations without gain after the best"
     assert hub.read_adapter(tmp_path / "best")
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_an_evaluation_without_a_verdict_is_passed_over(pipeline, tmp_path, greater):
+    settings = {"eval_freq": 1, "eval_prompts": ["three"], "early_stopping_patience": 1}
+    trainer = tiny.trainer(pipeline, tmp_path, metric_for_best_model="m", greater_is_better=greater, **settings)
+    better, worse = (0.3, 0.1) if greater else (0.1, 0.3)
+    for epoch, (value, best, stop) in enumerate(
+        [(math.nan, None, False), (0.2, 0.2, False), (math.nan, 0.2, False), (better, better, False)]
+    ):
+        with pytest.warns(UserWarning, match="m is NaN at epoch") if math.isnan(value) else nullcontext():
+            assert trainer._keep_best({"m": value}, epoch) == stop
+        assert trainer.best_metric == best
+    trainer.best_metric = math.nan  # of an older checkpoint
+    trainer._keep_best({"m": worse}, 9)
+    assert trainer.best_metric == worse and json.loads((tmp_path / "best" / "best.json").read_text())["epoch"] == 9
+    assert trainer._keep_best({"m": worse}, 10), "patience counts the others"
 
 
 def test_evaluation_has_fixed_noise_and_both_samplers(pipeline, tmp_path):

@@ -42,6 +42,32 @@ def test_the_encoder_gives_each_prompt_its_own_row_and_forgets_the_oldest(pipeli
     assert list(encode.cache) == ["two", "three"]
 
 
+def test_all_prompts_are_read_before_training_only_for_a_folder(pipeline_folder, tmp_path):
+    reads = []
+
+    class Rows(list):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    for name, changes in (("plain", {}), ("kept", {"prompt_cache_dir": str(tmp_path / "prompts")})):
+        trainer = tiny.trainer(tiny.load(pipeline_folder), tmp_path / name, prompt_function=Rows(PROMPTS), **changes)
+        reads.clear()
+        trainer._preflight()
+        assert len(reads) == (1 if name == "plain" else 1 + len(PROMPTS))
+    assert len(list((tmp_path / "prompts").rglob("*.safetensors"))) == len(PROMPTS)
+
+
+def test_the_encoder_forgets_by_weight_too(pipeline):
+    encode = PromptEncoder(pipeline, torch.device("cpu"))
+    one = encode(["one"])
+    weight = sum(value.numel() * value.element_size() for value in vars(one.positive).values() if value is not None)
+    bounded = PromptEncoder(pipeline, torch.device("cpu"), cache_bytes=2 * weight)
+    assert len(bounded(["one", "two", "three"])) == 3 and list(bounded.cache) == ["two", "three"]
+    none = PromptEncoder(pipeline, torch.device("cpu"), cache_bytes=0)
+    assert torch.equal(none(["one"]).positive.text, one.positive.text) and not none.cache
+
+
 def test_the_average_is_what_is_evaluated_saved_and_kept_as_best(pipeline, tmp_path):
     seen = []
 

@@ -6,12 +6,16 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from trl_tafs.pipelines.base import TAFSPipelineMixin
@@ -33,6 +37,7 @@ class PromptEncoder:
         max_sequence_length: tokens; None for the family's default.
         offload: the text encoders stay on the CPU except while they encode.
         cache_size: prompts kept, the least recently used goes first.
+        cache_bytes: what they may weigh.
         cache_dir: a folder in which encoded prompts of one base model are kept; what is found there needs no text
             encoder, which may then be missing from the pipeline. None: no such folder.
     """
@@ -48,9 +53,11 @@ class PromptEncoder:
         max_sequence_length: int | None = None,
         offload: bool = False,
         cache_size: int = 1024,
+        cache_bytes: int = 4 * 2**30,
         cache_dir: str | os.PathLike | None = None,
     ) -> None:
-        self.pipeline, self.device, self.offload, self.cache_size = pipeline, device, offload, cache_size
+        self.pipeline, self.device, self.offload = pipeline, device, offload
+        self.cache_size, self.cache_bytes = cache_size, cache_bytes
         self.arguments = {
             "guidance_scale": guidance_scale,
             "embedded_guidance_scale": embedded_guidance_scale,
@@ -72,14 +79,18 @@ class PromptEncoder:
         return rows[torch.tensor([index[prompt] for prompt in prompts], device=self.device)]
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode a fixed set of prompts into the folder at once; nothing without a folder."""
-        if self.cache_dir is not None:
-            self._encode([prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()])
-            self._shrink()
+        """Encode a fixed set of prompts into the folder at once, each process its share; nothing without a folder."""
+        if self.cache_dir is None:
+            return
+        processes = PartialState()
+        share = list(dict.fromkeys(prompts))[processes.process_index :: processes.num_processes]
+        self._encode([prompt for prompt in share if not self._file(prompt).exists()], keep=False)
+        processes.wait_for_everyone()
 
     def _shrink(self) -> None:
-        while len(self.cache) > self.cache_size:
-            self.cache.popitem(last=False)
+        weight = sum(_weight(conditioning) for conditioning in self.cache.values())
+        while self.cache and (len(self.cache) > self.cache_size or weight > self.cache_bytes):
+            weight -= _weight(self.cache.popitem(last=False)[1])
 
     def _find(self, prompts: Sequence[str]) -> None:
         """Prompts from the folder, or else by the text encoders."""
@@ -88,7 +99,7 @@ class PromptEncoder:
             self.cache[prompt] = _load(self._file(prompt), self.arguments["guidance_scale"])
         self._encode([prompt for prompt in prompts if prompt not in stored])
 
-    def _encode(self, prompts: Sequence[str]) -> None:
+    def _encode(self, prompts: Sequence[str], keep: bool = True) -> None:
         if not prompts:
             return
         encoders = [m for n, m in self.pipeline.components.items() if n.startswith("text_encoder") and m is not None]
@@ -104,7 +115,8 @@ class PromptEncoder:
                 conditioning = self.pipeline.encode_conditioning([prompt], **self.arguments).to("cpu")
                 if self.pipeline.text_multiple is not None:
                     conditioning = conditioning.padded_to_multiple(self.pipeline.text_multiple)
-                self.cache[prompt] = conditioning
+                if keep:
+                    self.cache[prompt] = conditioning
                 if self.cache_dir is not None:
                     _save(conditioning, self._file(prompt))
             self.pipeline.encoding_device = None
@@ -115,11 +127,41 @@ class PromptEncoder:
             if self.offload and not is_bitsandbytes(encoder):
                 encoder.to(device)
 
+    @cached_property
+    def folder(self) -> Path:
+        """Where the embeddings by this pipeline's text encoders lie: those that it lacks make another embedding.
+
+        That is `cache_dir`, or `cache_dir/without_text_encoder_3` where that one is missing. A pipeline without any
+        takes `cache_dir`, unless nothing was encoded there and there is one such folder alone.
+        """
+        encoders = {n: m for n, m in self.pipeline.components.items() if n.startswith("text_encoder")}
+        missing = [name for name, module in encoders.items() if module is None]
+        if not missing:
+            return self.cache_dir
+        if len(missing) < len(encoders):
+            return self.cache_dir / f"without_{'_and_'.join(missing)}"
+        partial = list(self.cache_dir.glob("without_*"))
+        return partial[0] if len(partial) == 1 and not any(self.cache_dir.glob("*.safetensors")) else self.cache_dir
+
     def _file(self, prompt: str) -> Path:
         """Named by all that the embedding depends on: the base model, the arguments, the dtype, the prompt."""
         base = [self.pipeline.stock_class().__name__, str(self.pipeline.config.get("_name_or_path"))]
+        base += _revision(self.pipeline)
         key = json.dumps([*base, str(self.pipeline.model_dtype), self.arguments, prompt], sort_keys=True)
-        return self.cache_dir / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+        return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+
+
+def _revision(pipeline: TAFSPipelineMixin) -> list[str]:
+    """The base's commit where the Hub's cache tells it, by the VAE, which no pipeline lacks; else nothing."""
+    found = re.search(r"snapshots[/\\]([0-9a-f]{40})", str(pipeline.vae.config.get("_name_or_path")))
+    return [found[1]] if found else []
+
+
+def _weight(conditioning: Conditioning) -> int:
+    """Bytes of its tensors."""
+    halves = (half for half in (conditioning.positive, conditioning.negative) if half is not None)
+    values = [getattr(half, field.name) for half in halves for field in dataclasses.fields(half)]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
 def _save(conditioning: Conditioning, path: Path) -> None:
@@ -134,7 +176,7 @@ def _save(conditioning: Conditioning, path: Path) -> None:
         if isinstance(value := getattr(half, field.name), Tensor)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.part")
+    beside = path.with_suffix(f".{uuid.uuid4().hex}.part")  # others may write it, too, on other machines
     save_file(tensors, beside)
     os.replace(beside, path)
 

@@ -55,7 +55,6 @@ def sample_images(
     )[:, 0]
 
 
-@torch.no_grad()
 def sample_step_images(
     pipeline: TAFSPipelineMixin,
     encode: Encode,
@@ -72,10 +71,30 @@ def sample_step_images(
 
     With `steps=False` the result alone, (B, 1, 3, H, W).
     """
+    how = {"sampler": sampler, "num_steps": num_steps, "steps": steps}
+    return decode_drawn(
+        pipeline, setting, draw_latents(pipeline, encode, velocity, setting, prompts, sample_ids, **how)
+    )
+
+
+@torch.no_grad()
+def draw_latents(
+    pipeline: TAFSPipelineMixin,
+    encode: Encode,
+    velocity: Velocity,
+    setting: Setting,
+    prompts: Sequence[str],
+    sample_ids: Sequence[int],
+    *,
+    sampler: str,
+    num_steps: int,
+    steps: bool,
+) -> list[tuple[list[Tensor], int]]:
+    """What `sample_step_images` decodes, batch by batch: each step's latents on the CPU, and how many rows count."""
     device = setting.device
     levels = pipeline.rollout_levels(num_steps, setting.height, setting.width).to(device)
     shape = pipeline.latent_shape(setting.height, setting.width)
-    images = []
+    drawn = []
     for start in range(0, len(sample_ids), setting.batch_size):
         rows = list(range(start, min(start + setting.batch_size, len(sample_ids))))
         padded = rows + [rows[-1]] * (setting.batch_size - len(rows))
@@ -92,12 +111,20 @@ def sample_step_images(
         )
         for step in walk:
             if step.index == num_steps - 1:
-                latents.append(step.next_state)
+                latents.append(step.next_state.cpu())
             elif steps:
-                latents.append(step.clean)
-        size = setting.decode_batch_size or setting.batch_size
-        decoded = [pipeline.decode_in_batches(latent, size)[: len(rows)] for latent in latents]
-        images.append(torch.stack(decoded, dim=1))
+                latents.append(step.clean.cpu())
+        drawn.append((latents, len(rows)))
+    return drawn
+
+
+def decode_drawn(pipeline: TAFSPipelineMixin, setting: Setting, drawn: list[tuple[list[Tensor], int]]) -> Tensor:
+    """`draw_latents`' images, (B, N, 3, H, W) on the CPU. Where models take turns, it is one exchange."""
+    size, images = setting.decode_batch_size or setting.batch_size, []
+    with pipeline.decoding():
+        for latents, number in drawn:
+            decoded = [pipeline.decode_in_batches(latent.to(setting.device), size)[:number] for latent in latents]
+            images.append(torch.stack(decoded, dim=1))
     return torch.cat(images)
 
 
@@ -135,14 +162,15 @@ class Evaluator:
         results, fault = {}, None
         for sampler in samplers:
             for num_steps in step_counts:
-                images = sample_images(
-                    pipeline, encode, velocity, setting, prompts, mine, sampler=sampler, num_steps=num_steps
-                )
-                try:
-                    values = self.rewards(images, prompts, metadata).values.to(accelerator.device)
-                except RewardError as error:  # the other processes wait in the gather: fail together, below
-                    fault = fault or error
-                    values = torch.full((len(mine), len(self.rewards.names)), torch.nan, device=accelerator.device)
+                how = {"sampler": sampler, "num_steps": num_steps, "steps": False}
+                drawn = draw_latents(pipeline, encode, velocity, setting, prompts, mine, **how)
+                with pipeline.decoding():  # where models take turns, the rewards have the denoiser's place
+                    images = decode_drawn(pipeline, setting, drawn)[:, 0]
+                    try:
+                        values = self.rewards(images, prompts, metadata).values.to(accelerator.device)
+                    except RewardError as error:  # the other processes wait in the gather: fail together, below
+                        fault = fault or error
+                        values = torch.full((len(mine), len(self.rewards.names)), torch.nan, device=accelerator.device)
                 everyone = accelerator.gather(values)[: len(self.items)]
                 for name, mean in zip(self.rewards.names, everyone.nanmean(dim=0).tolist(), strict=True):
                     results[f"eval/{sampler}_{num_steps}/{name}"] = mean

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,25 @@ class Wave:
     prompts: PromptBatch  # of all processes
     parts: list[Part]  # of this one
     table: RewardTable  # of all processes, (B, Q, K, R)
+
+
+@dataclass
+class Scoring:
+    """A part's scores on their way."""
+
+    futures: list[Future] = field(default_factory=list)  # of the `Scores` of each scored step
+    images: Tensor | None = None  # (B, 3, H, W) the latest step's of the first kind, where a hook wants images
+
+    @property
+    def done(self) -> bool:
+        """Whether all are there."""
+        return all(future.done() for future in self.futures)
+
+    @property
+    def fault(self) -> BaseException | None:
+        """The first error of those that are there."""
+        errors = (future.exception() for future in self.futures if future.done())
+        return next((error for error in errors if error is not None), None)
 
 
 @dataclass
@@ -93,22 +112,27 @@ class Collector:
         """Latents (B, *) to images (B, 3, H, W) on the CPU, `decode_batch_size` at a time."""
         return self.pipeline.decode_in_batches(latents, self.decode_batch_size)
 
-    def score(self, batch: PromptBatch, latents: Tensor, executor: ThreadPoolExecutor | None = None) -> Future:
-        """Decode one step's clean latents (B, K, *) and have them scored: a future of their `Scores`."""
+    def score(
+        self, batch: PromptBatch, latents: Tensor, scoring: Scoring, executor: ThreadPoolExecutor | None = None
+    ) -> None:
+        """Decode one step's clean latents (B, K, *) and have them scored: a future of their `Scores` is added."""
         kinds = latents.shape[1]
         with self.stopwatch("decode"):
             images = self.decode(latents.flatten(0, 1))
+        if self.keep_images:
+            scoring.images = images[::kinds].clone()
         prompts = [prompt for prompt in batch.prompts for _ in range(kinds)]
         metadata = [entry for entry in batch.metadata for _ in range(kinds)]
         if executor is not None:
-            return executor.submit(self.rewards, images, prompts, metadata)
+            scoring.futures.append(executor.submit(self.rewards, images, prompts, metadata))
+            return
         future: Future = Future()
+        scoring.futures.append(future)
         with self.stopwatch("reward"):
             try:
                 future.set_result(self.rewards(images, prompts, metadata))
             except Exception as error:  # handed on through the future, as the executor does
                 future.set_exception(error)
-        return future
 
     def collect(
         self,
@@ -122,25 +146,35 @@ class Collector:
 
         `kept` are payloads of an earlier try at this epoch, used instead of sampling and scoring again.
         """
-        parts, scoring, fault = [], [], None
+        parts: list[Part] = []
+        waiting: list[tuple[Part, Scoring]] = []
+        fault: BaseException | None = None
+
+        def settle() -> None:
+            """Take the scores of the parts that have them, in order; their scored latents are free then."""
+            nonlocal fault
+            while waiting and waiting[0][1].done:
+                part, scoring = waiting.pop(0)
+                fault = fault or scoring.fault
+                if scoring.futures and scoring.fault is None:
+                    self._attach(part, [future.result() for future in scoring.futures])
+                progress("reward")
+
         with ThreadPoolExecutor(self.reward_threads) if self.reward_threads else nullcontext() as executor:
             drawn = self._drawn(batches, seed, epoch, kept, progress, executor)
             # Where models take turns on the GPU, all is drawn before anything is scored: one exchange an epoch.
             drawn = list(drawn) if self.take_turns else drawn
             with self.pipeline.decoding() if self.take_turns else nullcontext():
-                for part, begun in drawn:
+                for part, scoring in drawn:
                     parts.append(part)
-                    scoring.append(self._score_steps(part, begun, executor))
-                    if any(future.done() and future.exception() is not None for future in scoring[-1]):
+                    self._score_steps(part, scoring, executor)
+                    waiting.append((part, scoring))
+                    settle()
+                    if fault is not None or scoring.fault is not None:
                         break
             with self.stopwatch("reward"):  # what sampling didn't hide
-                wait([future for futures in scoring for future in futures])
-        for part, futures in zip(parts, scoring, strict=True):
-            errors = [future.exception() for future in futures]
-            fault = fault or next((error for error in errors if error is not None), None)
-            if futures and not any(errors):
-                self._attach(part, [future.result() for future in futures])
-            progress("reward")
+                wait([future for _, scoring in waiting for future in scoring.futures])
+        settle()
         return parts, fault
 
     def _drawn(
@@ -151,46 +185,55 @@ class Collector:
         kept: Sequence[dict[str, Any]],
         progress: Callable[[str], None],
         executor: ThreadPoolExecutor | None,
-    ) -> Iterator[tuple[Part, list[Future]]]:
+    ) -> Iterator[tuple[Part, Scoring]]:
         """The parts, one after the other: restored where they were kept, or sampled.
 
         With an executor a step's images are scored while the next step is sampled, and their futures are here; without
         one they are scored later: the same calls with the same images, so that the rewards are the same.
         """
         for i, batch in enumerate(batches):
-            begun: list[Future] = []
+            scoring = Scoring()
             if i < len(kept):
                 part = self._restore(batch, kept[i])
             else:
                 with self.stopwatch("rollout"):
-                    part = self.roll_out(batch, seed, epoch, self._scorer(batch, begun, executor))
+                    part = self.roll_out(batch, seed, epoch, self._scorer(batch, scoring, executor))
             progress("rollout")
-            yield part, begun
+            yield part, scoring
 
     def _scorer(
-        self, batch: PromptBatch, begun: list[Future], executor: ThreadPoolExecutor | None
+        self, batch: PromptBatch, scoring: Scoring, executor: ThreadPoolExecutor | None
     ) -> Callable[[Tensor], None] | None:
         """What `rollout` hands a step's clean latents to."""
-        return None if executor is None else lambda latents: begun.append(self.score(batch, latents, executor))
+        return None if executor is None else lambda latents: self.score(batch, latents, scoring, executor)
 
-    def _score_steps(self, part: Part, begun: list[Future], executor: ThreadPoolExecutor | None) -> list[Future]:
-        """A future of each scored step's `Scores`: those that were begun, or begun now; none where scores are there."""
-        futures = list(begun)
-        if part.scores is None and not begun:
+    def _score_steps(self, part: Part, scoring: Scoring, executor: ThreadPoolExecutor | None) -> None:
+        """Have each scored step scored, where that hasn't begun and scores aren't there; and the hook's images."""
+        if part.scores is None and not scoring.futures:
             for latents in part.rollout.scored.unbind(1):
-                futures.append(self.score(part.batch, latents, executor))
-                if executor is None and futures[-1].exception() is not None:
+                self.score(part.batch, latents, scoring, executor)
+                if executor is None and scoring.fault is not None:
                     break
         if self.keep_images:
+            part.images = scoring.images if self._shows_result(part, scoring) else None
+        if self.keep_images and part.images is None:
             with self.stopwatch("decode"):
                 part.images = self.decode(part.rollout.final)
-        return futures
+
+    def _shows_result(self, part: Part, scoring: Scoring) -> bool:
+        """Whether the last image that was scored is what the sampler returned, up to the storage dtype's rounding."""
+        if len(scoring.futures) != part.rollout.scored.shape[1] or not len(part.rollout.scored):
+            return False
+        return torch.equal(
+            part.rollout.scored[:, -1, 0].to(self.storage_dtype), part.rollout.final.to(self.storage_dtype)
+        )
 
     def _attach(self, part: Part, scores: Sequence[Scores]) -> None:
         batch, _, kinds = part.rollout.scored.shape[:3]
         part.scores = torch.stack([step.values.reshape(batch, kinds, -1) for step in scores], dim=1)
         part.metadata = scores[-1].metadata  # of the images that the sampler returned
-        part.rollout = dataclasses.replace(part.rollout, scored=part.rollout.scored[:0])  # scored: no longer needed
+        # no longer needed; an empty view would keep all of them
+        part.rollout = dataclasses.replace(part.rollout, scored=part.rollout.scored[:0].clone())
 
     def _restore(self, batch: PromptBatch, payload: dict[str, Any]) -> Part:
         device = self.levels.device

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.types import Conditioning
@@ -204,34 +205,43 @@ def measure_activations(
 ) -> Activations:
     """What one row's evaluation of the denoiser keeps for its backward pass, of a conditioning without negatives."""
     weights = {p.data_ptr() for p in pipeline.denoiser.parameters()}
-    saved: dict[int, int] = {}
-    inputs: dict[int, Tensor] = {}  # the tensors themselves: an address that is freed would be another's next
+    # The storages themselves: an address that is freed would be another's next.
+    saved: dict[int, torch.UntypedStorage] = {}
+    inputs: dict[int, torch.UntypedStorage] = {}
     device = conditioning.positive.text.device
     x = torch.zeros(1, *pipeline.latent_shape(height, width), device=device, dtype=pipeline.storage_dtype)
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:  # nothing is unpacked, and a tensor here would be a cycle that is never freed
         storage = tensor.untyped_storage()
         if tensor.data_ptr() not in weights and storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            saved[storage.data_ptr()] = storage
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
-                inputs[value.untyped_storage().data_ptr()] = value
+                inputs[value.untyped_storage().data_ptr()] = value.untyped_storage()
 
     blocks = blocks_of(pipeline.denoiser)
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
     with (
+        removed(block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks),
         without_checkpointing(pipeline.denoiser),
         torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing),
     ):
-        v = pipeline.velocity(x, torch.full((1,), 0.5, device=device), Conditioning(conditioning.positive))
-    for hook in hooks:
-        hook.remove()
-    del v  # until here, what is saved is alive
-    return Activations(sum(saved.values()), sum(t.untyped_storage().nbytes() for t in inputs.values()), len(blocks))
+        pipeline.velocity(x, torch.full((1,), 0.5, device=device), Conditioning(conditioning.positive))
+    kept, entered = (sum(storage.nbytes() for storage in found.values()) for found in (saved, inputs))
+    return Activations(kept, entered, len(blocks))
+
+
+@contextmanager
+def removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """The hooks are there inside, and gone afterwards, whatever happens."""
+    hooks = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -257,12 +267,10 @@ def measure_decoder(pipeline: TAFSPipelineMixin, height: int, width: int) -> int
         if isinstance(output, Tensor):
             largest = max(largest, tensor_bytes(output))
 
-    hooks = [module.register_forward_hook(leave) for module in pipeline.vae.modules() if not list(module.children())]
-    with pipeline.decoding():
+    layers = [module for module in pipeline.vae.modules() if not list(module.children())]
+    with removed(layer.register_forward_hook(leave) for layer in layers), pipeline.decoding():
         device = next(pipeline.vae.parameters()).device
         pipeline.decode_latents(torch.zeros(1, *pipeline.latent_shape(height, width), device=device))
-    for hook in hooks:
-        hook.remove()
     return 3 * largest
 
 

@@ -56,13 +56,21 @@ class LocalTracker(GeneralTracker):
         self._write(self.tracker, json.dumps(line) + "\n", "a")
 
     def log_images(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
-        """Save each image tensor (1, 3, H, W) or (3, H, W) in [0, 1] as `images/<step>_<title>.png`."""
-        for title, image in values.items():
+        """Save each image as `images/<step>_<title>.png`, several under one title numbered.
+
+        They come as Accelerate's trackers take them: tensors (3, H, W), arrays (H, W, 3), batches of either, in [0, 1]
+        or uint8, PIL images, and lists of these. What is none of them costs a warning.
+        """
+        for title, value in values.items():
             name = re.sub(r"[^\w.-]+", "_", str(title)).strip("_")[:100]
-            save_png(
-                tensor_to_image(torch.as_tensor(image).squeeze(0)),
-                self.folder / "images" / f"{step or 0:06d}_{name}.png",
-            )
+            try:
+                images = as_images(value)
+            except (TypeError, ValueError, RuntimeError) as error:  # a hook's: its pictures aren't worth the run
+                warnings.warn(f"the images {str(title)[:100]!r} could not be saved ({error})", stacklevel=2)
+                continue
+            for i, image in enumerate(images):
+                number = f"_{i}" if len(images) > 1 else ""
+                save_png(image, self.folder / "images" / f"{step or 0:06d}_{name}{number}.png")
 
     def rewind(self, epoch: int) -> None:
         """Drop what a run that resumes before `epoch` is about to write again.
@@ -138,6 +146,29 @@ class Stopwatch:
         """`time/<name>` of each stretch since the last `pop`."""
         seconds, self.seconds = self.seconds, {}
         return {f"time/{name}": value for name, value in seconds.items()}
+
+
+def as_images(value: Any) -> list[Image.Image]:
+    """PIL images, arrays, tensors, batches and lists of them as PIL images in RGB."""
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return [value.convert("RGB")]
+    if isinstance(value, (list, tuple)):
+        return [image for item in value for image in as_images(item)]
+    pixels = torch.as_tensor(value)
+    if pixels.ndim == 4:
+        return [image for item in value for image in as_images(item)]
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    channels = (1, 3, 4)
+    first, last = pixels.shape[0] in channels, pixels.shape[-1] in channels
+    if pixels.ndim != 3 or not (first or last):
+        raise ValueError(f"shape {tuple(pixels.shape)} is no image; use (3, H, W) or (H, W, 3)")
+    if last and not (first and isinstance(value, Tensor)):  # both fit a tiny one: tensors have channels first
+        pixels = pixels.movedim(-1, 0)
+    pixels = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+    return [tensor_to_image(pixels[:3].expand(3, -1, -1))]
 
 
 def tensor_to_image(image: Tensor) -> Image.Image:

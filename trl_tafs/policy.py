@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,8 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: torch.device) -> None:
     """Freeze the base, put it on the device, and cast it to the dtype of `mixed_precision`.
 
-    The VAE keeps its dtype: several decode to black in float16. A quantized module keeps its own, and one of
-    bitsandbytes its place.
+    What waits on the CPU is cast, too. The VAE keeps its dtype: several decode to black in float16. A quantized module
+    keeps its own, and one of bitsandbytes its place.
 
     Raises:
         ValueError: models that are on the move already, or can't be moved.
@@ -43,8 +44,8 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: to
         if not is_bitsandbytes(module):
             module.to("cpu" if waits else device)
         trained = config.full_finetuning and module is pipeline.denoiser
-        if dtype is not None and name != "vae" and not waits and not trained and not is_quantized(module):
-            module.to(dtype)
+        if dtype is not None and name != "vae" and not trained and not is_quantized(module):
+            cast(module, dtype)
     if config.vae_tiling:
         pipeline.vae.enable_tiling()
     if config.model_cpu_offload:
@@ -59,6 +60,23 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: to
         pipeline.decoding = partial(turns, [pipeline.vae])
     if config.train_gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a module as `from_pretrained(torch_dtype=dtype)` would: parts that overflow in a short dtype keep theirs.
+
+    Transformers' `_keep_in_fp32_modules` are those under float16 (T5's `wo`), its `_strict` ones and diffusers' always.
+    """
+    from diffusers import ModelMixin
+
+    names = list(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16 or isinstance(module, ModelMixin):
+        names += getattr(module, "_keep_in_fp32_modules", None) or ()
+    pattern = re.compile(rf"(^|\.)({'|'.join(names)})(\.|$)") if names else None
+    kept = [(p, p.data) for name, p in module.named_parameters() if pattern is not None and pattern.search(name)]
+    module.to(dtype)
+    for parameter, data in kept:
+        parameter.data = data
 
 
 def is_quantized(module: nn.Module) -> bool:

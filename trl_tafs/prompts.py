@@ -42,12 +42,18 @@ class PromptSource:
         self.seed = seed
         self.function = source if callable(source) else None
         self.rows = None if callable(source) else _as_rows(source)
+        self._order: tuple[int, Any] = (-1, None)  # the present sweep and its order of the rows
         if self.rows is not None and len(self.rows) == 0:
             raise ValueError("the prompt dataset is empty; it needs at least one row")
 
     def known(self) -> list[str]:
         """All prompts, where they are a fixed set; none of a function's."""
-        return [] if self.rows is None else [row_to_prompt(self.rows[i])[0] for i in range(len(self.rows))]
+        if self.rows is None:
+            return []
+        # of a dataset the one column: others may be images, slow to decode
+        if hasattr(self.rows, "select_columns"):
+            return [row_to_prompt(row)[0] for row in self.rows.select_columns(["prompt"])]
+        return [row_to_prompt(self.rows[i])[0] for i in range(len(self.rows))]
 
     def groups(self, epoch: int, num_groups: int) -> list[tuple[str, dict[str, Any]]]:
         """The (prompt, metadata) of each of an epoch's groups."""
@@ -63,8 +69,10 @@ class PromptSource:
 
     def _row(self, position: int) -> tuple[str, dict[str, Any]]:
         sweep, offset = divmod(position, len(self.rows))
-        order = np.random.default_rng(noise_seed(self.seed, sweep, "order")).permutation(len(self.rows))
-        return row_to_prompt(self.rows[int(order[offset])])
+        if self._order[0] != sweep:
+            generator = np.random.default_rng(noise_seed(self.seed, sweep, "order"))
+            self._order = sweep, generator.permutation(len(self.rows))
+        return row_to_prompt(self.rows[int(self._order[1][offset])])
 
 
 def expand_groups(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -451,8 +452,12 @@ class TAFSGRPOTrainer:
             return False
         if name not in results:
             raise ValueError(f"metric_for_best_model is {name!r}; evaluated are {', '.join(results)}")
+        if math.isnan(results[name]):
+            warnings.warn(f"{name} is NaN at epoch {epoch}, no verdict; the best so far stays", stacklevel=3)
+            return self._out_of_patience()
         sign = 1.0 if self.config.greater_is_better else -1.0
-        if self.best_metric is None or sign * results[name] > sign * self.best_metric:
+        none = self.best_metric is None or math.isnan(self.best_metric)
+        if none or sign * results[name] > sign * self.best_metric:
             self.best_metric, self.evaluations_without_gain = results[name], 0
             self.report.save_best(epoch, name, results[name])
         else:
@@ -490,7 +495,8 @@ class TAFSGRPOTrainer:
         if self.config.push_to_hub:
             self._prepare_repo(None, self.config.hub_private_repo)
         prompt, metadata = self.prompts.groups(self.first_epoch, 1)[0]
-        self.encode.prepare(self.prompts.known())
+        if self.config.prompt_cache_dir is not None:
+            self.encode.prepare(self.prompts.known())
         self.report.print_memory_plan(self.encode([prompt]))
         images = torch.rand(2, 3, self.height, self.width, generator=torch.Generator().manual_seed(0))
         self.rewards(images, [prompt] * 2, [metadata] * 2)

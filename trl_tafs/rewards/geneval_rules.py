@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_tafs.rewards.scoring import RewardRefused
+
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's confidence
 MAX_OBJECTS = 16  # of one class, the most confident
@@ -117,19 +119,23 @@ def judge(row: Mapping[str, Any], found: Found, colors_of: ColorsOf) -> tuple[fl
     return float(strict), sum(grades) / len(grades) if grades else 1.0
 
 
+class FaultyRow(RewardRefused, ValueError):
+    """A row that can't be judged."""
+
+
 def check_row(row: Mapping[str, Any]) -> None:
     """An error that says what is wrong with a row that has GenEval's columns and can't be judged."""
     names = set(COCO_NAMES)
     for requirement in [*(row.get("include") or []), *(row.get("exclude") or [])]:
         if requirement.get("class") not in names:
-            raise ValueError(f"GenEval row {row!r}: no class {requirement.get('class')!r}; use COCO's 80, as GenEval's")
+            raise FaultyRow(f"GenEval row {row!r}: no class {requirement.get('class')!r}; use COCO's 80, as GenEval's")
         if not isinstance(requirement.get("count"), int) or requirement["count"] < 1:
-            raise ValueError(f"GenEval row {row!r}: a count must be at least 1, got {requirement.get('count')!r}")
+            raise FaultyRow(f"GenEval row {row!r}: a count must be at least 1, got {requirement.get('count')!r}")
         if (requirement.get("color") or "red") not in COLORS:
-            raise ValueError(f"GenEval row {row!r}: no colour {requirement['color']!r}; use one of {', '.join(COLORS)}")
+            raise FaultyRow(f"GenEval row {row!r}: no colour {requirement['color']!r}; use one of {', '.join(COLORS)}")
     for i, requirement in enumerate(row.get("include") or []):
         if requirement.get("position") is not None and not 0 <= requirement["position"][1] < i:
-            raise ValueError(f"GenEval row {row!r}: a position refers to an earlier requirement, not to itself")
+            raise FaultyRow(f"GenEval row {row!r}: a position refers to an earlier requirement, not to itself")
 
 
 COCO_NAMES = (  # COCO's 80 classes in their order, three by GenEval's clearer names

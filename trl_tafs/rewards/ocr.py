@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from torch.nn import functional as F
 
 from trl_tafs.rewards.model import ModelReward
 from trl_tafs.rewards.preprocessing import to_uint8
+from trl_tafs.rewards.scoring import RewardRefused
 
 QUOTED = re.compile(r"[\"“”]([^\"“”]+)[\"“”]|(?<!\w)['‘]([^'‘’]+)['’](?!\w)")
 KINDS = ("edit", "ctc")
+LINE = 3.0  # width / height from which on an image is taken for a line of text
 
 
 def target_text(prompt: str, metadata: Mapping[str, Any]) -> str | None:
@@ -53,7 +57,9 @@ def ctc_log_probability(probabilities: Tensor, texts: Sequence[str], characters:
         characters: of the classes, the blank first.
 
     Returns:
-        (B,) nats a character, at most 0; NaN where no character is known.
+        (B,) nats a character, at most 0; NaN where no character is known, and where no image could spell the text: it
+        has more characters (and blanks between equal ones) than there are steps T, about a step 8 pixels of a line that
+        is 48 high.
     """
     index = {character: i for i, character in enumerate(characters)}
     scores, targets = [], []
@@ -69,7 +75,7 @@ def ctc_log_probability(probabilities: Tensor, texts: Sequence[str], characters:
     lengths = torch.tensor([len(target) for target in targets])
     steps = torch.full((len(texts),), len(logs))
     nll = F.ctc_loss(logs, torch.cat(targets), steps, lengths, reduction="none")
-    return torch.where(lengths > 0, -nll / lengths.clamp(min=1), torch.nan)
+    return torch.where((lengths > 0) & nll.isfinite(), -nll / lengths.clamp(min=1), torch.nan)
 
 
 class Recognizer:
@@ -131,13 +137,16 @@ class OCR(ModelReward):
     """How well the asked text is read; no verdict on prompts that ask for none.
 
     The text is `metadata["text"]`, else what the prompt quotes. It is sought in `metadata["box"]` (left, top, right,
-    bottom, in shares of the image), else in the whole image as one line, or with `detect` wherever there is text.
+    bottom, in shares of the image), else in the whole image as one line where it is at least three times as wide as
+    high, else wherever lines of text are found; the best of each line and all of them together counts.
 
     Args:
         kind: "edit", similarity in [0, 1]: 1 - edit distance / longer length; "ctc", the recogniser's log-probability
-            of the text in nats a character, which still differs where nothing can be read yet.
-        detect: find the lines of text first (slow; for scenes). The best of each line and all of them together counts.
-        package: that holds the recogniser.
+            of the text in nats a character, which still differs where nothing can be read yet; of one line, and no
+            verdict where that is too short for the text.
+        detect: find the lines of text first (slow; for scenes): None, where there is no box and no line's shape;
+            True, always; False, never.
+        package: that holds the recogniser, and detection: `rapidocr`, or `rapidocr_onnxruntime` for an older one.
         batch_size: images at once.
         threads: of onnxruntime.
     """
@@ -145,7 +154,7 @@ class OCR(ModelReward):
     def __init__(
         self,
         kind: str = "edit",
-        detect: bool = False,
+        detect: bool | None = None,
         package: str = "rapidocr",
         batch_size: int = 32,
         threads: int | None = None,
@@ -155,9 +164,17 @@ class OCR(ModelReward):
         if kind == "ctc" and detect:
             raise ValueError("ocr's kind ctc is a likelihood of one line; use detect=False, with a box where it lies")
         super().__init__("cpu", batch_size=batch_size)
-        self.kind = kind
+        self.kind, self.detect, self.package, self.threads = kind, detect, package, threads
         self.recognizer = None if detect else Recognizer(package, batch_size, threads)
-        self.detector = _detector(threads) if detect else None
+        self._detector, self._making = _detector(threads, package) if detect else None, threading.Lock()
+
+    @property
+    def detector(self) -> Any:
+        """Made at its first use, since most runs on lines have none."""
+        with self._making:
+            if self._detector is None:
+                self._detector = _detector(self.threads, self.package)
+        return self._detector
 
     def applies(self, prompt: str, metadata: Mapping[str, Any]) -> bool:
         """Whether the prompt asks for text."""
@@ -166,14 +183,29 @@ class OCR(ModelReward):
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """(B,)."""
         targets = [target_text(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
-        if self.detector is not None:
-            pairs = zip(to_uint8(images).numpy(), targets, strict=True)
-            return torch.tensor([self._best_line(image, target) for image, target in pairs])
-        if not any(row.get("box") for row in metadata):
+        boxes = [row.get("box") for row in metadata]
+        if not self.detect and not any(boxes) and not self._sought(images):
             return self._lines(images, targets)
-        boxes = [row.get("box") or (0, 0, 1, 1) for row in metadata]
-        parts = [crop(image, box)[None] for image, box in zip(images, boxes, strict=True)]
-        return torch.cat([self._lines(part, [target]) for part, target in zip(parts, targets, strict=True)])
+        pairs = zip(images, boxes, targets, strict=True)
+        return torch.cat([self._score_one(image[None], box, target) for image, box, target in pairs])
+
+    def _sought(self, images: Tensor) -> bool:
+        """Whether the text's place is to be found in images without a box."""
+        height, width = images.shape[2:]
+        sought = self.detect or (self.detect is None and width < LINE * height)
+        if sought and self.kind == "ctc":
+            raise RewardRefused(
+                f"ocr's kind ctc is a likelihood of one line, and the images are {height} x {width}: say where it "
+                'lies by metadata["box"], use kind="edit", or detect=False to take the whole image for a line'
+            )
+        return sought
+
+    def _score_one(self, image: Tensor, box: Sequence[float] | None, target: str) -> Tensor:
+        if box and not self.detect:
+            return self._lines(crop(image[0], box)[None], [target])
+        if not self._sought(image):
+            return self._lines(image, [target])
+        return torch.tensor([self._best_line(to_uint8(image).numpy()[0], target)])
 
     def _lines(self, images: Tensor, targets: list[str]) -> Tensor:
         if self.kind == "ctc":
@@ -182,16 +214,17 @@ class OCR(ModelReward):
         return torch.tensor([text_similarity(found, target) for found, target in pairs])
 
     def _best_line(self, image: np.ndarray, target: str) -> float:
-        lines = list(self.detector(image[:, :, ::-1]).txts or ())
+        found = self.detector(image[:, :, ::-1])
+        lines = [row[1] for row in found[0] or ()] if isinstance(found, tuple) else list(found.txts or ())
         return max((text_similarity(text, target) for text in [*lines, " ".join(lines)]), default=0.0)
 
 
-def _detector(threads: int | None) -> Any:
+def _detector(threads: int | None, package: str = "rapidocr") -> Any:
     """Rapidocr's whole pipeline, detection included."""
-    if find_spec("rapidocr") is None:
-        raise ValueError("the package rapidocr isn't installed; pip install 'trl_tafs[ocr]'")
-    from rapidocr import RapidOCR
-
-    number = threads or torch.get_num_threads()
+    if find_spec(package) is None:
+        raise ValueError(f"the package {package} isn't installed; pip install 'trl_tafs[ocr]'")
+    engine, number = import_module(package).RapidOCR, threads or torch.get_num_threads()
+    if package != "rapidocr":  # the older ones
+        return engine(use_cls=False, intra_op_num_threads=number)
     quiet = {"Global.log_level": "error", "Global.use_cls": False}
-    return RapidOCR(params=quiet | {"EngineConfig.onnxruntime.intra_op_num_threads": number})
+    return engine(params=quiet | {"EngineConfig.onnxruntime.intra_op_num_threads": number})

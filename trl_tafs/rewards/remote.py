@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_tafs.rewards.scoring import RewardError, as_rewards
+from trl_tafs.rewards.scoring import RewardError, RewardRefused, as_rewards
 from trl_tafs.rewards.wire import FORMATS, SECRET, encode_images
 
 REFUSED = (400, 401, 403, 413)  # answers that asking again doesn't change
 
 
-class RequestRefused(RewardError):
+class RequestRefused(RewardRefused):
     """The server won't take the request: neither another try nor another endpoint helps."""
 
 
@@ -113,7 +113,7 @@ class RemoteReward:
         try:
             body = json.dumps(message)
         except TypeError as error:
-            raise RewardError(f"a remote reward's metadata must be JSON: {error}") from error
+            raise RequestRefused(f"a remote reward's metadata must be JSON: {error}") from error
         fault: Exception | None = None
         for attempt in range(self.max_retries + 1):
             if attempt:

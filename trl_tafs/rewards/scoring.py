@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import math
 import sys
@@ -11,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,6 +41,10 @@ class RewardError(RuntimeError):
     """A reward that raised or returned what can't be used; says which one, on which prompts."""
 
 
+class RewardRefused(RewardError):
+    """A reward that can't answer what it was asked: another try changes nothing, and a mask would hide the cause."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What one call of all rewards gave."""
@@ -52,9 +59,10 @@ class RewardSet:
     Args:
         rewards: a callable, a list of them, or a dict of name to callable or (callable, weight).
         weights: one a reward, in order; overrides those in the dict.
-        max_retries: calls after the first one that raises.
+        max_retries: calls after the first one that raises; none after a `RewardError`, with which a reward gives up.
         retry_delay: seconds before the first retry, doubled each time.
-        on_failure: what becomes of images whose reward still raises then: "error", or "mask", no verdict (NaN).
+        on_failure: what becomes of images whose reward still raises then: "error", or "mask", no verdict (NaN);
+            always an error after a `RewardRefused`.
     """
 
     def __init__(
@@ -97,16 +105,18 @@ class RewardSet:
             try:
                 return function(images, prompts, metadata)
             except Exception as error:  # a reward is the user's code: whatever it raises is retried, then reported
-                if attempt == self.max_retries and self.on_failure == "mask":
+                refused = isinstance(error, RewardRefused)
+                last = attempt == self.max_retries or isinstance(error, RewardError)
+                if last and self.on_failure == "mask" and not refused:
                     warnings.warn(
                         f"reward {name!r} raised {type(error).__name__}: {error} ({attempt + 1} calls); its "
                         f"{len(prompts)} images get no verdict",
                         stacklevel=2,
                     )
                     return [None] * len(prompts)
-                if attempt == self.max_retries:
+                if last:
                     shown = ", ".join(repr(prompt) for prompt in dict.fromkeys(prompts))[:300]
-                    raise RewardError(
+                    raise (RewardRefused if refused else RewardError)(
                         f"reward {name!r} raised {type(error).__name__}: {error} ({attempt + 1} calls; {len(prompts)} "
                         f"images of the prompts {shown})"
                     ) from error
@@ -195,15 +205,28 @@ def _find(name: str) -> Any:
         raise ValueError(
             f"no reward {name!r}; use one of {', '.join(REWARDS)}, or your own as 'module:name' or 'file.py:name'"
         )
-    folder = Path.cwd()
-    if module_name.endswith(".py"):
-        folder, module_name = Path(module_name).resolve().parent, Path(module_name).stem
+    file = Path(module_name).resolve() if module_name.endswith(".py") else None
+    folder = Path.cwd() if file is None else file.parent
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+        return getattr(importlib.import_module(module_name) if file is None else _module_of(file), attribute)
+    except (ImportError, AttributeError, OSError) as error:
         raise ValueError(f"reward {name!r} can't be imported: {error}") from error
+
+
+def _module_of(file: Path) -> ModuleType:
+    """A file's module, known by its whole path: files of one name are several, and none is a library of that name."""
+    name = f"{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # there before it runs: dataclasses ask
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _options_of(made: type) -> set[str] | None:
@@ -252,7 +275,7 @@ def parse_rewards(
             raise ValueError(f"--reward {item!r}: a weight must be finite")
         label = reward_label(name)
         if label in chosen:
-            raise ValueError(f"--reward names {label!r} twice; give it one weight")
+            raise ValueError(f"--reward names {label!r} twice; give it one weight, or two rewards two names")
         chosen[label] = (name, value)
     options = dict(options or {})
     if not options.keys() <= chosen.keys():

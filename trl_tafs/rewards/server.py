@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from trl_tafs.rewards.scoring import RewardError, RewardFunction, RewardSet
+from trl_tafs.rewards.scoring import RewardError, RewardFunction, RewardRefused, RewardSet
 from trl_tafs.rewards.wire import SECRET, decode_images, encode_rewards
 
 MAX_BYTES = 256 * 2**20
@@ -91,7 +91,7 @@ def make_app(
             except (ValueError, KeyError, TypeError) as error:  # the request isn't what it should be
                 return refuse(400, f"{type(error).__name__}: {error}")
             except RewardError as error:
-                return refuse(500, str(error))
+                return refuse(400 if isinstance(error, RewardRefused) else 500, str(error))
         finally:
             waiting.release()
 
