@@ -4,6 +4,9 @@ import json
 
 import pytest
 import tiny
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from trl_tafs import cli
 
@@ -78,6 +81,54 @@ def test_options_reach_the_rewards_of_both_lists(tmp_path):
     assert {name: reward.scale for name, (reward, _) in held_out.items()} == {"Other": 4.0, "Scaled": 3.0}
     with pytest.raises(ValueError, match="reward_options are for Scaled, Other; the rewards are Scaled"):
         cli.load_rewards(cli.ScriptArguments(reward=[f"{file}:Scaled"], reward_options=options))
+
+
+def test_one_value_for_a_list_in_yaml_is_a_list_of_it(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "quantized_components: text_encoder\nreward: clip_score=1.0\neval_reward: jpeg_compressibility\n"
+        "lora_target_modules: attn.to_k\neval_samplers: ode\neval_num_steps: 8\nreward_weights: 0.5\n"
+    )
+    arguments, config = cli.parse_arguments(["--config", str(file)])
+    assert arguments.quantized_components == ["text_encoder"] and arguments.reward == ["clip_score=1.0"]
+    assert arguments.eval_reward == ["jpeg_compressibility"] and config.lora_target_modules == ["attn.to_k"]
+    assert (config.eval_samplers, config.eval_num_steps, config.reward_weights) == (["ode"], [8], [0.5])
+    file.write_text("reward: [clip_score=1.0, ocr]\nprompts: prompts.txt\n")
+    arguments, config = cli.parse_arguments(["--config", str(file), "--quantized_components", "vae"])
+    assert arguments.reward == ["clip_score=1.0", "ocr"] and arguments.prompts == "prompts.txt"
+    assert arguments.quantized_components == ["vae"] and config.lora_target_modules is None
+
+
+def test_a_process_has_its_device_before_a_quantized_base_is_loaded(tmp_path):
+    options = ["none", "--pretrained_model", str(tmp_path / "nowhere"), "--prompt", "one"]
+    for quantized, set_up in ([], False), (["--quantization", "nf4"], True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(OSError, match="nowhere"):
+            cli.load_pipeline(cli.sample([*options, *quantized]).args[0], "float32")
+        assert bool(PartialState._shared_state) is set_up
+
+
+def test_the_command_samples_with_the_prompt_s_options(pipeline, capsys):
+    def draw(*options):
+        command = ["none", "--pretrained_model", "base", "--prompt", "a seven", "two", *options]
+        return cli._draw(pipeline, cli.sample(command).args[0])
+
+    options = ["--guidance_scale", "3", "--negative_prompt", "a two", "--max_sequence_length", "4"]
+    expected = pipeline(
+        prompt=["a seven", "two"],
+        negative_prompt=["a two", "a two"],
+        guidance_scale=3.0,
+        max_sequence_length=4,
+        annealed=True,
+        height=8,
+        width=8,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    assert torch.equal(draw(*options), expected)
+    assert not torch.equal(draw(*options[:4]), expected) and not torch.equal(draw(*options[:2], *options[4:]), expected)
+    assert cli.main(["sample", "none", "--pretrained_model", "base", "--prompt", "two", *options[2:4]]) == 1
+    assert "--negative_prompt is 'a two', and without guidance it has no effect" in capsys.readouterr().err
 
 
 def test_train_then_sample(pipeline_folder, tmp_path, capsys):

@@ -1,22 +1,27 @@
 """Evaluating and comparing models: the same noise, resuming, tables, plots, the card."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
+import families
 import pytest
 import tiny
+import torch
 from hub_stub import HubStub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import ROOT
 
-from trl_tafs import cli, evaluate
-from trl_tafs.rewards import RewardError
+from trl_tafs import cli, comparison, evaluate
+from trl_tafs.hub import WEIGHT_NAME
+from trl_tafs.rewards import RewardError, scoring
 from trl_tafs.scores import read_scores
 from trl_tafs.tables import card_results, markdown
 
@@ -31,6 +36,11 @@ def brightness(images, prompts, metadata):
 def geneval(images, prompts, metadata):
     """A stand-in of the name: no verdict on the first prompt, then 1 for colors and 0 for counting."""
     return [None if "one" in p else float(row["tag"] == "colors") for p, row in zip(prompts, metadata, strict=True)]
+
+
+def judge(name, options, images, prompts, metadata):
+    """What stands for a reward by its name, with the options that it was made with."""
+    return images.mean((1, 2, 3))
 
 
 class Counting:
@@ -170,6 +180,116 @@ def test_an_adapter_that_was_trained_anew_is_not_taken_for_the_old_one(adapter, 
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"negative_prompt": "blurry"}, "'negative_prompt': ''.*'negative_prompt': 'blurry'"),
+        ({"max_sequence_length": 4}, "'max_sequence_length': None.*'max_sequence_length': 4"),
+        ({"reward_options": {"brightness": {"scale": 2}}}, "'reward_options': {}.*'scale': 2"),
+    ],
+)
+def test_scores_of_other_prompts_or_rewards_are_not_taken_over(adapter, tmp_path, change, said):
+    models, usual = {"base": tiny.load(adapter[0])}, {"guidance_scale": 2.0, "num_steps": [2]}
+    evaluate(models, ["one"], brightness, tmp_path / "out", **usual)
+    evaluate(models, ["one"], brightness, tmp_path / "out", **usual, negative_prompt=None)  # the empty one, too
+    with pytest.raises(ValueError, match=f"holds an evaluation with .*{said}.*choose another output_dir"):
+        evaluate(models, ["one"], brightness, tmp_path / "out", **(usual | change))
+
+
+def test_scores_of_another_base_are_not_taken_over(adapter, tmp_path):
+    def run(pipeline):
+        return evaluate({"base": pipeline}, ["one"], brightness, tmp_path / "out", num_steps=[2])
+
+    run(tiny.load(adapter[0]))
+    run(tiny.load(os.path.relpath(adapter[0])))  # the same folder by another name
+    shutil.copytree(adapter[0], tmp_path / "other")
+    others = {key: tiny.load(adapter[0]) for key in ("dtype", "revision", "quantized")}
+    others["base"] = tiny.load(tmp_path / "other")
+    others["dtype"].transformer.to(torch.bfloat16)
+    others["revision"].base_revision = "v2"
+    others["quantized"].transformer.is_quantized = True
+    for key, pipeline in others.items():
+        with pytest.raises(ValueError, match=f"holds an evaluation with {{'{key}': .*choose another output_dir"):
+            run(pipeline)
+
+
+def test_an_older_folder_that_says_less_is_refused(adapter, tmp_path):
+    def run():
+        return evaluate({"base": tiny.load(adapter[0])}, ["one"], brightness, tmp_path / "out", num_steps=[2])
+
+    run()
+    for path, kept in (("scores/base", {"adapter"}), (".", {"prompts", "images_per_prompt", "seed", "rewards"})):
+        path = tmp_path / "out" / path / "evaluation.json"
+        identity = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in identity.items() if key in kept}))
+        with pytest.raises(ValueError, match="choose another output_dir"):
+            run()
+        path.write_text(json.dumps(identity))
+    run()
+
+
+FINGERPRINT = """
+import sys
+from huggingface_hub import hf_hub_download
+from trl_tafs.comparison import fingerprint
+
+for line in sys.stdin:
+    name, file = line.split()
+    if file != "-":
+        hf_hub_download(name, file)
+    print(fingerprint(name), flush=True)
+"""
+
+
+def test_an_adapter_on_the_hub_is_known_by_its_commit(tmp_path):
+    with HubStub({"token": "user"}) as hub:
+        environment = os.environ | hub.environment(tmp_path / "home", "token") | {"PYTHONPATH": str(ROOT)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+        with subprocess.Popen([sys.executable, "-c", FINGERPRINT], **pipes) as process:
+
+            def known(name="user/a", file="-", failing=False):
+                hub.failing = {("GET", "/api/models"): 503} if failing else {}
+                process.stdin.write(f"{name} {file}\n")
+                process.stdin.flush()
+                return process.stdout.readline().strip()
+
+            first = hub.commit("user/a", "main", {WEIGHT_NAME: b"first"})
+            assert known(failing=True) == "user/a", "nothing is known of it"
+            assert known(file=WEIGHT_NAME) == first
+            second = hub.commit("user/a", "main", {WEIGHT_NAME: b"second"})
+            assert known() == second
+            assert known(failing=True) == first, "what is in the cache, and would be loaded without the Hub"
+            assert known("no/such/name") == "no/such/name"
+            process.stdin.close()
+
+
+def test_each_prompt_is_encoded_once_for_all_ways_of_drawing(adapter, tmp_path, monkeypatch):
+    pipeline, encoded, moves = tiny.load(adapter[0]), [], []
+    embed, move = pipeline.embed, pipeline.text_encoder.to
+    monkeypatch.setattr(
+        pipeline, "embed", lambda prompts, *args, **kw: encoded.extend(prompts) or embed(prompts, *args)
+    )
+    monkeypatch.setattr(pipeline.text_encoder, "to", lambda device: moves.append(device) or move(device))
+    prompts = [f"the {i}" for i in range(6)]
+    ways = {"num_steps": [2, 3], "samplers": ["annealed", "ode"], "sizes": [(8, 8), (8, 16)], "images_per_prompt": 2}
+    options = {"batch_size": 2, "offload_text_encoders": True}
+    found = evaluate({"base": pipeline}, prompts, brightness, tmp_path / "out", **ways, **options)
+    assert len(found.rows) == 8 and encoded == prompts
+    assert len(moves) == 3, "away at first, to the device and away again"
+
+
+def test_more_prompts_than_are_encoded_at_once_are_all_kept(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "ENCODED_AT_ONCE", 2)
+    pipeline, encoded = tiny.load(adapter[0]), []
+    embed = pipeline.embed
+    monkeypatch.setattr(
+        pipeline, "embed", lambda prompts, *args, **kw: encoded.extend(prompts) or embed(prompts, *args)
+    )
+    prompts = ["one", "two", "three", "one", "four", "five"]
+    evaluate({"base": pipeline}, prompts, brightness, tmp_path / "out", num_steps=[2, 3])
+    assert encoded == ["one", "two", "three", "four", "five"]
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"models": {}}, "no models"),
@@ -179,12 +299,58 @@ def test_an_adapter_that_was_trained_anew_is_not_taken_for_the_old_one(adapter, 
         ({"num_steps": [0]}, "can't work"),
         ({"images_per_prompt": 0}, "must be at least 1"),
         ({"sizes": [(9, 8)]}, "multiples"),
+        ({"embedded_guidance_scale": 3.5}, "embedded_guidance_scale is 3.5, and this SD3.* takes no guidance"),
+        ({"max_sequence_length": 513}, "max_sequence_length is 513"),
     ],
 )
 def test_what_cannot_work_is_said_first(pipeline, tmp_path, change, message):
     arguments = {"models": {"base": pipeline}, "prompts": ["one"], "rewards": brightness, "output_dir": tmp_path}
     with pytest.raises(ValueError, match=message):
         evaluate(**(arguments | change))
+    assert not list(tmp_path.iterdir()), "and nothing is written"
+
+
+def test_the_command_tells_guidance_that_is_embedded_and_the_negative_prompt(tmp_path, capsys):
+    families.stock("flux-dev").save_pretrained(tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    options = ["--pretrained_model", str(tmp_path / "base"), "--prompts", str(tmp_path / "prompts.txt")]
+    options += ["--dtype", "float32", "--reward", "jpeg_compressibility", "--num_steps", "2", "--size", "16x16"]
+    labels = {
+        "annealed_2_16x16": [],
+        "annealed_2_16x16_embedded7": ["--embedded_guidance_scale", "7"],
+        "annealed_2_16x16_guidance3": ["--guidance_scale", "3"],
+        "annealed_2_16x16_guidance3_embedded7": ["--guidance_scale", "3", "--embedded_guidance_scale", "7"],
+    }
+    pictures = {}
+    for label, given in labels.items():
+        folder = tmp_path / label
+        assert cli.main(["evaluate", "none", *options, *given, "--output_dir", str(folder)]) == 0, given
+        pictures[label] = (folder / "scores" / "base" / label / "0.png").read_bytes()
+    negative = ["--guidance_scale", "3", "--negative_prompt", "a red dog", "--max_sequence_length", "16"]
+    assert cli.main(["evaluate", "none", *options, *negative, "--output_dir", str(tmp_path / "negative")]) == 0
+    pictures["negative"] = (tmp_path / "negative/scores/base/annealed_2_16x16_guidance3/0.png").read_bytes()
+    assert len(set(pictures.values())) == 5
+    said = json.loads((tmp_path / "negative" / "evaluation.json").read_text())
+    assert (said["negative_prompt"], said["max_sequence_length"]) == ("a red dog", 16)
+    assert cli.main(["evaluate", "none", *options, "--negative_prompt", "a red dog"]) == 1
+    assert "--negative_prompt is 'a red dog', and without guidance it has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weight", ["", "=1", "=1.0"])
+def test_benchmarks_are_scored_as_the_papers_do_whatever_weight_is_given(weight, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "load_reward", lambda name, options=None: partial(judge, name, options))
+    (tmp_path / "prompts.txt").write_text("one\n")
+    names = ["geneval", "clip_score", "pickscore"]
+    command = ["none", "--pretrained_model", "base", "--prompts", str(tmp_path / "prompts.txt"), "--reward"]
+    for given, scale in ({}, 100.0), ({"clip_score": {"scale": 1.0}}, 1.0):
+        options = [name + weight for name in names] + ["--reward_options", json.dumps(given)]
+        arguments = cli.evaluate([*command, *options]).args[1]
+        found = {name: reward.args[1] or {} for name, (reward, _) in arguments["rewards"].items()}
+        expected = {"geneval": {"graded": False}, "clip_score": {"scale": scale}}
+        assert found == expected | {"pickscore": {}} and arguments["reward_options"] == expected
+    (tmp_path / "mine.py").write_text("def geneval(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    own = cli.evaluate([*command, f"{tmp_path}/mine.py:geneval{weight}"]).args[1]
+    assert own["reward_options"] == {}, "a reward of one's own of that name takes what it takes"
 
 
 def test_the_command_compares_base_and_adapter(adapter, tmp_path, capsys):
@@ -238,6 +404,10 @@ def test_the_cards_results_are_of_one_model_and_its_rewards(results):
     assert {r.metric_type for r in found} == {"brightness", "geneval", "geneval/colors", "geneval/counting"}
     assert len(found) == 16 and found[0].dataset_type == "geneval_style"
     assert all(math.isfinite(r.metric_value) for r in found)
+    row = results[0].rows[0]
+    guided = dataclasses.replace(row, sampling=dataclasses.replace(row.sampling, embedded_guidance_scale=3.5))
+    shown = card_results(dataclasses.replace(results[0], rows=[guided]), "base", "geneval")[0]
+    assert shown.metric_name.endswith("NFE, embedded guidance 3.5)") and shown.dataset_config.endswith("_embedded3.5")
 
 
 @pytest.mark.slow
@@ -249,10 +419,10 @@ def test_two_processes_find_what_one_does(adapter, tmp_path):
         "evaluate({'base': tiny.load(sys.argv[2])}, [f'p {i}' for i in range(7)], tiny.brightness, sys.argv[3],\n"
         "         batch_size=2)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     for processes in (1, 2):
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        command += ["--main_process_port", "0", str(script), str(ROOT / "tests"), str(adapter[0])]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        command += [str(script), str(ROOT / "tests"), str(adapter[0])]
         done = subprocess.run(
             [*command, str(tmp_path / str(processes))], capture_output=True, text=True, env=environment
         )

@@ -11,9 +11,10 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from families import FAMILIES
 from peft import LoraConfig
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 import trl_tafs
-from trl_tafs import AutoTAFSPipeline, cli, hub, pipelines
+from trl_tafs import AutoTAFSPipeline, card, cli, hub, pipelines
 from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.kernels import Annealed, Ode
 from trl_tafs.objectives import ClippedObjective
@@ -31,6 +32,7 @@ def stock(name, mine=None, **scheduler):
         pipe = type(pipe)(**{**pipe.components, "transformer": mine.transformer}, **_options(pipe))
         pipe.set_progress_bar_config(disable=True)
     if scheduler and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler = scheduler | {"shift_terminal": None}  # what is published leaves it out
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **scheduler)
     return pipe
 
@@ -114,8 +116,52 @@ def test_the_rollout_is_what_the_stock_pipeline_samples(name, guidance, size):
     if family.has_ode:
         conditioning = mine.encode_conditioning(PROMPTS, guidance_scale=guidance, max_sequence_length=families.LENGTH)
         ode = sample(mine.velocity, Ode(), conditioning, mine.rollout_levels(4, height, width), x, None)
-        compare(ode, sampled(stock(name), mine, x, height, width, guidance=guidance)[0], family.tolerance)
+        solver = stock(name, stochastic_sampling=False)
+        compare(ode, sampled(solver, mine, x, height, width, guidance=guidance)[0], family.tolerance)
         assert not torch.equal(ode, ours.final)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_ode])
+def test_the_published_schedulers_are_the_base_s_own_but_for_its_terminal_level(name):
+    mine = families.ours(families.stock(name), name)
+    own = dict(mine.scheduler.config)
+    for scheduler, stochastic in ((mine.annealed_scheduler(), True), (mine.euler_scheduler(), False)):
+        assert type(scheduler) is FlowMatchEulerDiscreteScheduler
+        changed = {"shift_terminal": None, "stochastic_sampling": stochastic}
+        assert {k: v for k, v in scheduler.config.items() if k[0] != "_"} == {
+            k: v for k, v in (own | changed).items() if k[0] != "_"
+        }
+    assert mine.seeded_scheduler(None).config.shift_terminal is None
+    height, width = FAMILIES[name].wide
+    levels = mine.rollout_levels(4, height, width)
+    assert levels[-1] == 0 and levels[-2] > 0.2, "no step is wasted at a level next to 0"
+
+
+def test_a_terminal_level_would_waste_a_step():
+    mine = families.ours(families.stock("qwen-image"), "qwen-image")
+    sigmas, shift = [1.0, 0.75, 0.5, 0.25], mine.schedule_shift_kwargs(16, 16, 4)
+    mine.scheduler.set_timesteps(sigmas=sigmas, **shift)
+    assert mine.scheduler.sigmas[-2] == pytest.approx(0.02)
+    published = mine.annealed_scheduler()
+    published.set_timesteps(sigmas=sigmas, **shift)
+    assert torch.equal(published.sigmas, mine.rollout_levels(4, 16, 16))
+
+    own = {
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 8192,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+    }  # Qwen-Image's own
+    mine.scheduler = FlowMatchEulerDiscreteScheduler.from_config(mine.scheduler.config, **own)
+    side = 32 * mine.size_multiple  # 32 x 32 tokens, as 512 px are
+    assert mine.rollout_levels(4, side, side).tolist() == pytest.approx([1.0, 0.837, 0.632, 0.364, 0.0], abs=1e-3)
+
+
+def test_the_command_samples_the_ode_at_the_trained_levels_too(tmp_path):
+    mine = families.ours(families.stock("qwen-image"), "qwen-image")
+    options = ["none", "--pretrained_model", "base", "--prompt", "a", "--height", "16", "--width", "16"]
+    cli._draw(mine, cli.sample([*options, "--sampler", "ode"]).args[0])
+    assert torch.equal(mine.scheduler.sigmas, mine.rollout_levels(4, 16, 16))
 
 
 # The policy ---------------------------------------------------------------------------------------------------
@@ -304,10 +350,31 @@ def test_guidance_that_the_stock_pipeline_has_not_is_refused(name, tmp_path):
         tiny.trainer(mine, tmp_path, sample_guidance_scale=2.0, train_cfg=True, **size)
 
 
+@pytest.mark.parametrize(("name", "limit"), [("sd3", 512), ("flux-dev", 512), ("qwen-image", 1024)])
+def test_more_tokens_than_the_stock_pipeline_takes_are_refused(name, limit, tmp_path):
+    mine, size = families.ours(families.stock(name), name), FAMILIES[name].size
+    assert mine.stock_sequence_limit == limit
+    mine.check_sequence_length(limit)
+    call = {"height": size, "width": size, "num_inference_steps": 2}
+    mine("a", max_sequence_length=limit, **call)  # the stock pipeline itself
+    with pytest.raises(ValueError, match="cannot be greater than"):
+        mine("a", max_sequence_length=limit + 1, **call)
+    message = f"max_sequence_length is {limit + 1}, and .* takes {limit} tokens at most.*use {limit} or less"
+    with pytest.raises(ValueError, match=message):
+        mine.encode_conditioning(["a"], max_sequence_length=limit + 1)
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(mine, tmp_path, height=size, width=size, max_sequence_length=limit + 1)
+    with pytest.raises(ValueError, match=message):
+        trl_tafs.evaluate({"m": mine}, ["a"], tiny.brightness, tmp_path / "out", max_sequence_length=limit + 1)
+
+
 def test_what_a_family_cannot_do_is_said():
     klein = families.ours(families.stock("flux2-klein"), "flux2-klein")
     with pytest.raises(ValueError, match="the negative prompt is 'blurry', and Flux2KleinPipeline knows the empty"):
         klein.encode_conditioning(["a"], guidance_scale=2.0, negative_prompts="blurry")
+    with pytest.raises(ValueError, match="the negative prompt is 'blurry', and Flux2KleinPipeline knows the empty"):
+        klein.call_arguments(4, 2.0, "blurry")
+    assert "negative_prompt" not in klein.call_arguments(4, 1.0, "blurry")
     hidream = families.ours(families.stock("hidream"), "hidream")
     with pytest.raises(ValueError, match="wouldn't draw 32 x 32.*use 16 x 16"):
         hidream.check_size(32, 32)
@@ -372,6 +439,51 @@ def test_a_power_of_two_folds_without_rounding():
     folded, plain = hub.folded_alpha(layers, config)
     assert torch.equal(folded["a.lora_B.weight"], 2 * layers["a.lora_B.weight"])
     assert torch.equal(folded["a.lora_A.weight"], layers["a.lora_A.weight"]) and plain.lora_alpha == plain.r == 4
+
+
+# The card -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "sana", "sana-sprint", "z-image"])
+def test_the_card_says_the_base_s_dtype_whatever_the_states(name, tmp_path):
+    mine, size = families.ours(families.stock(name), name), FAMILIES[name].size
+    mine.transformer.to(torch.bfloat16)
+    trainer = tiny.trainer(mine, tmp_path, height=size, width=size)
+    facts = trainer.report.facts(tmp_path, None)
+    assert facts.torch_dtype == "bfloat16" and "torch_dtype=torch.bfloat16" in card.usage_code(facts)
+
+
+def test_hidream_s_card_loads_its_llama_too(tmp_path):
+    mine = families.ours(families.stock("hidream"), "hidream")
+    llama = {"text_encoder_4": mine.text_encoder_4, "tokenizer_4": mine.tokenizer_4}
+    for part in llama.values():
+        part.save_pretrained(tmp_path / "llama")
+    hub.save_adapter(mine, tmp_path / "adapter", lora_config=attach(mine, **PLAIN))
+    base = families.stock("hidream")
+    base.register_modules(text_encoder_4=None, tokenizer_4=None)  # as the repository has it
+    base.save_pretrained(tmp_path / "base")
+    mine = AutoTAFSPipeline.from_pretrained(tmp_path / "base", **llama)
+
+    assert card.base_model_facts(mine)["base_llama"] is None, "a name of this machine says nothing elsewhere"
+    mine.text_encoder_4.name_or_path = "org/llama"
+    levels = [1.0, 0.75, 0.5, 0.25]
+    facts = card.CardFacts(
+        pipeline_class="HiDreamImagePipeline",
+        num_steps=4,
+        levels_unshifted=levels,
+        levels=levels,
+        height=16,
+        width=16,
+        scheduler_class="FlowMatchEulerDiscreteScheduler",
+        **card.base_model_facts(mine),
+    )
+    code = card.usage_code(facts, base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+    code = code.replace("org/llama", str(tmp_path / "llama")).split("pipe.to(")[0]
+    scope = {}
+    exec(compile(code, "card", "exec"), scope)
+    assert type(scope["pipe"]) is mine.stock_class() and type(scope["pipe"].text_encoder_4) is LlamaForCausalLM
+    weights, theirs = mine.text_encoder_4.state_dict(), scope["pipe"].text_encoder_4.state_dict()
+    assert all(torch.equal(weights[name], theirs[name]) for name in weights)
 
 
 # Encoded prompts on disk --------------------------------------------------------------------------------------

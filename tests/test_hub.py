@@ -23,7 +23,7 @@ from peft import LoraConfig  # noqa: E402
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from trl_tafs import card, hub  # noqa: E402
+from trl_tafs import AutoTAFSPipeline, card, hub  # noqa: E402
 
 SIZES = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "text_width": 16}
 LAYERS = ["attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"]
@@ -429,12 +429,27 @@ def test_base_model_facts(tmp_path):
     assert of(folder).items() >= expected.items()
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\nText\n")
     expected = {**expected, "base_license": "other", "base_license_name": "mine", "base_license_link": None}
-    assert of(folder) == expected
+    assert of(folder) == {**expected, "base_revision": None, "base_llama": None}
     snapshot = tmp_path / "models--org--sd3-tiny" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "README.md").write_text((folder / "README.md").read_text())
     assert of(snapshot)["base_model"] == "org/sd3-tiny"
     assert of(snapshot)["base_license_link"] == "https://huggingface.co/org/sd3-tiny/blob/main/LICENSE"
+
+
+def test_the_card_s_code_loads_the_revision_that_was_trained_on(tmp_path):
+    build_pipeline(0, **SIZES).save_pretrained(tmp_path / "base")
+    pipeline = AutoTAFSPipeline.from_pretrained(tmp_path / "base", revision="fp16")
+    assert pipeline.base_revision == "fp16" and card.base_model_facts(pipeline)["base_revision"] is None
+    snapshot = tmp_path / "models--org--sd3-tiny" / "snapshots"
+    (tmp_path / "models--org--sd3-tiny").mkdir()
+    (tmp_path / "base").rename(snapshot)
+    pipeline.register_to_config(_name_or_path=str(snapshot))
+    code = card.usage_code(facts(**card.base_model_facts(pipeline)))
+    assert 'from_pretrained("org/sd3-tiny", revision="fp16")' in code
+    assert "revision" not in card.usage_code(facts(**card.base_model_facts(pipeline)), base="here")
+    pipeline.base_revision = None
+    assert 'from_pretrained("org/sd3-tiny")' in card.usage_code(facts(**card.base_model_facts(pipeline)))
 
 
 # Over HTTP: one process pushes, another has nothing but diffusers and the repository's name

@@ -39,6 +39,7 @@ FAMILY_TAGS = {
     "ZImagePipeline": ["z-image", "z-image-diffusers"],
     "HiDreamImagePipeline": ["hidream", "hidream-diffusers"],
 }
+_REPOSITORY = r"[\w.-]+/[\w.-]+"
 LIBRARIES = ("trl_tafs", "trl", "diffusers", "transformers", "peft", "accelerate", "torch")
 
 
@@ -75,6 +76,8 @@ class CardFacts:
     torch_dtype: str = "float32"  # the base model's
     base_model: str | None = None  # "org/name", None if it isn't on the Hub
     base_name: str = "base model"  # what the card calls it
+    base_revision: str | None = None  # of base_model, the branch, tag or commit that was trained on, if asked for
+    base_llama: str | None = None  # where HiDream's Llama came from, which its repository lacks
     base_license: str | None = None  # the Hub's identifier, None if unknown
     base_license_name: str | None = None  # where the identifier is "other"
     base_license_link: str | None = None
@@ -116,14 +119,17 @@ def base_model_facts(pipeline: DiffusionPipeline) -> dict[str, str | None]:
         cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", folder.as_posix() + "/")
         repo_id = "/".join(cached.groups()) if cached else None
     else:
-        repo_id = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None
+        repo_id = source if re.fullmatch(_REPOSITORY, source) else None
     data = _base_card_data(folder, repo_id)
+    llama = str(getattr(getattr(pipeline, "text_encoder_4", None), "name_or_path", ""))
     link = data.get("license_link")
     if link and "://" not in link:
         link = f"https://huggingface.co/{repo_id}/blob/main/{link}" if repo_id else None
     return {
         "base_model": repo_id,
         "base_name": repo_id or (folder.name if folder else type(pipeline).__name__),
+        "base_revision": getattr(pipeline, "base_revision", None) if repo_id else None,
+        "base_llama": llama if re.fullmatch(_REPOSITORY, llama) and not Path(llama).is_dir() else None,
         "base_license": data.get("license"),
         "base_license_name": data.get("license_name"),
         "base_license_link": link,
@@ -149,6 +155,7 @@ def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None
 
     `base` and `adapter`, where given, replace the repositories: folders of this machine, to run it here.
     """
+    options = f", revision={_quoted(facts.base_revision)}" if facts.base_revision and not base else ""
     base = base or facts.base_model or facts.base_name
     adapter = adapter or facts.repo_id or "."
     where = "" if facts.base_model else "  # the folder of the base model"
@@ -160,20 +167,27 @@ def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None
     )
     prompt = facts.prompts[0] if facts.prompts else "a photo of a cat"
     dtype = "" if facts.torch_dtype == "float32" else f", torch_dtype=torch.{facts.torch_dtype}"
-    loading = f"""\
-pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}{dtype}){where}
-pipe.load_lora_weights({_quoted(adapter)})"""
-    classes = {facts.scheduler_class, facts.pipeline_class}
+    classes, imports, parts = {facts.scheduler_class, facts.pipeline_class}, "", ""
+    if facts.base_llama:
+        imports = "\nfrom transformers import AutoTokenizer, LlamaForCausalLM"
+        outputs = "output_hidden_states=True, output_attentions=True"
+        parts = f"""\
+tokenizer_4 = AutoTokenizer.from_pretrained({_quoted(facts.base_llama)})
+text_encoder_4 = LlamaForCausalLM.from_pretrained({_quoted(facts.base_llama)}, {outputs}{dtype})
+"""
+        options += ", tokenizer_4=tokenizer_4, text_encoder_4=text_encoder_4"
     if facts.whole_denoiser:
-        loading = f"""\
-transformer = {facts.whole_denoiser}.from_pretrained({_quoted(adapter)}, subfolder="transformer"{dtype})
-pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}, transformer=transformer{dtype}){where}"""
         classes.add(facts.whole_denoiser)
+        parts += f"""\
+transformer = {facts.whole_denoiser}.from_pretrained({_quoted(adapter)}, subfolder="transformer"{dtype})
+"""
+        options += ", transformer=transformer"
+    lora = "" if facts.whole_denoiser else f"\npipe.load_lora_weights({_quoted(adapter)})"
     return f"""\
 import torch
-from diffusers import {", ".join(sorted(classes))}
+from diffusers import {", ".join(sorted(classes))}{imports}
 
-{loading}
+{parts}pipe = {facts.pipeline_class}.from_pretrained({_quoted(base)}{options}{dtype}){where}{lora}
 pipe.scheduler = {facts.scheduler_class}.from_pretrained({_quoted(adapter)}, subfolder="scheduler")
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 

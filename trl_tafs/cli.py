@@ -13,6 +13,8 @@ from typing import Any
 
 from trl_tafs.prompt_sets import load_prompts
 
+SCALARS = (str, int, float)
+
 
 @dataclass
 class ScriptArguments:
@@ -69,8 +71,15 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) ->
     from trl_tafs.config import TAFSGRPOConfig
     from trl_tafs.presets import preset
 
+    class Parser(TrlParser):
+        def set_defaults_with_config(self, **values: Any) -> list[str]:
+            """What a YAML file says; one value for a list is a list of it, where a string would become its letters."""
+            lists = {action.dest for action in self._actions if action.nargs in ("+", "*")}
+            alone = {name: [value] for name, value in values.items() if name in lists and isinstance(value, SCALARS)}
+            return super().set_defaults_with_config(**values | alone)
+
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser((ScriptArguments, TAFSGRPOConfig), **parser_options)
+    parser = Parser((ScriptArguments, TAFSGRPOConfig), **parser_options)
     check_repeated(argv, ("--reward", "--eval_reward"))
     name = _preset_name(argv)
     if name is not None:
@@ -118,9 +127,14 @@ def quantization_config(name: str | None, components: Sequence[str]) -> Any:
 def load_pipeline(arguments: ScriptArguments | argparse.Namespace, precision: str) -> Any:
     """The base model as a TAFS pipeline, its weights in the dtype of `mixed_precision`, or of that name."""
     import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     from trl_tafs import AutoTAFSPipeline
 
+    if arguments.quantization is not None:
+        # bitsandbytes loads to the current GPU, which is the first one on every process until this sets it
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     name = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(precision, precision)
     dtype = getattr(torch, name)
     dtypes = {"default": dtype, "vae": torch.float32} if dtype == torch.float16 else dtype  # VAEs overflow in float16
@@ -183,13 +197,30 @@ def sample(argv: Sequence[str]) -> Callable[[], None]:
     parser.add_argument("--num_steps", type=int, default=4, help="steps (default: 4)")
     parser.add_argument("--sampler", choices=["annealed", "ode"], default="annealed")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, off)")
-    parser.add_argument("--embedded_guidance_scale", type=float, help="of a distilled model (default: the pipeline's)")
+    add_prompt_options(parser)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(list(argv))
     quantization_config(options.quantization, options.quantized_components)
+    check_negative_prompt(options)
     return partial(_sample, options)
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """What a prompt goes with, as in training."""
+    parser.add_argument("--embedded_guidance_scale", type=float, help="of a distilled model (default: the pipeline's)")
+    parser.add_argument("--negative_prompt", help="with guidance (default: the empty one)")
+    parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the pipeline's)")
+
+
+def check_negative_prompt(options: argparse.Namespace) -> None:
+    """An error for a negative prompt without guidance, which would have no effect."""
+    if options.negative_prompt and options.guidance_scale <= 1.0:
+        raise ValueError(
+            f"--negative_prompt is {options.negative_prompt!r}, and without guidance it has no effect; give "
+            "--guidance_scale above 1, or leave it out"
+        )
 
 
 def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -224,8 +255,10 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
 
     default = pipeline.default_size()
     call = pipeline.call_arguments(
-        options.num_steps, options.guidance_scale, embedded_guidance_scale=options.embedded_guidance_scale
+        options.num_steps, options.guidance_scale, options.negative_prompt, options.embedded_guidance_scale
     )
+    if options.sampler == "ode":
+        pipeline.scheduler = pipeline.euler_scheduler()  # its own may stretch the levels, or be another solver
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * len(options.prompt)
     return pipeline(
@@ -234,7 +267,7 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
         width=options.width or default[1],
         generator=torch.Generator().manual_seed(options.seed),
         annealed=options.sampler == "annealed",
-        max_sequence_length=pipeline.default_max_sequence_length(),
+        max_sequence_length=options.max_sequence_length or pipeline.default_max_sequence_length(),
         output_type="pt",
         **call,
     ).images
@@ -250,6 +283,7 @@ def evaluate(argv: Sequence[str]) -> Callable[[], None]:
     local = [name for name in options.adapters if Path(name).exists()]
     if options.push and local:
         raise ValueError(f"--push is for adapters on the Hub, and {', '.join(local)} is local; push it first")
+    check_negative_prompt(options)
     arguments = _evaluation_arguments(options)
     return partial(_evaluate, options, arguments)
 
@@ -270,7 +304,7 @@ def evaluation_parser() -> argparse.ArgumentParser:
         "--size", nargs="+", help="HEIGHTxWIDTH ...; by default 512x512, or the model's own where smaller"
     )
     parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--max_sequence_length", type=int)
+    add_prompt_options(parser)
     parser.add_argument("--max_prompts", type=int, help="only the first so many")
     parser.add_argument("--images_per_prompt", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=8)
@@ -283,11 +317,11 @@ def evaluation_parser() -> argparse.ArgumentParser:
 def _evaluation_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What `trl_tafs.evaluate` is given beside the models."""
     from trl_tafs.config import decode_dict
-    from trl_tafs.rewards.scoring import parse_rewards, reward_label
+    from trl_tafs.rewards.scoring import parse_rewards
 
     given = decode_dict("reward_options", options.reward_options)
-    labels = {reward_label(item) for item in options.reward}
-    defaults = {name: value for name, value in EVALUATION_OPTIONS.items() if name in labels and name in options.reward}
+    named = {item.partition("=")[0] for item in options.reward}  # those of the package go by their whole name
+    defaults = {name: value for name, value in EVALUATION_OPTIONS.items() if name in named}
     chosen = {name: defaults.get(name, {}) | given.get(name, {}) for name in defaults.keys() | given.keys()}
     prompts = load_prompts(options.prompts)
     if options.max_prompts is not None:
@@ -300,12 +334,15 @@ def _evaluation_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "samplers": options.sampler,
         "sizes": [_size(text) for text in options.size] if options.size else None,
         "guidance_scale": options.guidance_scale,
+        "embedded_guidance_scale": options.embedded_guidance_scale,
+        "negative_prompt": options.negative_prompt,
         "max_sequence_length": options.max_sequence_length,
         "images_per_prompt": options.images_per_prompt,
         "batch_size": options.batch_size,
         "seed": options.seed,
         "step_rewards": options.step_rewards,
         "offload_text_encoders": options.offload_text_encoders,
+        "reward_options": chosen,
     }
 
 

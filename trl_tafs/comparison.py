@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.evaluation import SAMPLERS, Setting, sample_step_images
 from trl_tafs.metrics import save_png, tensor_to_image
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.policy import is_bitsandbytes
+from trl_tafs.policy import is_bitsandbytes, is_quantized
 from trl_tafs.prompts import row_to_prompt
 from trl_tafs.rewards.scoring import RewardError, RewardSet
 from trl_tafs.scores import Sampling, Task, read_scores
 from trl_tafs.statistics import IMAGE_STATISTICS, thumbnails
 from trl_tafs.tables import Results, collect, write
+
+ENCODED_AT_ONCE = 64  # prompts for which text encoders that are offloaded come to the GPU
 
 
 def evaluate(
@@ -34,6 +39,7 @@ def evaluate(
     samplers: Sequence[str] = ("annealed",),
     sizes: Sequence[tuple[int, int]] | None = None,
     guidance_scale: float = 1.0,
+    embedded_guidance_scale: float | None = None,
     negative_prompt: str | None = "",
     images_per_prompt: int = 1,
     batch_size: int = 8,
@@ -42,6 +48,7 @@ def evaluate(
     grid_prompts: int = 8,
     max_sequence_length: int | None = None,
     offload_text_encoders: bool = False,
+    reward_options: Mapping[str, Any] | None = None,
     resamples: int = 2000,
 ) -> Results:
     """Draw, score and compare; what is in `output_dir` already is not done again.
@@ -59,6 +66,7 @@ def evaluate(
         samplers: "annealed", "ode".
         sizes: (height, width) pairs; by default 512 pixels, or the model's own size where that is smaller.
         guidance_scale: above 1 with classifier-free guidance, at twice the evaluations.
+        embedded_guidance_scale: what a guidance-distilled denoiser is given; None for the family's default.
         negative_prompt: with guidance.
         images_per_prompt: diversity needs two.
         batch_size: images at once; the last batch is padded.
@@ -66,7 +74,9 @@ def evaluate(
         step_rewards: score the clean estimate of every step, for the correlation with the result (Table 7).
         grid_prompts: prompts shown in the grids, and whose images are saved.
         max_sequence_length: tokens of a prompt.
-        offload_text_encoders: they are on the GPU only while they encode.
+        offload_text_encoders: they are on the GPU only while they encode: all prompts, before the first image.
+        reward_options: what the rewards were made with, by name. They aren't made here: scores of other options are
+            another evaluation's, which can't be told from the rewards themselves.
         resamples: of the bootstrap.
 
     Returns:
@@ -77,33 +87,35 @@ def evaluate(
         RewardError: a reward failed; what was scored before is kept.
     """
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    state, folder = PartialState(), Path(output_dir)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as `Accelerator` reads it: else one process
+    folder = Path(output_dir)
     named = {name: value if isinstance(value, tuple) else (value, None) for name, value in models.items()}
     _check(named, samplers, num_steps, images_per_prompt, batch_size)
     items = tuple(row_to_prompt(prompts[i]) for i in range(len(prompts)))
     if not items:
         raise ValueError("there are no prompts to evaluate on; give at least one")
     judges = rewards if isinstance(rewards, RewardSet) else RewardSet(rewards)
-    task = Task(items, images_per_prompt, seed, batch_size, judges, step_rewards, grid_prompts)
+    encoding = {"guidance_scale": guidance_scale, "embedded_guidance_scale": embedded_guidance_scale}
+    encoding |= {"negative_prompt": negative_prompt or "", "max_sequence_length": max_sequence_length}
+    task = Task(
+        items, images_per_prompt, seed, batch_size, judges, step_rewards, grid_prompts, encoding, reward_options or {}
+    )
+    ways = {name: _samplings(pipeline, samplers, num_steps, sizes, encoding) for name, (pipeline, _) in named.items()}
     _claim(folder, task.identity(), state)
-    for name, (_, adapter) in named.items():
-        _claim(folder / "scores" / _safe(name), {"adapter": fingerprint(adapter)}, state)
-    samplings: dict[str, Sampling] = {}
+    for name, (pipeline, adapter) in named.items():
+        _claim(folder / "scores" / _safe(name), {"adapter": fingerprint(adapter)} | base_identity(pipeline), state)
     for name, (pipeline, adapter) in named.items():
         with hub.applied(pipeline, adapter):
             _place(pipeline, state.device, offload_text_encoders)
-            for sampling in _samplings(pipeline, samplers, num_steps, sizes, guidance_scale):
-                samplings[sampling.label] = sampling
-                encode = PromptEncoder(
-                    pipeline,
-                    state.device,
-                    guidance_scale=guidance_scale,
-                    negative_prompt=negative_prompt,
-                    max_sequence_length=max_sequence_length,
-                    offload=offload_text_encoders,
-                )
-                _score_all(task, pipeline, encode, sampling, folder / "scores" / _safe(name) / sampling.label, state)
+            folders = {sampling: folder / "scores" / _safe(name) / sampling.label for sampling in ways[name]}
+            shares = {sampling: _share(task, path, state) for sampling, path in folders.items()}
+            state.wait_for_everyone()  # no process writes before all have read
+            encode = _encoder(task, pipeline, {i for ids in shares.values() for i in ids}, state, offload_text_encoders)
+            for sampling, ids in shares.items():
+                _score_all(task, pipeline, encode, sampling, ids, folders[sampling], state)
+    samplings = {sampling.label: sampling for sampling in itertools.chain.from_iterable(ways.values())}
     state.wait_for_everyone()
     results = collect(folder, {name: _safe(name) for name in named}, list(samplings.values()), task, resamples)
     if state.is_main_process:
@@ -139,28 +151,70 @@ def _place(pipeline: Any, device: torch.device, offload_text_encoders: bool) -> 
             module.to("cpu" if offload_text_encoders and name.startswith("text_encoder") else device)
 
 
-def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, guidance: float) -> Iterator[Sampling]:
-    for height, width in sizes or [pipeline.default_size()]:
+def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, encoding: Mapping[str, Any]) -> list[Sampling]:
+    """All ways of drawing by a model, which must be able to."""
+    guidance, embedded = encoding["guidance_scale"], encoding["embedded_guidance_scale"]
+    pipeline.check_guidance(guidance)
+    pipeline.embedded_guidance(embedded)
+    pipeline.check_sequence_length(encoding["max_sequence_length"])
+    sizes = sizes or [pipeline.default_size()]
+    for height, width in sizes:
         pipeline.check_size(height, width)
-        for sampler in samplers:
-            for steps in num_steps:
-                yield Sampling(sampler, steps, height, width, guidance)
+    return [
+        Sampling(sampler, steps, height, width, guidance, embedded)
+        for (height, width), sampler, steps in itertools.product(sizes, samplers, num_steps)
+    ]
 
 
 def fingerprint(adapter: str | None) -> str | None:
-    """What an adapter is known by: the digest of its weights where it is a local folder, else its name on the Hub."""
-    if adapter is None or not Path(adapter).is_dir():
-        return adapter
+    """What an adapter is known by: the digest of its weights where it is local, else its commit on the Hub.
+
+    Without the Hub it is the commit in its cache, and the name where there is none.
+    """
+    if adapter is None:
+        return None
+    local = Path(adapter)
+    if not local.exists():
+        return _commit(adapter) or adapter
     digest = hashlib.sha256()
-    for path in sorted([*Path(adapter).glob("*.safetensors"), *Path(adapter).glob("*/*.safetensors")]):
+    files = [local] if local.is_file() else [*local.glob("*.safetensors"), *local.glob("*/*.safetensors")]
+    for path in sorted(files):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
+def _commit(repo_id: str) -> str | None:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return HfApi().model_info(repo_id).sha
+    except Exception:  # no network, or no such repository, which loading it will say
+        pass
+    for name in (hub.WEIGHT_NAME, hub.SCHEDULER_FILE, "transformer/config.json"):
+        with contextlib.suppress(ValueError):  # a name that no repository has
+            found = re.search(r"[/\\]snapshots[/\\](\w+)", str(try_to_load_from_cache(repo_id, name)))
+            if found:
+                return found[1]
+    return None
+
+
+def base_identity(pipeline: TAFSPipelineMixin) -> dict[str, Any]:
+    """What a model's base is known by, beside its weights: where it came from, and how it computes."""
+    source, denoiser = str(pipeline.config.get("_name_or_path") or ""), pipeline.denoiser
+    bits = next((bits for bits in ("4bit", "8bit") if getattr(denoiser, f"is_loaded_in_{bits}", False)), None)
+    return {
+        "pipeline": pipeline.stock_class().__name__,
+        "base": str(Path(source).resolve()) if Path(source).is_dir() and source else source,
+        "revision": pipeline.base_revision,
+        "dtype": str(pipeline.model_dtype).removeprefix("torch."),
+        "quantized": bits or is_quantized(denoiser),
+    }
+
+
 def _claim(folder: Path, identity: dict[str, Any], state: Any) -> None:
     """Mark a folder as this evaluation's, or this model's, or say what it is of instead."""
-    path = folder / "evaluation.json"
+    path, identity = folder / "evaluation.json", json.loads(json.dumps(identity, default=str))
     if state.is_main_process and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(identity, indent=1))
@@ -172,13 +226,27 @@ def _claim(folder: Path, identity: dict[str, Any], state: Any) -> None:
         raise ValueError(f"{folder} holds an evaluation with {other}, asked for is {asked}; choose another output_dir")
 
 
-def _score_all(task: Task, pipeline: Any, encode: Any, sampling: Sampling, folder: Path, state: Any) -> None:
-    """Draw and score what isn't there yet, this process's share of it, a line an image."""
+def _share(task: Task, folder: Path, state: Any) -> list[int]:
+    """This process's share of the images that aren't there yet."""
+    done = read_scores(folder)
+    return [i for i in range(len(task)) if i not in done][state.process_index :: state.num_processes]
+
+
+def _encoder(task: Task, pipeline: TAFSPipelineMixin, ids: Set[int], state: Any, offload: bool) -> PromptEncoder:
+    """An encoder that has encoded the prompts of these images, and keeps them all."""
+    prompts = list(dict.fromkeys(task.prompts[i // task.images_per_prompt][0] for i in sorted(ids)))
+    encode = PromptEncoder(pipeline, state.device, **task.encoding, offload=offload, cache_size=len(prompts))
+    for start in range(0, len(prompts), ENCODED_AT_ONCE):
+        encode(prompts[start : start + ENCODED_AT_ONCE])
+    return encode
+
+
+def _score_all(
+    task: Task, pipeline: Any, encode: Any, sampling: Sampling, mine: Sequence[int], folder: Path, state: Any
+) -> None:
+    """Draw and score these images, a line an image."""
     from accelerate.utils import gather_object
 
-    done = read_scores(folder)
-    state.wait_for_everyone()
-    mine = [i for i in range(len(task)) if i not in done][state.process_index :: state.num_processes]
     fault: RewardError | None = None
     folder.mkdir(parents=True, exist_ok=True)
     storage = pipeline.storage_dtype

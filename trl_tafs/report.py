@@ -267,7 +267,7 @@ class RunReport:
             objective=config.objective,
             scores_every_step=not config.credits_final_image and config.step_credit != "terminal",
             max_sequence_length=self.card_sequence_length(),
-            torch_dtype=str(trainer.storage_dtype).removeprefix("torch."),
+            torch_dtype=str(trainer.sd_pipeline.model_dtype).removeprefix("torch."),
             **card.base_model_facts(trainer.sd_pipeline),
             repo_id=repo_id,
             prompts=prompts,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Sampling:
     height: int
     width: int
     guidance_scale: float
+    embedded_guidance_scale: float | None = None  # None: the family's default
 
     @property
     def nfe(self) -> int:
@@ -36,7 +38,8 @@ class Sampling:
     def label(self) -> str:
         """As a folder is named."""
         guidance = f"_guidance{self.guidance_scale:g}" if self.guidance_scale > 1 else ""
-        return f"{self.sampler}_{self.num_steps}_{self.height}x{self.width}{guidance}"
+        embedded = "" if self.embedded_guidance_scale is None else f"_embedded{self.embedded_guidance_scale:g}"
+        return f"{self.sampler}_{self.num_steps}_{self.height}x{self.width}{guidance}{embedded}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Task:
     rewards: RewardSet
     step_rewards: bool  # score every step's clean estimate too
     keep_prompts: int  # the first so many prompts' first images are saved, for grids
+    encoding: Mapping[str, Any] = field(default_factory=dict)  # how prompts are encoded: `PromptEncoder`'s arguments
+    reward_options: Mapping[str, Any] = field(default_factory=dict)  # by the rewards' names, as far as they are known
 
     def __len__(self) -> int:
         return len(self.prompts) * self.images_per_prompt
@@ -58,7 +63,9 @@ class Task:
         """What must be the same for an evaluation to be gone on with."""
         digest = hashlib.sha256(json.dumps(self.prompts, sort_keys=True, default=str).encode()).hexdigest()[:16]
         settings = {"prompts": digest, "images_per_prompt": self.images_per_prompt, "seed": self.seed}
-        return settings | {"rewards": list(self.rewards.names), "step_rewards": self.step_rewards}
+        settings |= {name: value for name, value in self.encoding.items() if name != "guidance_scale"}  # a label's
+        settings |= {"rewards": list(self.rewards.names), "reward_options": self.reward_options}
+        return settings | {"step_rewards": self.step_rewards}
 
 
 def read_scores(folder: Path) -> dict[int, dict[str, Any]]:

@@ -314,6 +314,8 @@ def card_results(results: Results, model: str, dataset: str) -> list[Any]:
             if row.model != model or name in IMAGE_STATISTICS or name == "diversity":
                 continue
             how = f"{s.sampler}, {s.num_steps} steps, {s.height} x {s.width}, {s.nfe} NFE"
+            if s.embedded_guidance_scale is not None:
+                how += f", embedded guidance {s.embedded_guidance_scale:g}"
             found.append(
                 EvalResult(
                     task_type="text-to-image",

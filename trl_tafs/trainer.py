@@ -94,6 +94,7 @@ class TAFSGRPOTrainer:
         self.height, self.width = config.height or default_height, config.width or default_width
         sd_pipeline.check_size(self.height, self.width)
         sd_pipeline.check_guidance(config.sample_guidance_scale)
+        sd_pipeline.check_sequence_length(config.max_sequence_length)
         sd_pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
         self.prompts = PromptSource(prompt_function, config.seed)
         self.rewards = self._reward_set(reward_function, config.reward_weights)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -59,6 +60,15 @@ class TAFSPipelineMixin(ABC):
     text_multiple: int | None = None
     # The scale that a guidance-distilled denoiser is given where none is asked for; None: it takes none.
     default_embedded_guidance: float | None = None
+    stock_sequence_limit: int | None = None  # tokens of a prompt that the stock pipeline takes at most; None: any
+    base_revision: str | None = None  # the branch, tag or commit that `from_pretrained` was asked for
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **options: Any) -> Any:
+        """As the parent's; the revision asked for is kept in `base_revision`."""
+        pipeline = super().from_pretrained(name_or_path, **options)
+        pipeline.base_revision = options.get("revision")
+        return pipeline
 
     @property
     def denoiser(self) -> nn.Module:
@@ -153,6 +163,15 @@ class TAFSPipelineMixin(ABC):
         """Tokens of a prompt in the stock pipeline where none are given."""
         return inspect.signature(cls.stock_class().__call__).parameters["max_sequence_length"].default
 
+    def check_sequence_length(self, max_sequence_length: int | None) -> None:
+        """An error for more tokens of a prompt than the stock pipeline takes; None, the default, fits."""
+        limit = self.stock_sequence_limit
+        if limit is not None and max_sequence_length is not None and max_sequence_length > limit:
+            raise ValueError(
+                f"max_sequence_length is {max_sequence_length}, and {self.stock_class().__name__} takes {limit} tokens "
+                f"at most, so that what is trained couldn't be sampled; use {limit} or less"
+            )
+
     def embedded_guidance(self, scale: float | None = None) -> float | None:
         """The scale that the denoiser is given as an input, the family's default if None; None: it takes none.
 
@@ -201,6 +220,7 @@ class TAFSPipelineMixin(ABC):
             max_sequence_length: tokens of a prompt; None for the stock pipeline's default.
         """
         length = max_sequence_length or self.default_max_sequence_length()
+        self.check_sequence_length(length)
         self.check_guidance(guidance_scale)
         scale = self.embedded_guidance(embedded_guidance_scale)
         positive, negative = self.embed(list(prompts), length), None
@@ -237,8 +257,8 @@ class TAFSPipelineMixin(ABC):
     def rollout_levels(self, num_steps: int, height: int, width: int) -> Tensor:
         """(N + 1,) float32: `linspace(1, 1/N, N)` shifted as this pipeline's scheduler shifts, and 0.
 
-        These are exactly the levels at which stock diffusers samples when it is given
-        `sigmas=linspace(1, 1/N, N)`. The pipeline's own scheduler isn't touched.
+        These are exactly the levels at which stock diffusers samples with `annealed_scheduler()` or
+        `euler_scheduler()` when it is given `sigmas=linspace(1, 1/N, N)`. The pipeline's own scheduler isn't touched.
         """
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler))
         extra = self.schedule_shift_kwargs(height, width, num_steps)

@@ -29,6 +29,7 @@ class TAFSFluxPipeline(PackedLatents, TAFSPipelineMixin, FluxPipeline):
     guidance_batch = None
     guidance_argument = "true_cfg_scale"
     default_embedded_guidance = 3.5
+    stock_sequence_limit = 512
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by T5, text (B, L, C), and CLIP, pooled (B, P)."""

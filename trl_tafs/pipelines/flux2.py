@@ -88,12 +88,15 @@ class TAFSFlux2KleinPipeline(Flux2Mixin, Flux2KleinPipeline):
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Qwen3: text (B, L, 3C)."""
-        if negative and any(prompts):
-            wrong = next(prompt for prompt in prompts if prompt)
-            raise ValueError(
-                f"the negative prompt is {wrong!r}, and Flux2KleinPipeline knows the empty one alone; leave it out"
-            )
+        for prompt in prompts if negative else ():
+            self._check_negative(prompt)
         return super().embed(prompts, max_sequence_length)
+
+    def _check_negative(self, prompt: str | None) -> None:
+        if prompt:
+            raise ValueError(
+                f"the negative prompt is {prompt!r}, and Flux2KleinPipeline knows the empty one alone; leave it out"
+            )
 
     @property
     def has_guidance(self) -> bool:
@@ -102,4 +105,6 @@ class TAFSFlux2KleinPipeline(Flux2Mixin, Flux2KleinPipeline):
 
     def guidance_arguments(self, guidance_scale: float = 1.0, negative_prompt: str | None = None) -> dict[str, Any]:
         """`guidance_scale` alone."""
+        if guidance_scale > 1.0:
+            self._check_negative(negative_prompt)
         return {"guidance_scale": float(guidance_scale)}

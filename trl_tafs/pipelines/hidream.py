@@ -18,6 +18,9 @@ class TAFSHiDreamPipeline(TAFSPipelineMixin, HiDreamImagePipeline):
 
     Its routed experts compute without gradient in eval mode. Rollout and replay both run them as in training, which is
     the same function in another order of summation: the rollout is the stock pipeline's up to float rounding.
+
+    HiDream's repositories come without Llama: `from_pretrained` is given `text_encoder_4` and `tokenizer_4`, as the
+    stock pipeline's is (docs/adapters.md). So the family is for Python, not for the command line.
     """
 
     lora_target_modules = (

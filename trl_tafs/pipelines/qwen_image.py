@@ -13,7 +13,8 @@ from trl_tafs.types import Embeddings
 class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline):
     """`QwenImagePipeline` with annealed rollout and log-probability hooks.
 
-    `guidance_scale` is what the stock pipeline calls `true_cfg_scale`.
+    `guidance_scale` is what the stock pipeline calls `true_cfg_scale`. The scheduler's `shift_terminal` is left out of
+    the levels, and of the scheduler that is published with an adapter.
     """
 
     lora_target_modules = (
@@ -29,6 +30,7 @@ class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline)
     guidance_batch = None
     guidance_argument = "true_cfg_scale"
     text_multiple = 64
+    stock_sequence_limit = 1024
 
     @property
     def lora_excluded_modules(self) -> list[str]:

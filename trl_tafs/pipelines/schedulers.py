@@ -35,13 +35,15 @@ def flow_match_config(scheduler: Any) -> dict[str, Any]:
     """A scheduler's configuration as `FlowMatchEulerDiscreteScheduler` reads it.
 
     Flow-matching DPM-solver and UniPC (Sana's, HiDream's) call the shift `flow_shift`, which `from_config` would drop.
+    A `shift_terminal` (Qwen-Image's .02) is left out: it stretches whatever levels are given until the last one is
+    there, and in few steps a last one so low is a step wasted.
 
     Raises:
         ValueError: a scheduler whose shift can't be read.
     """
     config = scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return {key: value for key, value in config.items() if not key.startswith("_")}
+        return {key: value for key, value in config.items() if not key.startswith("_")} | {"shift_terminal": None}
     if config.get("use_flow_sigmas") and config.get("flow_shift") is not None:
         return {"num_train_timesteps": config["num_train_timesteps"], "shift": config["flow_shift"]}
     raise ValueError(

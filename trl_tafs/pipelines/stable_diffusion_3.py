@@ -26,6 +26,7 @@ class TAFSStableDiffusion3Pipeline(TAFSPipelineMixin, StableDiffusion3Pipeline):
         "attn.to_q",
         "attn.to_v",
     )
+    stock_sequence_limit = 512
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by the two CLIP encoders and T5: text (B, L, C), pooled (B, P)."""
