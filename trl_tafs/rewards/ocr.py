@@ -94,7 +94,7 @@ class Recognizer:
 
         spec = find_spec(package)
         if spec is None:
-            raise ValueError(f"the package {package} isn't installed; pip install 'trl_tafs[ocr]'")
+            raise ValueError(f"the package {package} isn't installed; pip install {package} onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         path = next((Path(spec.origin).parent / "models").glob("*rec*.onnx"))
@@ -222,7 +222,7 @@ class OCR(ModelReward):
 def _detector(threads: int | None, package: str = "rapidocr") -> Any:
     """Rapidocr's whole pipeline, detection included."""
     if find_spec(package) is None:
-        raise ValueError(f"the package {package} isn't installed; pip install 'trl_tafs[ocr]'")
+        raise ValueError(f"the package {package} isn't installed; pip install {package} onnxruntime")
     engine, number = import_module(package).RapidOCR, threads or torch.get_num_threads()
     if package != "rapidocr":  # the older ones
         return engine(use_cls=False, intra_op_num_threads=number)
