@@ -103,7 +103,7 @@ class Words(Task):
     """D = 1,536: an OCR engine's reward on random words, judged on held-out ones by it, an older one, and pixels."""
 
     name = "words"
-    seconds, rates = 40.0, (1e-3, 3e-3, 1e-2)
+    seconds, rates, points = 30.0, (1e-3, 3e-3, 1e-2), 2
     judged = ("annealed 4", "ode 4")
 
     def __init__(self) -> None:
