@@ -5,7 +5,7 @@
 
 What an epoch of each method takes is measured first, in turn and with nothing beside; a budget of time is then a number
 of epochs, so that runs side by side don't count against each other and a repeated run has the same results. Each method
-is given the same learning rates for half the time with one seed, and then three seeds at the best of them. Guidance is
+is given the same learning rates with a seed of its own, and then three seeds at the best of them. Guidance is
 off and groups are of one size for all. What was run already is read from `--runs`.
 """
 
@@ -98,11 +98,11 @@ class Bench:
         return {name: Epochs(max(2, round(self.seconds(task) / seconds[name])), seconds[name]) for name in methods}
 
     def tune(self, task: str, methods: dict[str, dict], epochs: dict[str, Epochs]) -> dict[str, float]:
-        """Each method's best learning rate: half the time, one seed, the better of both samplers at 4 steps."""
+        """Each method's best learning rate: a whole run of a seed of its own, the better of both samplers at 4 steps."""
         rates = {name: method["options"].get("train_learning_rate") for name, method in methods.items()}
         fixed = {name: rate for name, rate in rates.items() if rate is not None}
         tried = [(name, rate) for name in methods if name not in fixed for rate in TASKS[task].rates]
-        items = [(task, methods[n] | {"rate": rate}, 100, epochs[n].count // 2, None, False) for n, rate in tried]
+        items = [(task, methods[n] | {"rate": rate}, 100, epochs[n].count, None, False) for n, rate in tried]
         best = dict.fromkeys(methods, (-1.0, 0.0))
         for (name, rate), result in zip(tried, self.map(bench_run.run, items), strict=True):
             best[name] = max(best[name], (result["at_time"]["best"], rate))
@@ -137,7 +137,7 @@ class Bench:
         timed = zip(DISTILLERS, self.map(step_seconds, [(name,) for name in DISTILLERS]), strict=True)
         steps = {name: round(seconds / found["seconds"]) for name, found in timed}
         tried = [(name, rate) for name in DISTILLERS for rate in TASKS["digits"].rates]
-        found = self.map(run_distiller, [(n, rate, 100, steps[n] // 2) for n, rate in tried])
+        found = self.map(run_distiller, [(n, rate, 100, steps[n]) for n, rate in tried])
         for (name, rate), result in zip(tried, found, strict=True):
             best[name] = max(best.get(name, (0.0, 0.0)), (result["at_time"]["best"], rate))
         return {n: self.map(run_distiller, [(n, best[n][1], seed, steps[n]) for seed in seeds]) for n in DISTILLERS}

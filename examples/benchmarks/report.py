@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tasks import TASKS
+
 Runs = dict[str, list[dict[str, Any]]]  # a method's name to its seeds
 HEAD = """# Benchmarks
 
@@ -194,7 +196,8 @@ def tuning_sentence(results: dict[str, Any], tasks: Sequence[str]) -> str:
     """How the learning rates were chosen."""
     if all(len(set(results[task]["rates"].values())) == 1 for task in tasks):
         return "All methods at one learning rate, untuned."
-    return "Each method was tuned alike: the same learning rates, half the time, one seed of its own."
+    tried = " and ".join(f"{', '.join(f'{rate:g}' for rate in TASKS[task].rates)} ({task})" for task in tasks)
+    return f"Each method was tuned alike: a run at each of {tried}, with a seed of its own."
 
 
 def write(results: dict[str, Any], docs: Path, command: str, seeds: Sequence[int]) -> None:
