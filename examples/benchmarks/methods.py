@@ -98,7 +98,7 @@ class Bench:
         return {name: Epochs(max(2, round(self.seconds(task) / seconds[name])), seconds[name]) for name in methods}
 
     def tune(self, task: str, methods: dict[str, dict], epochs: dict[str, Epochs]) -> dict[str, float]:
-        """Each method's best learning rate: a whole run of a seed of its own, the better of both samplers at 4 steps."""
+        """Each method's best learning rate: whole runs, a seed of its own, the better of both samplers at 4 steps."""
         rates = {name: method["options"].get("train_learning_rate") for name, method in methods.items()}
         fixed = {name: rate for name, rate in rates.items() if rate is not None}
         tried = [(name, rate) for name in methods if name not in fixed for rate in TASKS[task].rates]
