@@ -440,6 +440,8 @@ def test_base_model_facts(tmp_path):
 def test_the_card_s_code_loads_the_revision_that_was_trained_on(tmp_path):
     build_pipeline(0, **SIZES).save_pretrained(tmp_path / "base")
     pipeline = AutoTAFSPipeline.from_pretrained(tmp_path / "base", revision="fp16")
+    named = type(pipeline).from_pretrained(pretrained_model_name_or_path=tmp_path / "base")  # as the parent names it
+    assert named.base_revision is None
     assert pipeline.base_revision == "fp16" and card.base_model_facts(pipeline)["base_revision"] is None
     snapshot = tmp_path / "models--org--sd3-tiny" / "snapshots"
     (tmp_path / "models--org--sd3-tiny").mkdir()

@@ -175,7 +175,7 @@ def fingerprint(adapter: str | None) -> str | None:
         return None
     local = Path(adapter)
     if not local.exists():
-        return _commit(adapter) or adapter
+        return _commit(str(adapter)) or str(adapter)
     digest = hashlib.sha256()
     files = [local] if local.is_file() else [*local.glob("*.safetensors"), *local.glob("*/*.safetensors")]
     for path in sorted(files):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -64,9 +63,9 @@ class TAFSPipelineMixin(ABC):
     base_revision: str | None = None  # the branch, tag or commit that `from_pretrained` was asked for
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, **options: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """As the parent's; the revision asked for is kept in `base_revision`."""
-        pipeline = super().from_pretrained(name_or_path, **options)
+        pipeline = super().from_pretrained(*args, **options)
         pipeline.base_revision = options.get("revision")
         return pipeline
 
