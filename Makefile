@@ -54,6 +54,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_learning.py
 
 clean:
 	rm -rf $(VENV) runs logs build *.egg-info
