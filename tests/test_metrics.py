@@ -139,7 +139,16 @@ def test_images_come_as_accelerates_trackers_take_them(tmp_path):
         assert np.array_equal(np.array(saved)[..., 2], pixels[0, 0].numpy())
 
 
-@pytest.mark.parametrize("value", [object(), torch.rand(5, 6, 7), "a path", [None], torch.rand(3)], ids=str)
+NO_IMAGES = {
+    "object": object(),
+    "channels": torch.rand(5, 6, 7),
+    "path": "a path",
+    "none": [None],
+    "vector": torch.rand(3),
+}
+
+
+@pytest.mark.parametrize("value", NO_IMAGES.values(), ids=NO_IMAGES)
 def test_what_is_no_image_costs_a_warning_and_the_others_are_saved(tmp_path, value):
     with pytest.warns(UserWarning, match="the images 'wrong' could not be saved"):
         LocalTracker(tmp_path).log_images({"wrong": value, "right": torch.rand(3, 8, 8)}, step=1)
