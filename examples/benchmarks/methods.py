@@ -3,7 +3,7 @@
     python examples/benchmarks/methods.py --jobs 2             # or: make bench-methods
     python examples/benchmarks/methods.py --quick              # digits, one seed, the methods of the slow test
 
-What an epoch of each method takes is measured first, in turn and with nothing beside; a budget of time is then a number
+What an epoch of each method takes is measured first, in turn; a budget of time is then a number
 of epochs, so that runs side by side don't count against each other and a repeated run has the same results. Each method
 is given the same learning rates with a seed of its own, and then three seeds at the best of them. Guidance is
 off and groups are of one size for all. What was run already is read from `--runs`.

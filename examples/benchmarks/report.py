@@ -25,7 +25,7 @@ These are toys: they rank methods at D = 64 and D = 1,536, and say nothing of SD
 
 {tuning}
 Seeds {seeds}: the mean and, after +-, the standard deviation over seeds. Time is CPU time of one thread: an epoch
-of each method was timed first, in turn and with nothing beside, and a run has as many epochs as take
+of each method was timed first, in turn, the least of several counts, and a run has as many epochs as take
 {seconds} seconds. `NFE old` is the evaluations of the denoiser that an image takes to be drawn, `NFE`
 those with gradient, `other` those of old or reference policies. Judged at 4 steps without guidance, by the better of
 the annealed sampler and the ODE; `ODE 10` is the reward at 10 ODE steps. "At equal evaluations" is where a method has
