@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MKL_NUM_THREADS=1
 help:
 	@echo "make quickstart   train a 4-step generator on the embedded pipeline, with a before/after table"
 	@echo "make words        teach a model that writes words to be read by an OCR engine, with a before/after table"
-	@echo "make bench-methods  every preset on both embedded tasks, into docs/benchmarks.md (two hours of two cores)"
+	@echo "make bench-methods  every preset on both embedded tasks, into docs/benchmarks.md (an hour and a half on two cores)"
 	@echo "make test         the tests (under 10 minutes on two cores)"
 	@echo "make test-slow    the slow ones"
 	@echo "make lint         ruff"
