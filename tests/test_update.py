@@ -243,6 +243,23 @@ def test_the_card_s_pictures_are_the_base_s_and_the_policy_s(pipeline, tmp_path)
     assert not torch.equal(base, policy_)
 
 
+@pytest.mark.parametrize(("kernel", "anneals"), [("annealed", True), ("ode", False), ("flow_sde", False)])
+def test_what_is_published_is_sampled_as_it_was_trained(pipeline, tmp_path, kernel, anneals):
+    objective = {"objective": "forward"} if kernel == "ode" else {}
+    trainer = tiny.trainer(pipeline, tmp_path, num_epochs=1, sample_kernel=kernel, **objective)
+    trainer.train()
+    scheduler = json.loads((tmp_path / "adapter" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["stochastic_sampling"] is anneals
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert ("scheduler anneals" in text, "solves the ODE" in text) == (anneals, not anneals)
+    prompts, sampler = trainer.report.card_prompts(), "annealed" if anneals else "ode"
+    drawn = sample_images(
+        pipeline, trainer.encode, pipeline.velocity, trainer.setting(), prompts, range(len(prompts)), sampler=sampler
+    )
+    shown = Image.open(tmp_path / "adapter" / "images" / "after_0.png").tobytes()
+    assert shown == tensor_to_image(drawn[0]).tobytes(), "the card's pictures, too"
+
+
 def test_the_old_policy_draws_the_rollouts_and_follows_the_present_one(pipeline, tmp_path):
     trainer = tiny.trainer(
         pipeline, tmp_path, objective="forward", old_policy_decay=0.75, old_policy_ramp=0.5, train_learning_rate=1e-2

@@ -189,7 +189,7 @@ def _commit(repo_id: str) -> str | None:
 
     try:
         return HfApi().model_info(repo_id).sha
-    except Exception:  # no network, or no such repository, which loading it will say
+    except Exception:  # of whichever HTTP library the Hub's client has: what can't be asked is looked up in the cache
         pass
     for name in (hub.WEIGHT_NAME, hub.SCHEDULER_FILE, "transformer/config.json"):
         with contextlib.suppress(ValueError):  # a name that no repository has
