@@ -6,14 +6,18 @@ BIN := $(VENV)/bin
 # More than one thread on a contended CPU can be many times slower; the models here are tiny.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MKL_NUM_THREADS=1
 
-.PHONY: help setup quickstart words bench-methods test test-slow lint format docs clean
+BASE ?= HEAD
+
+.PHONY: help setup quickstart words bench-methods test test-method test-slow gauge lint format docs clean
 
 help:
 	@echo "make quickstart   train a 4-step generator on the embedded pipeline, with a before/after table"
 	@echo "make words        teach a model that writes words to be read by an OCR engine, with a before/after table"
 	@echo "make bench-methods  every preset on both embedded tasks, into docs/benchmarks.md (an hour and a half on two cores)"
 	@echo "make test         the tests (under 10 minutes on two cores)"
+	@echo "make test-method  those of the mathematics alone (seconds)"
 	@echo "make test-slow    the slow ones"
+	@echo "make gauge BASE=COMMIT  whether this tree computes what that commit does, to the bit (2 minutes)"
 	@echo "make lint         ruff"
 	@echo "make docs         write docs/configuration.md anew"
 	@echo "make clean        remove .venv and runs"
@@ -41,8 +45,19 @@ bench-methods: setup
 test: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-method: setup
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/method
+
 test-slow: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow -n 0
+
+# Another commit beside this tree: the same small runs in both, compared. GAUGE_REMOVED names settings that only one has.
+gauge: setup
+	rm -rf runs/gauge && mkdir -p runs/gauge
+	git archive --prefix=base/ $(BASE) | tar -x -C runs/gauge
+	PYTHONPATH=runs/gauge/base:runs/gauge/base/tests $(ONE_THREAD) $(BIN)/python tests/gauge/bit_equal.py write runs/gauge/base.pt
+	PYTHONPATH=.:tests $(ONE_THREAD) $(BIN)/python tests/gauge/bit_equal.py write runs/gauge/here.pt
+	$(BIN)/python tests/gauge/bit_equal.py compare runs/gauge/base.pt runs/gauge/here.pt $(GAUGE_REMOVED)
 
 lint: setup
 	$(BIN)/ruff check .
