@@ -14,7 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-from trl_tafs import cli, config, presets
+from trl_tafs import presets
+from trl_tafs.cli.arguments import ScriptArguments
+from trl_tafs.config import TAFSGRPOConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
 SECTION = re.compile(r" {4}# (.+?) -{5,}$")
@@ -101,12 +103,12 @@ def preset_rows() -> str:
 def text() -> str:
     """The whole document."""
     parts = [INTRO]
-    for title, names in sections(inspect.getsource(config.TAFSGRPOConfig)):
-        parts.append(f"## {title}\n\n{table(config.TAFSGRPOConfig, names)}\n")
-    names = [field.name for field in dataclasses.fields(cli.ScriptArguments)]
+    for title, names in sections(inspect.getsource(TAFSGRPOConfig)):
+        parts.append(f"## {title}\n\n{table(TAFSGRPOConfig, names)}\n")
+    names = [field.name for field in dataclasses.fields(ScriptArguments)]
     parts.append(
         "## Command line only\n\nOf `trl-tafs train` and `examples/train_sd3.py`, beside all of the above and "
-        f"`--config FILE.yaml`.\n\n{table(cli.ScriptArguments, names)}\n"
+        f"`--config FILE.yaml`.\n\n{table(ScriptArguments, names)}\n"
     )
     parts.append(
         "## Presets\n\n`TAFSGRPOConfig.from_preset(name, ...)`, `--preset NAME`: the methods of the papers, whose "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from trl_tafs.rewards.scoring import load_reward
+from trl_tafs.rewards.loading import load_reward
 
 PROMPT, ROW = (
     'a photo of a red dog, "Open"',

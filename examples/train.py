@@ -16,7 +16,7 @@ It is `trl-tafs train` as a script that Accelerate can launch on several GPUs.
 
 import sys
 
-from trl_tafs import cli
+from trl_tafs.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["train", *sys.argv[1:]]))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -28,10 +28,10 @@ from words_data import COLOURS, HELD_OUT_WORDS, LAYOUTS, TRAIN_WORDS, prompt_for
 from words_judges import ColourJudge, OCRJudge, OCRReward, PrintJudge
 
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline
-from trl_tafs.conditioning import PromptEncoder
-from trl_tafs.evaluation import Setting, sample_images
-from trl_tafs.metrics import sample_grid, save_png
+from trl_tafs.evaluation.drawing import Setting, sample_images
+from trl_tafs.output.pictures import sample_grid, save_png
 from trl_tafs.presets import PRESETS
+from trl_tafs.prompts.encoder import PromptEncoder
 
 NAMES = list(COLOURS)
 # words alone teach those words: strings teach the letters (docs/learning.md)

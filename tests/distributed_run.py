@@ -7,8 +7,8 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 
-from trl_tafs import policy
-from trl_tafs.conditioning import PromptEncoder
+from trl_tafs.policy.lora import adapter_state_dict
+from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.rewards import RewardError
 
 
@@ -51,7 +51,7 @@ def run(folder, model, batches, fail_at=None, resume="", **changes):
     return {
         "world": trainer.accelerator.num_processes,
         "final": torch.cat([part.rollout.final for part in rollouts]),
-        "weights": policy.adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name),
+        "weights": adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name),
         "curve": trainer.report.reward_curve,
         "evaluations": trainer.report.evaluations,
     }

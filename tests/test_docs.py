@@ -17,9 +17,18 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from tiny import ROOT
 
-from trl_tafs import AutoTAFSPipeline, TAFSGRPOConfig, TAFSGRPOTrainer, advantages, checkpoint, cli, hub
-from trl_tafs.objectives import OBJECTIVES
-from trl_tafs.rewards.scoring import reward_label
+from trl_tafs import AutoTAFSPipeline, TAFSGRPOConfig, TAFSGRPOTrainer
+from trl_tafs import trainer as trainer_module
+from trl_tafs.cli.arguments import ScriptArguments, parse_arguments
+from trl_tafs.cli.evaluate import evaluation_parser
+from trl_tafs.cli.main import COMMANDS as SUBCOMMANDS
+from trl_tafs.cli.main import main
+from trl_tafs.cli.serve import serving_parser
+from trl_tafs.hub.push import PUSHED
+from trl_tafs.method.credit import CREDITS
+from trl_tafs.method.objectives import OBJECTIVES
+from trl_tafs.rewards.loading import reward_label
+from trl_tafs.training.checkpoint import checkpoints
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed", "learning"}
@@ -27,7 +36,7 @@ EXPECTED |= {"new_family", "memory", "benchmarks", "evaluation", "watching"}
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASE, ADAPTER = "stabilityai/stable-diffusion-3.5-medium", "you/sd35m-red"
 FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}
-ARGUMENTS = {field.name for field in dataclasses.fields(cli.ScriptArguments)}
+ARGUMENTS = {field.name for field in dataclasses.fields(ScriptArguments)}
 
 
 def read(name):
@@ -93,7 +102,7 @@ RUN = [name for name in DOCUMENTS if any(marked for marked, _, _ in blocks(name,
 @pytest.fixture
 def registries():
     """What a document registers is gone after it."""
-    with mock.patch.dict(advantages.CREDITS), mock.patch.dict(OBJECTIVES):
+    with mock.patch.dict(CREDITS), mock.patch.dict(OBJECTIVES):
         yield
 
 
@@ -103,8 +112,10 @@ def registries():
 def test_marked_python_runs(name, pipeline_folder, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pushed = []
-    monkeypatch.setattr(hub, "prepare_repo", lambda repo_id, **options: repo_id)
-    monkeypatch.setattr(hub, "push_folder", lambda folder, repo_id, **options: pushed.append((folder, repo_id)))
+    monkeypatch.setattr(trainer_module, "prepare_repo", lambda repo_id, **options: repo_id)
+    monkeypatch.setattr(
+        trainer_module, "push_folder", lambda folder, repo_id, **options: pushed.append((folder, repo_id))
+    )
     train = TAFSGRPOTrainer.train
     monkeypatch.setattr(TAFSGRPOTrainer, "train", lambda self: train(self, min(self.config.num_epochs, 2)))
     scope = {"__name__": "__main__"}
@@ -122,7 +133,7 @@ def test_marked_python_runs(name, pipeline_folder, adapter, tmp_path, monkeypatc
 
 def check_the_run_folder(folder, text):
     """The files that the document lists are those that a run has."""
-    found = {path.name for path in checkpoint.checkpoints(folder / "checkpoints")[-1].iterdir()}
+    found = {path.name for path in checkpoints(folder / "checkpoints")[-1].iterdir()}
     assert all(name in text for name in found), found
     top = {path.name for path in folder.iterdir()}
     assert all(re.search(rf"^{re.escape(name)}(/|\s)", text, re.MULTILINE) for name in top), top
@@ -147,7 +158,7 @@ COMMANDS = [
 
 def parse_training(options):
     """As `trl-tafs train` and the example do; an unknown flag or value is an error."""
-    arguments, config = cli.parse_arguments(list(options))
+    arguments, config = parse_arguments(list(options))
     assert arguments.prompts
     return config
 
@@ -162,7 +173,7 @@ def parse_sampling(options, monkeypatch):
 
     monkeypatch.setattr(AutoTAFSPipeline, "from_pretrained", stop)
     with pytest.raises(Parsed):
-        cli.main(["sample", *options])
+        main(["sample", *options])
 
 
 def flags_of(script):
@@ -203,12 +214,12 @@ def test_commands_are_accepted(words, monkeypatch):
     elif words[:2] == ["trl-tafs", "sample"]:
         parse_sampling(words[2:], monkeypatch)
     elif words[:2] == ["trl-tafs", "evaluate"]:
-        options = cli.evaluation_parser().parse_args(words[2:])
+        options = evaluation_parser().parse_args(words[2:])
         assert {reward_label(item) for item in options.reward} and json.loads(options.reward_options) is not None
     elif words[:2] == ["trl-tafs", "serve-reward"]:
-        assert json.loads(cli.serving_parser().parse_args(words[2:]).options) is not None
+        assert json.loads(serving_parser().parse_args(words[2:]).options) is not None
     else:
-        assert words[0] == "trl-tafs" and words[1] in cli.COMMANDS, f"how is {words} to be checked?"
+        assert words[0] == "trl-tafs" and words[1] in SUBCOMMANDS, f"how is {words} to be checked?"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -278,7 +289,7 @@ def test_no_paths_of_a_machine(name):
 
 def test_what_is_pushed_is_what_the_document_lists():
     text = read("docs/adapters.md")
-    assert all(f"`{name}`" in text for name in hub.PUSHED)
+    assert all(f"`{name}`" in text for name in PUSHED)
 
 
 def test_levels_of_the_documents_are_those_that_are_trained(pipeline):

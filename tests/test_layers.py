@@ -90,7 +90,7 @@ def test_nothing_imports_the_trainer_but_the_command_line(name):
 
 def test_the_trainer_is_named_for_type_checkers_by_the_package_and_the_report_alone():
     naming = {name for name, path in MODULES.items() if "trainer" in own(path, checking=True)}
-    assert naming - {"trl_tafs.cli"} <= {"trl_tafs", "trl_tafs.report"}
+    assert naming - {"trl_tafs.cli"} <= {"trl_tafs", "trl_tafs.training.report"}
 
 
 def test_the_package_itself_imports_nothing_before_it_is_asked():

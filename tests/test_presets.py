@@ -4,7 +4,8 @@ import json
 import pytest
 import tiny
 
-from trl_tafs import TAFSGRPOConfig, cli
+from trl_tafs import TAFSGRPOConfig
+from trl_tafs.cli.arguments import parse_arguments
 from trl_tafs.presets import PRESETS, preset
 
 FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}
@@ -38,15 +39,15 @@ def test_an_unknown_preset_is_an_error_that_names_those_there_are():
 def test_command_line_before_yaml_before_preset_before_default(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("preset: paper\nstep_credit: sum\nseed: 5\n")
-    _, config = cli.parse_arguments(["--config", str(file), "--seed", "7"])
+    _, config = parse_arguments(["--config", str(file), "--seed", "7"])
     assert (config.objective, config.step_credit, config.seed) == ("clipped", "sum", 7)
     assert config.level_weighting == PRESETS["paper"]["train_level_weighting"]
-    arguments, config = cli.parse_arguments(["--preset", "paper", "--train_level_weighting", "uniform"])
+    arguments, config = parse_arguments(["--preset", "paper", "--train_level_weighting", "uniform"])
     assert (arguments.preset, config.level_weighting) == ("paper", "uniform")
-    _, config = cli.parse_arguments(["--preset=paper"])
+    _, config = parse_arguments(["--preset=paper"])
     assert config.step_credit == "step"
     with pytest.raises(ValueError, match="no preset 'papers'"):
-        cli.parse_arguments(["--preset", "papers", "--config", str(file)])
+        parse_arguments(["--preset", "papers", "--config", str(file)])
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from trl_tafs import hub, policy
+from trl_tafs.policy.adapter_file import read_adapter
+from trl_tafs.policy.lora import adapter_state_dict
 from trl_tafs.rewards import RewardError
 
 
@@ -19,7 +20,7 @@ def log(folder):
 
 
 def lora(trainer):
-    return policy.adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name)
+    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name)
 
 
 def test_an_epoch_moves_the_lora_and_nothing_else(pipeline, tmp_path):
@@ -253,7 +254,7 @@ def test_evaluation_keeps_the_best_and_stops(pipeline, tmp_path):
     trainer.train()
     assert json.loads((tmp_path / "best" / "best.json").read_text())["epoch"] == 1
     assert trainer.first_epoch == 3, "two evaluations without gain after the best"
-    assert hub.read_adapter(tmp_path / "best")
+    assert read_adapter(tmp_path / "best")
 
 
 @pytest.mark.parametrize("greater", [True, False])

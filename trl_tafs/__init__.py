@@ -24,14 +24,14 @@ _EXPORTS = {
     "AnnealedFlowMatchScheduler": "trl_tafs.pipelines.schedulers",
     "TAFSPipelineMixin": "trl_tafs.pipelines.base",
     "REWARDS": "trl_tafs.rewards",
-    "evaluate": "trl_tafs.comparison",
+    "evaluate": "trl_tafs.evaluation.compare",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
-    from trl_tafs.comparison import evaluate as evaluate
     from trl_tafs.config import TAFSGRPOConfig as TAFSGRPOConfig
+    from trl_tafs.evaluation.compare import evaluate as evaluate
     from trl_tafs.pipelines.auto import AutoTAFSPipeline as AutoTAFSPipeline
     from trl_tafs.pipelines.base import TAFSPipelineMixin as TAFSPipelineMixin
     from trl_tafs.pipelines.flux import TAFSFluxPipeline as TAFSFluxPipeline

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_tafs.advantages import Advantages, Credit, PerPromptStatTracker
 from trl_tafs.config import TAFSGRPOConfig
-from trl_tafs.groups import EpochPlan, FixedGroups, GroupSizes, PromptTracker, StreamingGroups, VarianceGroups
-from trl_tafs.kernels import KERNELS, Kernel, Windowed
-from trl_tafs.losses import clip_range_for
-from trl_tafs.objectives import OBJECTIVES, Objective
+from trl_tafs.method.advantages import Advantages, PerPromptStatTracker
+from trl_tafs.method.allocation import FixedGroups, GroupSizes, PromptTracker, StreamingGroups, VarianceGroups
+from trl_tafs.method.credit import Credit
+from trl_tafs.method.kernels import KERNELS, Kernel, Windowed
+from trl_tafs.method.levels import SlidingWindow
+from trl_tafs.method.losses import clip_range_for
+from trl_tafs.method.objectives import OBJECTIVES, Objective
+from trl_tafs.method.rollout import default_scored_steps
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.rollout import default_scored_steps
-from trl_tafs.schedules import SlidingWindow
+from trl_tafs.training.plan import EpochPlan
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from trl_tafs.advantages import CREDITS
-from trl_tafs.kernels import KERNELS, REDUCTIONS
-from trl_tafs.losses import FORWARD_WEIGHTINGS, LEVEL_WEIGHTINGS
-from trl_tafs.objectives import OBJECTIVES
+from trl_tafs.method.credit import CREDITS
+from trl_tafs.method.kernels import KERNELS, REDUCTIONS
+from trl_tafs.method.losses import FORWARD_WEIGHTINGS, LEVEL_WEIGHTINGS
+from trl_tafs.method.objectives import OBJECTIVES
+from trl_tafs.options import decode_dict, option
 from trl_tafs.presets import preset
 
 _DICT_FIELDS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs")
+
+
 _DEFAULT_ETA = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8}
+
+
 _DEFAULT_BETA = {"forward": 0.2}
+
+
 _DEFAULT_WEIGHTING = {"awm": "velocity"}
 
 
 def _default_exp_name() -> str:
     return os.path.splitext(os.path.basename(sys.argv[0] or "tafs"))[0] or "tafs"
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with its help text; a list or dict default is copied for each instance."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
@@ -578,17 +577,3 @@ class TAFSGRPOConfig:
             raise ValueError(
                 "group_allocation='streaming' looks at how the first draws vary; use min_generations=2 or more"
             )
-
-
-def decode_dict(name: str, value: dict | str | None) -> dict[str, Any]:
-    """A mapping, or one as JSON; None and "" are empty."""
-    if value is None or value == "":
-        return {}
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} isn't JSON ({error}): {value!r}; write it as '{{\"key\": value}}'") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a mapping, got {value!r}")
-    return value

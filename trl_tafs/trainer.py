@@ -18,22 +18,43 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_se
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trl_tafs import checkpoint, hub, policy
-from trl_tafs.advantages import combine_rewards, group_mean_std
 from trl_tafs.algorithm import build_algorithm
-from trl_tafs.conditioning import PromptEncoder
 from trl_tafs.config import TAFSGRPOConfig
-from trl_tafs.evaluation import Evaluator, Setting
-from trl_tafs.experience import Collector, Part, Wave
-from trl_tafs.groups import plan_epoch
-from trl_tafs.losses import clipped_surrogate
-from trl_tafs.metrics import LocalTracker, MeanMetrics
+from trl_tafs.evaluation.drawing import Setting
+from trl_tafs.evaluation.held_out import Evaluator
+from trl_tafs.hub.push import prepare_repo, push_folder
+from trl_tafs.method.advantages import combine_rewards, group_mean_std
+from trl_tafs.method.losses import clipped_surrogate
+from trl_tafs.method.types import Conditioning, LossOutput, PromptBatch, RewardTable
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.prompts import PromptSource, expand_groups
-from trl_tafs.report import RunReport
+from trl_tafs.policy.adapter_file import check_adapter_fits, read_adapter, save_adapter
+from trl_tafs.policy.base import prepare_base
+from trl_tafs.policy.copies import AdapterAverage, HeldWeights, OldPolicy
+from trl_tafs.policy.denoiser_file import load_denoiser, save_denoiser
+from trl_tafs.policy.lora import adapter_disabled, attach_lora, free_denoiser, trainable_parameters
+from trl_tafs.policy.optimizer import apply_settings, make_lr_scheduler, make_optimizer
+from trl_tafs.processes import any_process
+from trl_tafs.prompts.encoder import PromptEncoder
+from trl_tafs.prompts.source import PromptSource, expand_groups
 from trl_tafs.rewards.scoring import RewardError, RewardSet
-from trl_tafs.types import Conditioning, LossOutput, PromptBatch, RewardTable
-from trl_tafs.update import Updater
+from trl_tafs.training.checkpoint import (
+    checkpoints,
+    drop_pending,
+    find_checkpoint,
+    load_pending,
+    read_state,
+    save_pending,
+    set_aside,
+    set_aside_after,
+    write_checkpoint,
+    write_state,
+)
+from trl_tafs.training.collector import Collector, Part, Wave
+from trl_tafs.training.logs import MeanMetrics
+from trl_tafs.training.plan import plan_epoch
+from trl_tafs.training.report import RunReport
+from trl_tafs.training.trackers import LocalTracker
+from trl_tafs.training.updater import Updater
 
 
 def make_accelerator(config: TAFSGRPOConfig, accumulation: Callable[[int], int]) -> tuple[Accelerator, LocalTracker]:
@@ -146,28 +167,28 @@ class TAFSGRPOTrainer:
     def _make_policy(self, peft_config: Any | None) -> None:
         """LoRA, optimizer, learning-rate schedule and average, on the device."""
         config, pipeline = self.config, self.sd_pipeline
-        policy.prepare_base(pipeline, config, self.accelerator.device)
+        prepare_base(pipeline, config, self.accelerator.device)
         self.adapter_name, self.lora_config = None, None
         if config.full_finetuning:
-            policy.free_denoiser(pipeline, peft_config)
+            free_denoiser(pipeline, peft_config)
         else:
-            self.adapter_name, self.lora_config = policy.attach_lora(pipeline, config, peft_config)
+            self.adapter_name, self.lora_config = attach_lora(pipeline, config, peft_config)
         self.storage_dtype = pipeline.storage_dtype
-        parameters = policy.trainable_parameters(pipeline.denoiser)
-        optimizer = policy.make_optimizer(parameters, config)
+        parameters = trainable_parameters(pipeline.denoiser)
+        optimizer = make_optimizer(parameters, config)
         self.accelerator.unwrap_model(pipeline.denoiser, keep_fp32_wrapper=False)  # an earlier trainer's autocast
         updates = config.num_epochs * config.train_num_inner_epochs * self.plan.updates_per_inner_epoch
-        self.lr_scheduler = policy.make_lr_scheduler(optimizer, config, updates)
+        self.lr_scheduler = make_lr_scheduler(optimizer, config, updates)
         self.model, self.optimizer = self.accelerator.prepare(pipeline.denoiser, optimizer)
         self.parameters = parameters
-        self.base = policy.HeldWeights(parameters) if config.full_finetuning else None
+        self.base = HeldWeights(parameters) if config.full_finetuning else None
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
-        self.average = policy.AdapterAverage(parameters, config.train_ema_decay) if config.train_use_ema else None
+        self.average = AdapterAverage(parameters, config.train_ema_decay) if config.train_use_ema else None
         if self.average is not None:
             self.accelerator.register_for_checkpointing(self.average)
         self.old_policy = None
         if config.old_policy_decay:
-            self.old_policy = policy.OldPolicy(parameters, config.old_policy_decay, config.old_policy_ramp)
+            self.old_policy = OldPolicy(parameters, config.old_policy_decay, config.old_policy_ramp)
             self.accelerator.register_for_checkpointing(self.old_policy)
         self.accelerator.register_save_state_pre_hook(self._save_adapter_hook)
         self.accelerator.register_load_state_pre_hook(self._load_adapter_hook)
@@ -228,7 +249,7 @@ class TAFSGRPOTrainer:
 
     def reference_velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
         """The base without what was trained."""
-        with self.base.applied() if self.base else policy.adapter_disabled(self.sd_pipeline.denoiser):
+        with self.base.applied() if self.base else adapter_disabled(self.sd_pipeline.denoiser):
             return self.sd_pipeline.velocity(x, level, conditioning)
 
     # Algorithm 1 ----------------------------------------------------------------------------------------------
@@ -271,7 +292,7 @@ class TAFSGRPOTrainer:
         global_step = self._update(parts, self._local(advantages, waves), epoch, global_step)
         self.report.log_timing(epoch, global_step)
         if self.accelerator.is_main_process:
-            checkpoint.drop_pending(self.config.project_dir)
+            drop_pending(self.config.project_dir)
         return global_step
 
     def _sample(self, epoch: int, global_step: int) -> list[Wave]:
@@ -309,7 +330,7 @@ class TAFSGRPOTrainer:
         """Roll out and score this process's images; on a fault all processes keep theirs and stop together."""
         rank, folder, mine = self.accelerator.process_index, self.config.project_dir, self._share(prompts)
         identity = self._identity(mine, epoch, global_step)
-        kept = (checkpoint.load_pending(folder, epoch, rank) or [])[len(earlier) : len(earlier) + 1]
+        kept = (load_pending(folder, epoch, rank) or [])[len(earlier) : len(earlier) + 1]
         kept = kept[0]["parts"] if kept and kept[0]["identity"] == identity else ()
         batches = self._batches(mine)
         bar = partial(tqdm, total=len(batches), leave=False, position=1, disable=self._silent())
@@ -320,12 +341,12 @@ class TAFSGRPOTrainer:
             )
         for progress in bars.values():
             progress.close()
-        if not checkpoint.any_process(self.accelerator, fault is not None):
+        if not any_process(self.accelerator, fault is not None):
             return parts
         done = [(self._identity(self._share(wave.prompts), epoch, global_step), wave.parts) for wave in earlier]
         payload = [{"identity": who, "parts": [part.payload() for part in p]} for who, p in (*done, (identity, parts))]
         try:
-            path = checkpoint.save_pending(folder, epoch, rank, payload)
+            path = save_pending(folder, epoch, rank, payload)
             kept = f"The epoch's {len(parts)} rollouts are kept in {path}; resume_from='latest' goes on from them"
         except Exception as error:  # the other processes wait in save_checkpoint
             kept = f"The epoch's rollouts could not be kept ({error}); resume_from='latest' draws them again"
@@ -524,19 +545,19 @@ class TAFSGRPOTrainer:
         def write(path: Path) -> None:
             self.accelerator.save_state(str(path))
             if self.accelerator.is_main_process:
-                checkpoint.write_state(path, self.report.state())
+                write_state(path, self.report.state())
 
         limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
         with self.report.stopwatch("save"):
-            return checkpoint.write_checkpoint(self.checkpoint_dir, self.first_epoch, self.accelerator, write, limit)
+            return write_checkpoint(self.checkpoint_dir, self.first_epoch, self.accelerator, write, limit)
 
     def write_weights(self, folder: str | os.PathLike, *, fold_alpha: bool = False) -> None:
         """The adapter, or the whole denoiser where that is trained, and the scheduler that samples it."""
         if self.config.full_finetuning:
-            hub.save_denoiser(self.sd_pipeline, folder, annealed=self.config.anneals)
+            save_denoiser(self.sd_pipeline, folder, annealed=self.config.anneals)
             return
         options = {"lora_config": self.lora_config, "adapter_name": self.adapter_name, "fold_alpha": fold_alpha}
-        hub.save_adapter(self.sd_pipeline, folder, annealed=self.config.anneals, **options)
+        save_adapter(self.sd_pipeline, folder, annealed=self.config.anneals, **options)
 
     def _save_adapter_hook(self, models: list, weights: list, output_dir: str) -> None:
         if self.accelerator.is_main_process:
@@ -547,16 +568,16 @@ class TAFSGRPOTrainer:
         from peft import set_peft_model_state_dict
 
         if self.config.full_finetuning:
-            hub.load_denoiser(self.sd_pipeline, input_dir)
+            load_denoiser(self.sd_pipeline, input_dir)
         else:
-            weights, _ = hub.read_adapter(input_dir, denoiser=self.sd_pipeline.denoiser_name)
-            hub.check_adapter_fits(weights, self.sd_pipeline.denoiser)
+            weights, _ = read_adapter(input_dir, denoiser=self.sd_pipeline.denoiser_name)
+            check_adapter_fits(weights, self.sd_pipeline.denoiser)
             set_peft_model_state_dict(self.sd_pipeline.denoiser, weights, adapter_name=self.adapter_name)
         models.clear()
 
     def _set_aside(self) -> None:
         if self.accelerator.is_main_process:
-            earlier = checkpoint.set_aside(self.config.project_dir)
+            earlier = set_aside(self.config.project_dir)
             if earlier is not None:
                 warnings.warn(
                     f"{self.config.project_dir} holds an earlier run, resume_from is empty; moved to {earlier}",
@@ -565,12 +586,12 @@ class TAFSGRPOTrainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        path = checkpoint.find_checkpoint(self.config.resume_from, self.checkpoint_dir)
+        path = find_checkpoint(self.config.resume_from, self.checkpoint_dir)
         self.accelerator.load_state(str(path))
-        policy.apply_settings(self.optimizer, self.lr_scheduler, self.config)
-        self.report.load_state(checkpoint.read_state(path))
+        apply_settings(self.optimizer, self.lr_scheduler, self.config)
+        self.report.load_state(read_state(path))
         if self.accelerator.is_main_process:
-            checkpoint.set_aside_after(self.config.project_dir, self.first_epoch)
+            set_aside_after(self.config.project_dir, self.first_epoch)
             self.local_tracker.rewind(self.first_epoch)
         self.accelerator.print(f"resumed from {path}: epoch {self.first_epoch}, step {self.global_step}")
 
@@ -602,16 +623,16 @@ class TAFSGRPOTrainer:
         folder = self.save_pretrained(repo_id=repo_id)
         if not self.accelerator.is_main_process:
             return None
-        return hub.push_folder(folder, repo_id, private=private, token=token, **kwargs)
+        return push_folder(folder, repo_id, private=private, token=token, **kwargs)
 
     def _prepare_repo(self, repo_id: str | None, private: bool | None, token: str | None = None) -> str:
         """Make the repository where it is missing: without a token that may write, the error comes here."""
         repo_id = repo_id or self.config.hub_model_id or self.config.run_name
-        return hub.prepare_repo(repo_id, private=private, token=token) if self.accelerator.is_main_process else repo_id
+        return prepare_repo(repo_id, private=private, token=token) if self.accelerator.is_main_process else repo_id
 
     def _finish(self) -> None:
         """The last checkpoint, the adapter, the push."""
-        done = checkpoint.checkpoints(self.checkpoint_dir)
+        done = checkpoints(self.checkpoint_dir)
         if not done or int(done[-1].name.rpartition("_")[2]) != self.first_epoch:
             self.save_checkpoint()
         self.save_pretrained()

@@ -16,10 +16,11 @@ from accelerate.state import AcceleratorState
 from tasks import TASKS, Task
 
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer
-from trl_tafs.conditioning import PromptEncoder
-from trl_tafs.kernels import Annealed
+from trl_tafs.method.kernels import Annealed
+from trl_tafs.method.noise import SampleNoise
+from trl_tafs.method.rollout import sample_steps
 from trl_tafs.presets import preset
-from trl_tafs.rollout import SampleNoise, sample_steps
+from trl_tafs.prompts.encoder import PromptEncoder
 
 EVALUATED = {"annealed 4": ("annealed", 4), "ode 4": ("ode", 4), "ode 10": ("ode", 10)}
 STEP_COUNTS = (1, 2, 3, 4, 5, 6, 8)

@@ -18,10 +18,13 @@ from bench_run import EVALUATED
 from tasks import Digits
 from torch import Tensor
 
-from trl_tafs import TAFSGRPOConfig, policy
-from trl_tafs.conditioning import PromptEncoder
-from trl_tafs.kernels import Annealed, Ode, clean_estimate
-from trl_tafs.rollout import sample_steps
+from trl_tafs import TAFSGRPOConfig
+from trl_tafs.method.kernels import Annealed, Ode, clean_estimate
+from trl_tafs.method.rollout import sample_steps
+from trl_tafs.policy.base import prepare_base
+from trl_tafs.policy.lora import adapter_disabled, attach_lora, trainable_parameters
+from trl_tafs.policy.optimizer import make_optimizer
+from trl_tafs.prompts.encoder import PromptEncoder
 
 BATCH, NUM_STEPS = 64, 4
 Loss = Callable[[Any, Digits, PromptEncoder, torch.Generator], Tensor]
@@ -62,7 +65,7 @@ def reward_instruct(pipeline: Any, task: Digits, encode: PromptEncoder, rng: tor
                 break
     level = levels[last].expand(BATCH)
     v = pipeline.velocity(x, level, condition)
-    with torch.no_grad(), policy.adapter_disabled(pipeline.denoiser):
+    with torch.no_grad(), adapter_disabled(pipeline.denoiser):
         base = pipeline.velocity(x, level, condition)
     return 0.2 * (v - base).square().mean() - reward_of(task, pipeline, clean_estimate(x, v, level), prompts)
 
@@ -77,7 +80,7 @@ def rg_lcd(pipeline: Any, task: Digits, encode: PromptEncoder, rng: torch.Genera
     condition, levels = encode(prompts), pipeline.rollout_levels(count, 8, 8)
     at = int(torch.randint(count - 1, (1,), generator=rng))
     x = torch.randn((BATCH, *pipeline.latent_shape(8, 8)), generator=rng)
-    with torch.no_grad(), policy.adapter_disabled(pipeline.denoiser):
+    with torch.no_grad(), adapter_disabled(pipeline.denoiser):
         for step in sample_steps(pipeline.velocity, Ode(), condition, levels, x, lambda *_: x):
             if step.index == at:
                 state, following = step.state, step.next_state
@@ -96,10 +99,10 @@ DISTILLERS: dict[str, Loss] = {"reward_instruct": reward_instruct, "rg_lcd": rg_
 def updates(pipeline: Any, task: Digits, loss: Loss, rate: float, seed: int) -> Iterator[None]:
     """Optimizer steps, one a turn."""
     config = TAFSGRPOConfig(seed=seed, train_learning_rate=rate, mixed_precision="no")
-    policy.prepare_base(pipeline, config, torch.device("cpu"))
-    policy.attach_lora(pipeline, config, None)
-    parameters = policy.trainable_parameters(pipeline.denoiser)
-    optimizer = policy.make_optimizer(parameters, config)
+    prepare_base(pipeline, config, torch.device("cpu"))
+    attach_lora(pipeline, config, None)
+    parameters = trainable_parameters(pipeline.denoiser)
+    optimizer = make_optimizer(parameters, config)
     encode = PromptEncoder(pipeline, torch.device("cpu"), max_sequence_length=task.options["max_sequence_length"])
     rng = torch.Generator().manual_seed(seed)
     while True:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_tafs.conditioning import PromptEncoder
-from trl_tafs.evaluation import Setting, sample_images
+from trl_tafs.evaluation.drawing import Setting, sample_images
+from trl_tafs.prompts.encoder import PromptEncoder
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(EXAMPLES / "digits"), str(EXAMPLES / "words"), str(EXAMPLES)]

@@ -28,12 +28,13 @@ from digits_judges import DigitReward, HeldOutJudge, OCRJudge, diversity, fideli
 from pretrain import train_flow
 
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline
-from trl_tafs.card import usage_code
-from trl_tafs.conditioning import PromptEncoder
-from trl_tafs.evaluation import Setting, sample_images
-from trl_tafs.kernels import Annealed
-from trl_tafs.metrics import sample_grid, save_png
-from trl_tafs.rollout import SampleNoise, sample_steps
+from trl_tafs.evaluation.drawing import Setting, sample_images
+from trl_tafs.hub.card import usage_code
+from trl_tafs.method.kernels import Annealed
+from trl_tafs.method.noise import SampleNoise
+from trl_tafs.method.rollout import sample_steps
+from trl_tafs.output.pictures import sample_grid, save_png
+from trl_tafs.prompts.encoder import PromptEncoder
 
 PIPELINE = Path(__file__).resolve().parent / "pipeline"
 PROMPTS = [prompt_for(digit) for digit in range(10)]

@@ -23,24 +23,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
-from trl_tafs.kernels import Annealed, Kernel
+from trl_tafs.method.kernels import Annealed, Kernel
+from trl_tafs.method.levels import level_to_timestep, uniform_levels
+from trl_tafs.method.noise import Noise, SequentialNoise
+from trl_tafs.method.rollout import replay, rollout
+from trl_tafs.method.types import Conditioning, Embeddings, Rollout, Transitions
 from trl_tafs.pipelines.schedulers import AnnealedFlowMatchScheduler, flow_match_config
-from trl_tafs.rollout import Noise, replay, rollout
-from trl_tafs.schedules import level_to_timestep, uniform_levels
-from trl_tafs.types import Conditioning, Embeddings, Rollout, Transitions
-
-
-class SequentialNoise:
-    """Noise for a single rollout, drawn in the order of use from one generator (None: the global one)."""
-
-    def __init__(self, batch: int, generator: torch.Generator | None, device: torch.device) -> None:
-        self.batch, self.generator, self.device = batch, generator, device
-
-    def __call__(self, stream: str, step: int, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal (B, *shape)."""
-        source = "cpu" if self.generator is None else self.generator.device
-        draw = torch.randn((self.batch, *shape), generator=self.generator, device=source)
-        return draw.to(self.device)
 
 
 class TAFSPipelineMixin(ABC):
@@ -433,19 +421,3 @@ class TAFSPipelineMixin(ABC):
     def stock_class(cls) -> type:
         """The diffusers pipeline that this one extends."""
         return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))
-
-
-class PackedLatents:
-    """Latents whose 2x2 patches are packed into tokens: (B, H / 2f, W / 2f, 4C), f the VAE's factor."""
-
-    patch_size = 2
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(rows, columns, 4C)."""
-        return height // self.size_multiple, width // self.size_multiple, self.transformer.config.in_channels
-
-    def unpacked(self, latents: Tensor) -> Tensor:
-        """(B, rows, columns, 4C) to (B, C, H / f, W / f), or what else the stock pipeline unpacks to."""
-        _, rows, columns, _ = latents.shape
-        multiple = self.size_multiple
-        return self._unpack_latents(latents.flatten(1, 2), rows * multiple, columns * multiple, self.vae_scale_factor)

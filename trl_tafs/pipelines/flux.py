@@ -5,8 +5,9 @@ from __future__ import annotations
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from trl_tafs.pipelines.base import PackedLatents, TAFSPipelineMixin
-from trl_tafs.types import Embeddings
+from trl_tafs.method.types import Embeddings
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.packed import PackedLatents
 
 
 class TAFSFluxPipeline(PackedLatents, TAFSPipelineMixin, FluxPipeline):

@@ -9,8 +9,9 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
-from trl_tafs.pipelines.base import PackedLatents, TAFSPipelineMixin
-from trl_tafs.types import Embeddings
+from trl_tafs.method.types import Embeddings
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.packed import PackedLatents
 
 
 class Flux2Mixin(PackedLatents, TAFSPipelineMixin):

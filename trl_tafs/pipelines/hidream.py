@@ -9,8 +9,8 @@ from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwa
 from diffusers.pipelines.hidream_image.pipeline_hidream_image import calculate_shift
 from torch import Tensor, nn
 
+from trl_tafs.method.types import Embeddings
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.types import Embeddings
 
 
 class TAFSHiDreamPipeline(TAFSPipelineMixin, HiDreamImagePipeline):

@@ -6,8 +6,9 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from trl_tafs.pipelines.base import PackedLatents, TAFSPipelineMixin
-from trl_tafs.types import Embeddings
+from trl_tafs.method.types import Embeddings
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.packed import PackedLatents
 
 
 class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline):

@@ -11,8 +11,8 @@ import torch
 from diffusers import SanaPipeline, SanaSprintPipeline
 from torch import Tensor, nn
 
+from trl_tafs.method.types import Embeddings
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.types import Embeddings
 
 
 class SanaMixin(TAFSPipelineMixin):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from trl_tafs.method.types import Embeddings
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.types import Embeddings
 
 
 class TAFSStableDiffusion3Pipeline(TAFSPipelineMixin, StableDiffusion3Pipeline):

@@ -9,8 +9,8 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from trl_tafs.method.types import Embeddings
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.types import Embeddings
 
 
 class TAFSZImagePipeline(TAFSPipelineMixin, ZImagePipeline):

@@ -4,6 +4,7 @@ Images are (B, 3, H, W) float32 in [0, 1]. Rewards are B numbers; None or NaN me
 `REWARDS` names the ones that come with the package, as "module:factory", so that nothing is loaded before its use.
 """
 
-from trl_tafs.rewards.scoring import REWARDS, RewardError, RewardRefused, RewardSet, load_reward, parse_rewards
+from trl_tafs.rewards.loading import REWARDS, load_reward, parse_rewards
+from trl_tafs.rewards.scoring import RewardError, RewardRefused, RewardSet
 
 __all__ = ["REWARDS", "RewardError", "RewardRefused", "RewardSet", "load_reward", "parse_rewards"]

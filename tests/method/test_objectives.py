@@ -1,0 +1,331 @@
+import pytest
+import torch
+from torch import nn
+
+from trl_tafs.method.kernels import Annealed, Clean, Windowed, clean_estimate
+from trl_tafs.method.levels import uniform_levels, with_zero
+from trl_tafs.method.noise import SampleNoise
+from trl_tafs.method.objectives import MIN_LEVEL, OBJECTIVES, ClippedObjective, ForwardObjective, MatchingObjective
+from trl_tafs.method.rollout import replay, rollout
+from trl_tafs.method.types import Conditioning, Embeddings, Rows
+
+LEVELS = with_zero(uniform_levels(4))
+SHAPE = (3, 2, 2)
+
+
+class Linear(nn.Module):
+    """A velocity that depends on state, level and prompt."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.inner = nn.Linear(12 + 2, 12)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x, level, conditioning):
+        inputs = torch.cat([x.flatten(1), level[:, None], conditioning.positive.text[:, 0]], dim=1)
+        return self.inner(inputs).reshape(x.shape)
+
+
+def condition(batch):
+    return Conditioning(Embeddings(torch.arange(batch, dtype=torch.float32).reshape(batch, 1, 1) / 10))
+
+
+def rolled_out(kernel, batch=5, velocity=None, reduction="sqrt"):
+    noise = SampleNoise(0, 0, tuple(range(batch)))
+    velocity = Linear() if velocity is None else velocity
+    return rollout(velocity, kernel, condition(batch), LEVELS, noise("initial", 0, SHAPE), noise, reduction=reduction)
+
+
+def no_reference(x, level, conditioning):
+    raise AssertionError("the reference was called")
+
+
+@pytest.mark.parametrize("kernel", [Annealed(), Clean(num_actions=3), Clean(baseline="group")], ids=str)
+def test_rows_are_images_with_their_steps_in_order(kernel):
+    result = rolled_out(kernel)
+    advantages = torch.arange(5 * 3 * kernel.num_actions, dtype=torch.float32).reshape(5, 3, -1)
+    rows = ClippedObjective(kernel, 0.1).rows(result, advantages)
+    assert isinstance(rows, Rows)
+    assert len(rows) == 15
+    for image in range(5):
+        for i, n in enumerate(result.steps.tolist()):
+            row = rows[3 * image + i]
+            assert row.sample == image
+            assert torch.equal(row.state, result.states[image, i])
+            assert torch.equal(row.action, result.actions[image, i])
+            assert torch.equal(row.old_log_prob, result.log_probs[image, i])
+            assert torch.equal(row.advantage, advantages[image, i])
+            assert (row.level, row.next_level) == (LEVELS[n], LEVELS[n + 1])
+
+
+def test_rows_can_be_picked_repeated_and_joined():
+    rows = ClippedObjective(Annealed(), 0.1).rows(rolled_out(Annealed()), torch.zeros(5, 3, 1))
+    joined = type(rows).cat([rows[:4], rows[4:]])
+    assert torch.equal(joined.state, rows.state)
+    assert torch.equal(joined.sample, rows.sample)
+    assert rows.repeat_interleave(2).sample.tolist() == [i for i in range(5) for _ in range(6)]
+    assert rows[torch.tensor([14, 0])].sample.tolist() == [4, 0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sqrt"])
+def test_on_policy_the_loss_is_minus_the_mean_advantage(reduction):
+    velocity, advantages = Linear(), torch.randn(5, 3, 1)
+    objective = ClippedObjective(Annealed(), 0.1, reduction)
+    rows = objective.rows(rolled_out(Annealed(), 5, velocity, reduction), advantages)
+    output = objective(velocity, rows, condition(5)[rows.sample])
+    torch.testing.assert_close(output.loss, -advantages.mean())
+    assert output.metrics["ratio_deviation"] < 1e-5
+
+
+def test_each_row_is_replayed_with_its_own_prompt():
+    velocity = Linear()
+    objective = ClippedObjective(Annealed(), 0.1, "sum")
+    rows = objective.rows(rolled_out(Annealed(), 5, velocity), torch.ones(5, 3, 1))
+    wrong = objective(velocity, rows, condition(5)[rows.sample.flip(0)])
+    assert wrong.metrics["ratio_deviation"] > 0.05
+
+
+def test_gaussian_and_uniform_weighting_differ_by_two_sigma_squared_a_row():
+    velocity, result = Linear(), rolled_out(Annealed(), 5)
+    gradients = {}
+    for n in range(3):
+        for weighting in ("gaussian", "uniform"):
+            objective = ClippedObjective(Annealed(), 0.1, "sqrt", weighting)
+            rows = objective.rows(result, torch.ones(5, 3, 1))[n::3]
+            loss = objective(velocity, rows, condition(5)[rows.sample]).loss
+            gradients[weighting] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, velocity.parameters())])
+        std = LEVELS[n + 1]
+        torch.testing.assert_close(gradients["uniform"], 2 * std**2 * gradients["gaussian"], rtol=1e-4, atol=1e-7)
+
+
+def test_the_kl_is_zero_without_a_change_and_its_gradient_too():
+    velocity = Linear()
+    objective = ClippedObjective(Annealed(), 0.1, beta=1.0)
+    rows = objective.rows(rolled_out(Annealed()), torch.zeros(5, 3, 1))
+    output = objective(velocity, rows, condition(5)[rows.sample], velocity)
+    assert output.metrics["kl"] == 0
+    output.loss.backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in velocity.parameters())
+
+
+@pytest.mark.parametrize("kernel", [Annealed(), Annealed(0.5), Clean()], ids=str)
+def test_the_kl_has_a_gradient_that_pulls_back_to_the_base(kernel):
+    base, velocity = Linear(), Linear()
+    objective = ClippedObjective(kernel, 0.1, beta=0.7)
+    rows = objective.rows(rolled_out(kernel, 5, base), torch.zeros(5, 3, 1))
+    with torch.no_grad():
+        velocity.inner.bias += 0.1
+    output = objective(velocity, rows, condition(5)[rows.sample], base)
+    text = condition(5)[rows.sample]
+    policy, reference = (replay(v, kernel, rows, text) for v in (velocity, base))
+    expected = ((policy.mean - reference.mean) / policy.std).square().flatten(1).mean(1).mean() / 2
+    torch.testing.assert_close(output.metrics["kl"], expected.detach())
+    torch.testing.assert_close(output.loss, 0.7 * expected)  # no advantage: the KL alone
+    output.loss.backward()
+    assert (velocity.inner.bias.grad > 0).all()
+    assert all(p.grad is None for p in base.parameters())
+
+
+def test_beta_scales_the_kl_in_the_loss():
+    base, velocity = Linear(), Linear(1)
+    losses = []
+    for beta in (0.5, 1.0):
+        objective = ClippedObjective(Annealed(), 0.1, beta=beta)
+        rows = objective.rows(rolled_out(Annealed(), 5, base), torch.zeros(5, 3, 1))
+        losses.append(objective(velocity, rows, condition(5)[rows.sample], base).loss)
+    torch.testing.assert_close(2 * losses[0], losses[1])
+
+
+def test_without_beta_the_reference_is_never_evaluated():
+    objective = ClippedObjective(Annealed(), 0.1)
+    rows = objective.rows(rolled_out(Annealed()), torch.ones(5, 3, 1))
+    assert "kl" not in objective(Linear(), rows, condition(5)[rows.sample], no_reference).metrics
+
+
+def test_beta_without_a_reference_is_an_error():
+    objective = ClippedObjective(Annealed(), 0.1, beta=0.1)
+    rows = objective.rows(rolled_out(Annealed()), torch.ones(5, 3, 1))
+    with pytest.raises(ValueError, match="beta is 0.1: the KL term needs"):
+        objective(Linear(), rows, condition(5)[rows.sample])
+
+
+def test_advantages_of_another_number_of_actions_are_an_error():
+    with pytest.raises(ValueError):
+        ClippedObjective(Clean(num_actions=3), 0.1).rows(rolled_out(Clean(num_actions=3)), torch.zeros(5, 3, 1))
+
+
+def test_following_the_gradient_raises_what_has_an_advantage():
+    velocity = Linear()
+    objective = ClippedObjective(Annealed(), 0.5, "sum")
+    advantages = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0])[:, None, None].expand(5, 3, 1)
+    rows = objective.rows(rolled_out(Annealed(), 5, velocity, "sum"), advantages)
+    objective(velocity, rows, condition(5)[rows.sample]).loss.backward()
+    with torch.no_grad():
+        for parameter in velocity.parameters():
+            parameter -= 1e-4 * parameter.grad
+        moved = replay(velocity, Annealed(), rows, condition(5)[rows.sample]).log_prob(rows.action)
+    change = moved - rows.old_log_prob
+    assert (change * rows.advantage).mean() > 0
+
+
+def test_names_of_the_objectives():
+    assert OBJECTIVES["clipped"] is ClippedObjective
+
+
+# Forward objectives ---------------------------------------------------------------------------------------------
+
+
+def noise_of(batch=5):
+    return SampleNoise(3, 0, tuple(range(batch)))
+
+
+def forward_rows(result, advantages=None, **options):
+    advantages = torch.zeros(5, 3, 1) if advantages is None else advantages
+    return ForwardObjective(**{"levels": "sampler", **options}).rows(result, advantages, noise_of())
+
+
+def test_final_images_at_the_samplers_levels_are_rows_in_order():
+    result, advantages = rolled_out(Annealed()), torch.arange(15, dtype=torch.float32).reshape(5, 3, 1)
+    rows = forward_rows(result, advantages)
+    assert len(rows) == 20 and isinstance(rows, Rows)
+    for image in range(5):
+        for n in range(4):
+            row = rows[4 * image + n]
+            assert row.sample == image and row.level == LEVELS[n] and row.old_velocity is None
+            assert torch.equal(row.clean, result.final[image])
+            assert row.advantage.tolist() == [3 * image + 2]  # the last step's
+    first = rows.state[rows.level == 1]
+    noise = (rows.state - (1 - rows.level.reshape(-1, 1, 1, 1)) * rows.clean) / rows.level.reshape(-1, 1, 1, 1)
+    assert torch.allclose(noise[rows.level == 1], first)
+    assert abs(noise.std() - 1) < 0.15 and noise.unique().numel() > 200  # each row has its own
+
+
+def test_every_image_is_a_row_with_its_own_advantage():
+    result, advantages = rolled_out(Annealed()), torch.arange(15, dtype=torch.float32).reshape(5, 3, 1)
+    rows = forward_rows(result, advantages, images="every")
+    assert len(rows) == 5 * 3 * 4
+    for image in range(5):
+        for step in range(3):
+            row = rows[12 * image + 4 * step + 1]
+            assert row.sample == image and row.level == LEVELS[1]
+            assert torch.equal(row.clean, result.clean[image, step + 1])
+            assert row.advantage.tolist() == [3 * image + step]
+
+
+@pytest.mark.parametrize("images", ["final", "every"])
+def test_trajectory_rows_are_the_states_that_led_to_the_image(images):
+    result, advantages = rolled_out(Annealed()), torch.arange(15, dtype=torch.float32).reshape(5, 3, 1)
+    rows = forward_rows(result, advantages, images=images, levels="trajectory")
+    assert len(rows) == 15
+    for image in range(5):
+        for step in range(3):
+            row = rows[3 * image + step]
+            assert torch.equal(row.state, result.states[image, step]) and row.level == LEVELS[step]
+            final = images == "final"
+            assert torch.equal(row.clean, result.final[image] if final else result.clean[image, step + 1])
+            assert row.advantage.tolist() == [3 * image + (2 if final else step)]
+
+
+def test_random_levels_are_spread_evenly_and_belong_to_the_sample():
+    result = rolled_out(Annealed())
+    level = forward_rows(result, levels="random", num_levels=8).level.reshape(5, 8)
+    assert ((level > MIN_LEVEL) & (level < 1)).all() and level.unique().numel() == 40
+    edges = MIN_LEVEL + (1 - MIN_LEVEL) * torch.arange(9) / 8
+    assert ((level >= edges[:-1]) & (level <= edges[1:])).all()
+    assert torch.equal(level, forward_rows(result, levels="random", num_levels=8).level.reshape(5, 8))
+
+
+@pytest.mark.parametrize("objective", [ForwardObjective(weighting="velocity", adv_clip=1.0), MatchingObjective()])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_step_moves_the_estimate_towards_good_images_and_away_from_bad_ones(objective, sign):
+    velocity, result = Linear(), rolled_out(Annealed())
+    rows = objective.rows(result, torch.full((5, 3, 1), sign), noise_of())
+    text = condition(5)[rows.sample]
+
+    def distance():
+        v = velocity(rows.state, rows.level, text)
+        return (clean_estimate(rows.state, v, rows.level) - rows.clean).square().mean()
+
+    before = distance()
+    objective(velocity, rows, text).loss.backward()
+    with torch.no_grad():
+        for parameter in velocity.parameters():
+            parameter -= 1e-2 * parameter.grad
+    assert sign * (distance() - before) < 0
+
+
+@pytest.mark.parametrize("objective", [ForwardObjective(), MatchingObjective()], ids=lambda o: type(o).__name__)
+def test_what_was_observed_on_policy_changes_nothing(objective):
+    velocity, result = Linear(), rolled_out(Annealed())
+    rows = objective.rows(result, torch.randn(5, 3, 1), noise_of())
+    text = condition(5)[rows.sample]
+    observed = objective.observe(velocity, rows, text)
+    assert not observed.old_velocity.requires_grad
+    outputs = [objective(velocity, item, text).loss for item in (rows, observed)]
+    gradients = [torch.autograd.grad(loss, velocity.parameters()) for loss in outputs]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_off_policy_the_spring_pulls_back_to_what_was_observed_and_matching_is_clipped():
+    old, velocity, result = Linear(), Linear(1), rolled_out(Annealed())
+    text = condition(5)[forward_rows(result).sample]
+    spring = ForwardObjective(levels="sampler")
+    rows = spring.observe(old, spring.rows(result, torch.zeros(5, 3, 1), noise_of()), text)
+    assert not spring.idle(rows).any()
+    assert spring(velocity, rows, text).metrics["old_distance"] > 0
+    assert any(g.abs().sum() > 0 for g in torch.autograd.grad(spring(velocity, rows, text).loss, velocity.parameters()))
+    matching = MatchingObjective(levels="sampler", clip_range=1e-3)
+    rows = matching.observe(old, matching.rows(result, torch.ones(5, 3, 1), noise_of()), text)
+    assert matching(velocity, rows, text).metrics["clipfrac"] > 0.9
+
+
+def test_rows_without_advantage_are_idle_where_nothing_else_pulls():
+    advantages = torch.zeros(5, 3, 1)
+    advantages[2, -1] = 1.0
+    for kind in (ForwardObjective, MatchingObjective):
+        rows = kind().rows(rolled_out(Annealed()), advantages, noise_of())
+        assert torch.equal(kind().idle(rows), rows.sample != 2)
+        assert not kind(beta=0.1).idle(rows).any()
+
+
+@pytest.mark.parametrize("kind", [ForwardObjective, MatchingObjective])
+def test_the_distance_to_the_base_has_a_gradient_that_pulls_back(kind):
+    base, velocity = Linear(), Linear()
+    objective = kind(beta=0.7)
+    rows = objective.rows(rolled_out(Annealed(), 5, base), torch.zeros(5, 3, 1), noise_of())
+    text = condition(5)[rows.sample]
+    with torch.no_grad():
+        velocity.inner.bias += 0.1
+    rows = objective.observe(velocity, rows, text)  # the old policy is the present one: no spring
+    output = objective(velocity, rows, text, base)
+    torch.testing.assert_close(output.metrics["kl"], torch.tensor(0.005))  # .1^2 / 2 an element
+    output.loss.backward()
+    assert (velocity.inner.bias.grad > 0).all()
+    with pytest.raises(ValueError, match="beta is 0.7"):
+        objective(velocity, rows, text)
+
+
+def test_the_clipped_objective_takes_siblings_of_a_state():
+    kernel, velocity = Annealed(num_actions=4, antithetic=True), Linear()
+    result = rolled_out(kernel, 5, velocity)
+    objective = ClippedObjective(kernel, 0.1, level_weighting="balanced")
+    rows = objective.rows(result, torch.randn(5, 3, 4))
+    assert objective(velocity, rows, condition(5)[rows.sample]).metrics["ratio_deviation"] < 1e-5
+
+
+@pytest.mark.parametrize("levels", ["trajectory", "sampler"])
+def test_a_windows_images_have_their_own_advantages(levels):
+    result = rolled_out(Windowed(Annealed(), range(1, 3)))
+    advantages = torch.arange(10, dtype=torch.float32).reshape(5, 2, 1)
+    rows = forward_rows(result, advantages, images="every", levels=levels)
+    each = 1 if levels == "trajectory" else 4
+    assert len(rows) == 5 * 2 * each
+    for image in range(5):
+        for step in range(2):
+            row = rows[each * (2 * image + step)]
+            assert torch.equal(row.clean, result.clean[image, step + 2]), "that of the step after the action"
+            assert row.sample == image and row.advantage.tolist() == [2 * image + step]

@@ -1,0 +1,171 @@
+import random
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from trl_tafs.prompts.source import PromptSource, row_to_prompt
+
+
+def draw():
+    """A prompt function that uses all three global generators."""
+    choice = random.randrange(10**6), int(np.random.randint(10**6)), int(torch.randint(10**6, ()))
+    return "prompt {} {} {}".format(*choice), {"choice": choice}
+
+
+def global_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+ROWS = [{"prompt": f"prompt {i}", "target": i} for i in range(7)]
+
+
+def test_an_epochs_prompts_are_a_pure_function_of_seed_and_epoch():
+    first = PromptSource(draw, seed=3).groups(2, 5)
+    random.random(), np.random.rand(), torch.rand(3)
+    source = PromptSource(draw, seed=3)
+    source.groups(0, 9)
+    assert source.groups(2, 5) == first
+    assert source.groups(3, 5) != first
+    assert PromptSource(draw, seed=4).groups(2, 5) != first
+    assert len({prompt for prompt, _ in first}) == 5
+
+
+def test_the_global_generators_are_left_as_they_were():
+    before = global_states()
+    PromptSource(draw, seed=3).groups(0, 5)
+    assert global_states() == before
+
+
+def test_the_global_generators_are_left_as_they_were_when_the_prompt_function_raises():
+    before = global_states()
+
+    def broken():
+        draw()
+        raise OSError("no such file")
+
+    with pytest.raises(OSError, match="no such file"):
+        PromptSource(broken).groups(0, 1)
+    assert global_states() == before
+
+
+def test_the_function_is_called_once_a_group():
+    calls = []
+    PromptSource(lambda: (calls.append(1), ("a cat", {}))[1]).batch(0, num_groups=3, group_size=8)
+    assert len(calls) == 3
+
+
+def test_the_batch_repeats_each_prompt_for_its_group():
+    batch = PromptSource(ROWS, seed=1).batch(0, num_groups=2, group_size=3)
+    assert len(batch) == 6
+    assert batch.prompts[0] == batch.prompts[1] == batch.prompts[2] != batch.prompts[3]
+    assert batch.group_ids.tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.sample_ids.tolist() == list(range(6))
+    assert batch.metadata[0] == {"target": int(batch.prompts[0].split()[1])}
+    part = batch[2:5]
+    assert part.prompts == batch.prompts[2:5]
+    assert part.sample_ids.tolist() == [2, 3, 4]
+    assert part.group_ids.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [ROWS, datasets.Dataset.from_list(ROWS)], ids=["list", "Dataset"])
+def test_a_sweep_covers_each_row_once_in_a_new_order_each_time(rows):
+    source = PromptSource(rows, seed=1)
+    drawn = [item for epoch in range(7) for item in source.groups(epoch, 3)]  # 21: three sweeps of 7
+    sweeps = [drawn[start : start + 7] for start in (0, 7, 14)]
+    for sweep in sweeps:
+        assert sorted(metadata["target"] for _, metadata in sweep) == list(range(7))
+        assert all(prompt == f"prompt {metadata['target']}" for prompt, metadata in sweep)
+    assert sweeps[0] != sweeps[1] != sweeps[2]
+
+
+def test_a_dataset_and_a_list_of_its_rows_are_the_same_source():
+    assert PromptSource(ROWS, seed=1).groups(0, 5) == PromptSource(datasets.Dataset.from_list(ROWS), seed=1).groups(
+        0, 5
+    )
+
+
+def test_the_known_prompts_are_read_without_the_other_columns():
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.set_transform(lambda batch: {name: [read(name, v) for v in values] for name, values in batch.items()})
+    seen = set()
+
+    def read(name, value):
+        seen.add(name)
+        return value
+
+    assert PromptSource(rows).known() == PromptSource(ROWS).known() == [row["prompt"] for row in ROWS]
+    assert seen == {"prompt"}
+    assert PromptSource(lambda: ("a cat", {})).known() == []
+
+
+def test_an_order_is_drawn_once_a_sweep(monkeypatch):
+    made = []
+    draw = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or draw(seed))
+    source = PromptSource(ROWS, seed=1)
+    drawn = [source.groups(epoch, 3) for epoch in range(7)]
+    assert len(made) == len(set(made)) == 3
+    assert source.groups(0, 3) == drawn[0], "an earlier sweep's order is found again"
+
+
+def test_dataset_order_is_a_function_of_the_seed_alone():
+    assert PromptSource(ROWS, seed=1).groups(4, 7) == PromptSource(ROWS, seed=1).groups(4, 7)
+    assert PromptSource(ROWS, seed=1).groups(0, 7) != PromptSource(ROWS, seed=2).groups(0, 7)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("a cat", ("a cat", {})),
+        (("a cat", {"n": 1}), ("a cat", {"n": 1})),
+        (("a cat", None), ("a cat", {})),
+        ({"prompt": "a cat", "n": 1}, ("a cat", {"n": 1})),
+    ],
+)
+def test_rows_of_every_form(row, expected):
+    assert row_to_prompt(row) == expected
+
+
+@pytest.mark.parametrize("given", ["a cat", (1, {}), (None, {}), ("a cat", 3), ("a cat", {}, {}), None])
+def test_a_prompt_function_without_strings_is_an_error_that_shows_what_came(given):
+    with pytest.raises(ValueError) as caught:
+        PromptSource(lambda: given).groups(0, 1)
+    assert "the prompt function gave" in str(caught.value)
+    assert repr(given) in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [{"text": "a cat"}, {"prompt": 3}, 3])
+def test_a_row_without_a_string_is_an_error(row):
+    with pytest.raises(ValueError, match="it must give"):
+        PromptSource([row]).groups(0, 1)
+
+
+def test_a_dataset_without_a_prompt_column_is_an_error_that_names_its_columns():
+    with pytest.raises(ValueError, match=r"no column 'prompt', only \['caption'\]"):
+        PromptSource(datasets.Dataset.from_list([{"caption": "a cat"}]))
+
+
+@pytest.mark.parametrize("empty", [[], datasets.Dataset.from_dict({"prompt": []})], ids=["list", "Dataset"])
+def test_an_empty_source_is_an_error(empty):
+    with pytest.raises(ValueError, match="empty"):
+        PromptSource(empty)
+
+
+@pytest.mark.parametrize(
+    "source", ["a cat", None, 7, iter([("a cat", {})])], ids=["string", "none", "number", "iterator"]
+)
+def test_a_source_of_another_kind_is_an_error(source):
+    with pytest.raises(ValueError, match="a function, a dataset or a list"):
+        PromptSource(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}), {"prompt": ["a cat", "a dog"]}],
+    ids=["DatasetDict", "dict"],
+)
+def test_a_mapping_is_an_error_that_asks_for_one_split_or_a_list(source):
+    with pytest.raises(ValueError, match="split|a function, a dataset or a list"):
+        PromptSource(source)

@@ -1,0 +1,156 @@
+"""Asynchronous scoring: a step's reward runs while the next step is sampled, and changes nothing but the time."""
+
+import threading
+import time
+
+import pytest
+import tiny
+import torch
+
+from trl_tafs.training.logs import Stopwatch
+
+
+def parts_of(pipeline, folder, reward, threads, **changes):
+    trainer = tiny.trainer(
+        pipeline, folder, reward=reward, async_reward_computation=threads > 0, max_workers=max(threads, 1), **changes
+    )
+    batches = trainer._batches(trainer.prompts.batch(0, 2, 8))
+    return trainer, batches
+
+
+class Trace:
+    """Numbers the sampler's evaluations, and lets a reward wait for the next one."""
+
+    def __init__(self, trainer):
+        self.count, self.condition = 0, threading.Condition()
+        velocity = trainer.collector.velocity
+
+        def counted(x, level, conditioning):
+            with self.condition:
+                self.count += 1
+                self.condition.notify_all()
+            return velocity(x, level, conditioning)
+
+        trainer.collector.velocity = counted
+
+    def wait_for(self, count):
+        with self.condition:
+            return self.condition.wait_for(lambda: self.count >= count, timeout=20)
+
+
+def test_a_steps_reward_runs_while_the_next_step_is_sampled(pipeline, tmp_path):
+    seen, lock = [], threading.Lock()
+
+    def reward(images, prompts, metadata):
+        with lock:
+            seen.append(trace.count)
+            number = len(seen)
+        # of 4 steps the last 3 are scored: the first two of a batch can wait for a later evaluation, its last one can't
+        begun = trace.wait_for(trace.count + 1) if number % 3 and number < 6 else True
+        return [float(begun)] * len(prompts)
+
+    trainer, batches = parts_of(pipeline, tmp_path, reward, threads=1)
+    trace = Trace(trainer)
+    parts, fault = trainer.collector.collect(batches, 1, 0)
+    assert fault is None and trace.count == 8
+    assert all(part.scores.min() == 1.0 for part in parts), "a reward ended before the next step began"
+    assert seen[0] < 4, "the first reward waited for the end of the rollout"
+
+
+@pytest.mark.parametrize("changes", [{}, {"sample_kernel": "clean", "num_perturbations": 2}], ids=["annealed", "clean"])
+def test_asynchronous_rewards_are_the_synchronous_ones(pipeline_folder, tmp_path, changes):
+    def reward(images, prompts, metadata):
+        return images.flatten(1).sum(1) * torch.arange(1, len(images) + 1), {"rows": len(prompts)}
+
+    results = []
+    for threads in (0, 1, 3):
+        trainer, batches = parts_of(tiny.load(pipeline_folder), tmp_path / str(threads), reward, threads, **changes)
+        results.append(trainer.collector.collect(batches, 1, 0)[0])
+    for parts in results[1:]:
+        for part, expected in zip(parts, results[0], strict=True):
+            assert torch.equal(part.scores, expected.scores) and part.metadata == expected.metadata
+            assert torch.equal(part.rollout.final, expected.rollout.final)
+            assert part.scores.shape[1] == 3 and part.scores.unique().numel() > 8
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize("changes", [{}, {"sample_kernel": "clean", "num_perturbations": 2}], ids=["annealed", "clean"])
+def test_the_hooks_images_are_those_that_were_scored(pipeline, tmp_path, threads, changes):
+    decoded = []
+    changes = changes | {"hook": lambda *args: None}
+    trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, threads, **changes)
+    decode = trainer.collector.decode
+    trainer.collector.decode = lambda latents: decoded.append(len(latents)) or decode(latents)
+    parts, _ = trainer.collector.collect(batches, 1, 0)
+    scored = [count for part in parts for count in [len(part.batch) * part.scores.shape[2]] * part.scores.shape[1]]
+    assert decoded == scored, "nothing is decoded twice"
+    for part in parts:
+        assert torch.equal(part.images, decode(part.rollout.final))
+    again, _ = trainer.collector.collect(batches, 1, 0, [part.payload() for part in parts])
+    assert all(torch.equal(a.images, b.images) for a, b in zip(again, parts, strict=True)), "restored, with scores"
+
+
+def test_a_result_that_is_not_scored_is_decoded_for_the_hook(pipeline, tmp_path):
+    trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, 0, hook=lambda *args: None)
+    trainer.collector.scored_steps_at = lambda epoch: range(1, 3)
+    parts, _ = trainer.collector.collect(batches, 1, 0)
+    assert all(torch.equal(part.images, trainer.collector.decode(part.rollout.final)) for part in parts)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_scored_latents_are_freed_as_soon_as_their_scores_are_there(pipeline, tmp_path, threads):
+    trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, threads)
+    roll_out, alive, drawn = trainer.collector.roll_out, [], []
+
+    def watched(*args):
+        alive.append([part.rollout.scored.untyped_storage().nbytes() > 0 for part in drawn])
+        drawn.append(roll_out(*args))
+        return drawn[-1]
+
+    trainer.collector.roll_out = watched
+    parts, fault = trainer.collector.collect(batches, 1, 0)
+    assert fault is None and len(batches) > 1
+    if not threads:
+        assert not any(any(before) for before in alive)
+    assert not any(part.rollout.scored.untyped_storage().nbytes() for part in parts)
+
+
+def test_a_fault_in_a_thread_is_the_batchs(pipeline, tmp_path):
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("gone")
+        return [1.0] * len(prompts)
+
+    trainer, batches = parts_of(pipeline, tmp_path, reward, threads=1, reward_max_retries=0)
+    parts, fault = trainer.collector.collect(batches, 1, 0)
+    assert "gone" in str(fault) and parts[0].scores is not None and parts[1].scores is None
+    kept = [part.payload() for part in parts]
+    parts, fault = trainer.collector.collect(batches, 1, 0, kept)
+    assert fault is None and all(part.scores.min() == 1.0 for part in parts)
+
+
+def test_the_stopwatch_counts_every_second_once(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 4.0, 4.5, 10.0])  # outer, inner, inner ends, second inner, ends, outer ends
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    with watch("rollout"):
+        with watch("decode"):
+            pass
+        with watch("decode"):
+            pass
+    monkeypatch.undo()
+    assert watch.pop() == {"time/rollout": 7.5, "time/decode": 2.5}
+
+
+def test_what_sampling_does_not_hide_is_told_as_the_rewards_time(pipeline, tmp_path):
+    def reward(images, prompts, metadata):
+        time.sleep(0.2 if len(images) > 2 else 0)
+        return [0.0] * len(prompts)
+
+    trainer, batches = parts_of(pipeline, tmp_path, reward, threads=1)
+    trainer.collector.collect(batches, 1, 0)
+    told = trainer.report.stopwatch.pop()
+    assert told["time/reward"] > 0.15, "the last step's reward has nothing to hide behind"

@@ -1,0 +1,42 @@
+import tiny
+import torch
+
+from trl_tafs.output.pictures import sample_grid
+from trl_tafs.training import report
+
+PROMPTS = ["one", "two", "three", "four"]
+
+
+def test_a_grid_shows_each_prompt_s_clean_estimates_in_the_order_of_the_steps(pipeline, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "sample_grid", lambda *args: drawn.append(args) or sample_grid(*args))
+    trainer = tiny.trainer(pipeline, tmp_path, prompt_function=PROMPTS, num_generations=4, sample_grid_freq=1)
+    parts, _ = trainer.collector.collect(trainer._batches(trainer.prompts.batch(0, 4, 4)), 1, 0)
+    trainer.report.save_grid(parts, 0)
+    images, rows, columns, _ = drawn[0]
+    assert [column[:2] for column in columns] == ["1:", "2:", "3:", "4:"]
+    assert list(rows) == [part.batch.prompts[i] for part in parts for i in (0, 4)]
+    expected = torch.stack([part.rollout.clean[i] for part in parts for i in (0, 4)])
+    decoded = torch.stack([trainer.collector.decode(clean) for clean in expected])
+    torch.testing.assert_close(images, decoded, atol=1e-5, rtol=0)
+
+
+def test_a_group_can_share_its_initial_noise(pipeline, tmp_path):
+    trainer = tiny.trainer(pipeline, tmp_path, prompt_function=PROMPTS, num_generations=4, share_initial_noise=True)
+    prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
+    part = trainer.collector.roll_out(prompts[:8], 0, 0)
+    first = part.rollout.states[:, 0]
+    assert torch.equal(first[:4], first[:1].expand_as(first[:4]))
+    assert not torch.equal(first[0], first[4])
+    assert not torch.equal(part.rollout.states[0, 1], part.rollout.states[1, 1]), "the actions differ"
+
+
+def test_only_the_final_image_is_scored_where_it_alone_is_matched(pipeline, tmp_path):
+    seen = []
+
+    def count(images, prompts, metadata):
+        seen.append(len(images))
+        return images.mean((1, 2, 3))
+
+    tiny.trainer(pipeline, tmp_path, reward=count, objective="forward", num_epochs=1).train()
+    assert seen == [2, 8, 8]  # the preflight, two batches

@@ -1,0 +1,1 @@
+"""The `trl-tafs` command, a file a subcommand."""

@@ -1,0 +1,117 @@
+"""`trl-tafs evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trl_tafs.cli.arguments import (
+    add_model_options,
+    add_prompt_options,
+    check_negative_prompt,
+    check_repeated,
+    load_pipeline,
+)
+from trl_tafs.prompts.sets import load_prompts
+
+EVALUATION_OPTIONS = {"geneval": {"graded": False}, "clip_score": {"scale": 100.0}}  # as the papers' tables have them
+
+
+def evaluate(argv: Sequence[str]) -> Callable[[], None]:
+    """Compare adapters and their base on a prompt set by any rewards: tables, grids, plots."""
+    options = evaluation_parser().parse_args(list(argv))
+    check_repeated(argv, ("--reward", "--prompts", "--num_steps", "--sampler", "--size"))
+    local = [name for name in options.adapters if Path(name).exists()]
+    if options.push and local:
+        raise ValueError(f"--push is for adapters on the Hub, and {', '.join(local)} is local; push it first")
+    check_negative_prompt(options)
+    arguments = _evaluation_arguments(options)
+    return partial(_evaluate, options, arguments)
+
+
+def evaluation_parser() -> argparse.ArgumentParser:
+    """The options of `trl-tafs evaluate`."""
+    parser = argparse.ArgumentParser(prog="trl-tafs evaluate", description=evaluate.__doc__)
+    parser.add_argument("adapters", nargs="+", help="folders or repositories of adapters; `none` for the base model")
+    add_model_options(parser, "their base model")
+    parser.add_argument("--offload_text_encoders", action="store_true", help="on the GPU only while they encode")
+    parser.add_argument("--prompts", required=True, help="as for training, or a name of trl_tafs.prompts.sets")
+    parser.add_argument("--reward", nargs="+", required=True, help="NAME ..., as for training")
+    parser.add_argument("--reward_options", default="{}", help="of named rewards, as JSON")
+    parser.add_argument("--output_dir", default="evaluation", help="what is there already is not done again")
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[4])
+    parser.add_argument("--sampler", nargs="+", default=["annealed"], help="annealed, ode")
+    parser.add_argument(
+        "--size", nargs="+", help="HEIGHTxWIDTH ...; by default 512x512, or the model's own where smaller"
+    )
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    add_prompt_options(parser)
+    parser.add_argument("--max_prompts", type=int, help="only the first so many")
+    parser.add_argument("--images_per_prompt", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step_rewards", action="store_true", help="score every step's clean estimate (Table 7)")
+    parser.add_argument("--push", action="store_true", help="add the results to the cards of the adapters on the Hub")
+    return parser
+
+
+def _evaluation_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What `trl_tafs.evaluate` is given beside the models."""
+    from trl_tafs.options import decode_dict
+    from trl_tafs.rewards.loading import parse_rewards
+
+    given = decode_dict("reward_options", options.reward_options)
+    named = {item.partition("=")[0] for item in options.reward}  # those of the package go by their whole name
+    defaults = {name: value for name, value in EVALUATION_OPTIONS.items() if name in named}
+    chosen = {name: defaults.get(name, {}) | given.get(name, {}) for name in defaults.keys() | given.keys()}
+    prompts = load_prompts(options.prompts)
+    if options.max_prompts is not None:
+        prompts = [prompts[i] for i in range(min(options.max_prompts, len(prompts)))]
+    return {
+        "prompts": prompts,
+        "rewards": parse_rewards(options.reward, chosen),
+        "output_dir": options.output_dir,
+        "num_steps": options.num_steps,
+        "samplers": options.sampler,
+        "sizes": [_size(text) for text in options.size] if options.size else None,
+        "guidance_scale": options.guidance_scale,
+        "embedded_guidance_scale": options.embedded_guidance_scale,
+        "negative_prompt": options.negative_prompt,
+        "max_sequence_length": options.max_sequence_length,
+        "images_per_prompt": options.images_per_prompt,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "step_rewards": options.step_rewards,
+        "offload_text_encoders": options.offload_text_encoders,
+        "reward_options": chosen,
+    }
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise ValueError(f"--size {text!r} isn't HEIGHTxWIDTH, such as 512x512")
+    return int(height), int(width)
+
+
+def _evaluate(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+    from accelerate import PartialState
+
+    from trl_tafs import evaluate as compare
+    from trl_tafs.evaluation.tables import markdown
+    from trl_tafs.hub.results import push
+
+    pipeline = load_pipeline(options, options.dtype)
+    models = {
+        "base" if name == "none" else name: (pipeline, None if name == "none" else name) for name in options.adapters
+    }
+    results = compare(models, **arguments)
+    if not PartialState().is_main_process:
+        return
+    print(markdown(results))
+    for name in options.adapters if options.push else ():
+        if name != "none":
+            print(push(results, name, name, Path(options.prompts).name))

@@ -1,0 +1,28 @@
+"""`trl-tafs train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from trl_tafs.cli.arguments import load_pipeline, load_rewards, parse_arguments
+from trl_tafs.prompts.sets import load_prompts
+
+
+def train(argv: Sequence[str]) -> Callable[[], None]:
+    """Train an adapter; all fields of the script's arguments and of `TAFSGRPOConfig` are options, or keys in YAML."""
+    from trl_tafs import TAFSGRPOTrainer
+
+    arguments, config = parse_arguments(argv, prog="trl-tafs train")
+    if arguments.prompts is None:
+        raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
+    prompts = load_prompts(arguments.prompts)
+    rewards, eval_rewards = load_rewards(arguments)
+    trainer = TAFSGRPOTrainer(
+        config,
+        rewards,
+        prompts,
+        load_pipeline(arguments, config.mixed_precision),
+        eval_prompts=load_prompts(arguments.eval_prompts) if arguments.eval_prompts else None,
+        eval_reward_function=eval_rewards,
+    )
+    return trainer.train

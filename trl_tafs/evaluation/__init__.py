@@ -1,0 +1,1 @@
+"""Drawing images for evaluation, held-out evaluation in training, comparing models, results and tables."""

@@ -1,0 +1,101 @@
+"""Push a folder to the Hub, with errors that name the repository, the reason and the remedy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_tafs.output.files import _first_line
+from trl_tafs.policy.adapter_file import SCHEDULER_FILE, WEIGHT_NAME
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+
+# Everything that is pushed: whatever else lies in the folder (checkpoints, logs) stays on the machine.
+PUSHED = (WEIGHT_NAME, "transformer/*", SCHEDULER_FILE, "README.md", "training_settings.json", "images/*.png")
+
+
+class PushError(RuntimeError):
+    """A push that failed; the message names the repository, the reason, the remedy, and where the work is."""
+
+
+def prepare_repo(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make the repository if it is missing; its whole name, 'user/name', which the card's code needs.
+
+    Called before training, it tells in time (by a `PushError`) that no token is there or may write there.
+    """
+    api = _api(repo_id, token)
+    with _push_errors(repo_id):
+        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload a TAFS-GRPO adapter",
+    revision: str | None = None,
+) -> CommitInfo:
+    """Push what `save_adapter` and `write_model_card` wrote (`PUSHED`, nothing else); the folder stays.
+
+    Args:
+        folder: where the adapter lies.
+        repo_id: 'user/name', or 'name' for the token's owner; made if missing.
+        private: of a repository that is made; None is the owner's default.
+        token: one with the right to write; the stored one if None.
+        commit_message: what the commit says.
+        revision: a branch instead of main, made if missing.
+
+    Raises:
+        FileNotFoundError: no adapter in the folder.
+        PushError: no token, or whatever else the Hub or the way to it answers.
+    """
+    folder = Path(folder)
+    if not (folder / WEIGHT_NAME).is_file() and not (folder / "transformer").is_dir():
+        raise FileNotFoundError(f"nothing to push to {repo_id!r}: no {WEIGHT_NAME} in {folder}; save it first")
+    kept = f". Nothing is lost, the adapter is in {folder.resolve()}"
+    api = _api(repo_id, token, kept)
+    with _push_errors(repo_id, kept):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        given = {"commit_message": commit_message, "revision": revision}
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(PUSHED), **given)
+
+
+def _api(repo_id: str, token: str | None, kept: str = ""):
+    from huggingface_hub import HfApi, get_token
+
+    token = token or get_token()
+    if token is None:
+        raise PushError(f"no token to push to {repo_id!r} with: run `hf auth login`, or set HF_TOKEN{kept}")
+    return HfApi(token=token)
+
+
+_REMEDIES = {
+    401: "the token isn't valid: run `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there: use one with write access, or a repository of your own",
+    404: "check the name, and that the token may see it",
+}
+
+
+@contextmanager
+def _push_errors(repo_id: str, kept: str = "") -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # HTTP, transport, LFS and validation errors share no base class
+        cause = _cause(error)
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        remedy = _REMEDIES.get(status, "the push can be made again")
+        raise PushError(f"no push to {repo_id!r}: {_first_line(cause)}; {remedy}{kept}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The answer of the Hub behind an error, which LFS uploads wrap in a RuntimeError."""
+    return error if error.__cause__ is None or hasattr(error, "response") else _cause(error.__cause__)

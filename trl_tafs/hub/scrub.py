@@ -1,0 +1,127 @@
+"""What may not be published: secrets, paths, names of people and machines, taken out of settings."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import getpass
+import json
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# What `scrub` leaves out by key, and takes out of values.
+_PRIVATE = (
+    r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|private|secret)_?key|auth\w*"
+    r"|user(?:_?name)?|entity|e?mail|host(?:_?name)?)"
+)
+
+
+_PRIVATE_KEY = re.compile(rf"(?:^|_){_PRIVATE}(?:$|_)")
+
+
+_ASSIGNED = re.compile(
+    rf"(?:(?<![^\W_]){_PRIVATE}['\"]?\s*[:=]|--[\w-]*{_PRIVATE}[ =])\s*['\"]?[^\s'\",;]+", re.IGNORECASE
+)
+
+
+_SECRET = re.compile(
+    r"\b(?:hf|api_org)_\w{8,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bsk-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|\bwandb_v\d_\w+|\beyJ[\w-]+\.[\w-]+\.[\w-]+|(?i:\bbearer) \S+|(?<=://)[^/\s@]+@|\b[\w.+-]+@[\w-]+\.[\w.]+"
+)
+
+
+_HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # a W&B key, or the hash of a commit
+
+
+_HOME = re.compile(r"(?:/home/|/Users/|\\Users\\|~)([\w.-]+)")
+
+
+_PATH_ALONE = re.compile(r"(?:file:|~|/|\\\\|[A-Za-z]:[\\/])\S*.*", re.DOTALL)
+
+
+_PATH = re.compile(
+    r"(?:file:/*|(?<![\w/.:~\\])[A-Za-z]:(?=\\)|(?<!\w)~\w*|(?<![\w/.~\\]))[/\\](?!/)[^\s'\",;()\[\]{}<>|]+"
+)
+
+
+_NOBODY = {"root", "user", "users", "home", "admin", "ubuntu", "nobody", "localhost", "runner"}
+
+
+_REMOVED = "[removed]"
+
+
+def scrub(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they may be published: JSON values without secrets, absolute paths, user and host names.
+
+    Keys that speak of secrets or people are dropped. In strings, at any depth, secrets (also those in
+    environment variables of such names), this machine's name, its user and those of any home directory become
+    "[removed]", and a path becomes its last component.
+    """
+    plain = _plain(settings)
+    names = {*_HOME.findall(json.dumps(plain).replace("\\\\", "\\")), *_identities()}
+    names = {name for name in names if len(name) > 2 and name.lower() not in _NOBODY}
+    people = [rf"(?<![^\W_]){re.escape(name)}(?![^\W_])" for name in sorted(names, key=len, reverse=True)]
+    secrets = [v for k, v in os.environ.items() if len(v) >= 8 and _PRIVATE_KEY.search(k.lower())]
+    secrets = [re.escape(secret) for secret in sorted(secrets, key=len, reverse=True)]
+    return _scrubbed(plain, "", secrets, re.compile("|".join(people) or r"(?!)", re.IGNORECASE))
+
+
+def _identities() -> set[str]:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user need have no name
+        user = ""
+    return {user, Path.home().name, socket.gethostname(), socket.gethostname().split(".")[0]}
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it; what JSON hasn't becomes its name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, str) and value.startswith(("{", "[")):  # trackers store nested settings as JSON
+        with contextlib.suppress(ValueError):
+            return _plain(json.loads(value))
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    text = str(value)
+    return type(value).__name__ if " object at 0x" in text else text
+
+
+def _scrubbed(value: Any, key: str, secrets: list[str], people: re.Pattern) -> Any:
+    if isinstance(value, dict):
+        return {
+            _scrubbed(name, "", secrets, people): _scrubbed(item, name, secrets, people)
+            for name, item in value.items()
+            if not _PRIVATE_KEY.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_").lower())
+        }
+    if isinstance(value, list):
+        return [_scrubbed(item, key, secrets, people) for item in value]
+    if not isinstance(value, str):
+        return value
+    for secret in (*secrets, _SECRET, _ASSIGNED):
+        value = re.sub(secret, _REMOVED, value)
+    if not key.endswith(("revision", "commit", "sha")):
+        value = _HEX_KEY.sub(_REMOVED, value)
+    if _PATH_ALONE.fullmatch(value):
+        value = _last_component(value)
+    return people.sub(_REMOVED, _PATH.sub(lambda path: _last_component(path[0]), value))
+
+
+def _last_component(path: str) -> str:
+    name = re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
+    return _REMOVED if name.startswith("~") or not name else name

@@ -1,0 +1,1 @@
+"""What is written: files, pictures, Markdown. Knows nothing of training."""

@@ -1,0 +1,75 @@
+"""The frozen base: its place, its dtype, and what it must not carry."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import torch
+from torch import nn
+
+from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
+from trl_tafs.policy.offload import Turns
+
+DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: torch.device) -> None:
+    """Freeze the base, put it on the device, and cast it to the dtype of `mixed_precision`.
+
+    What waits on the CPU is cast, too. The VAE keeps its dtype: several decode to black in float16. A quantized module
+    keeps its own, and one of bitsandbytes its place.
+
+    Raises:
+        ValueError: models that are on the move already, or can't be moved.
+    """
+    dtype = DTYPES[config.mixed_precision]
+    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    for name, module in modules.items():
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"the pipeline's {name} has a hook of Accelerate, as enable_model_cpu_offload or device_map leave one; "
+                "call pipeline.remove_all_hooks() and use model_cpu_offload=True"
+            )
+        module.requires_grad_(False)
+        module.eval()  # rollout and replay alike: no dropout anywhere
+        waits = config.model_cpu_offload and module is not pipeline.denoiser
+        waits = waits or (config.offload_text_encoders and name.startswith("text_encoder"))
+        if not is_bitsandbytes(module):
+            module.to("cpu" if waits else device)
+        trained = config.full_finetuning and module is pipeline.denoiser
+        if dtype is not None and name != "vae" and not trained and not is_quantized(module):
+            cast(module, dtype)
+    if config.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if config.model_cpu_offload:
+        if is_quantized(pipeline.denoiser):
+            raise ValueError(
+                f"model_cpu_offload can't move a quantized {type(pipeline.denoiser).__name__}, which is small already; "
+                "use offload_text_encoders=True"
+            )
+        turns = Turns(pipeline.denoiser, device)
+        encoders = [module for name, module in modules.items() if name.startswith("text_encoder")]
+        pipeline.encoding = partial(turns, [module for module in encoders if not is_bitsandbytes(module)])
+        pipeline.decoding = partial(turns, [pipeline.vae])
+    if config.train_gradient_checkpointing:
+        pipeline.denoiser.enable_gradient_checkpointing()
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a module as `from_pretrained(torch_dtype=dtype)` would: parts that overflow in a short dtype keep theirs.
+
+    Transformers' `_keep_in_fp32_modules` are those under float16 (T5's `wo`), its `_strict` ones and diffusers' always.
+    """
+    from diffusers import ModelMixin
+
+    names = list(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16 or isinstance(module, ModelMixin):
+        names += getattr(module, "_keep_in_fp32_modules", None) or ()
+    pattern = re.compile(rf"(^|\.)({'|'.join(names)})(\.|$)") if names else None
+    kept = [(p, p.data) for name, p in module.named_parameters() if pattern is not None and pattern.search(name)]
+    module.to(dtype)
+    for parameter, data in kept:
+        parameter.data = data

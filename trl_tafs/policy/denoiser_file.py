@@ -1,0 +1,83 @@
+"""A whole denoiser on disk, in diffusers' format; and any trained weights put on a pipeline for a while."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from trl_tafs.policy.adapter_file import SCHEDULER_FILE, _scheduler
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def save_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike, *, annealed: bool = True) -> Path:
+    """Write the whole denoiser in diffusers' format, in a folder of its name, and the scheduler that samples it."""
+    name, folder = getattr(pipeline, "denoiser_name", "transformer"), Path(folder)
+    (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
+        _scheduler(pipeline, None, annealed).save_pretrained(Path(beside, "scheduler"))
+        getattr(pipeline, name).save_pretrained(Path(beside, name))
+        os.replace(Path(beside, SCHEDULER_FILE), folder / SCHEDULER_FILE)
+        if (folder / name).exists():
+            os.replace(folder / name, Path(beside, "replaced"))
+        os.replace(Path(beside, name), folder / name)
+    return folder
+
+
+def load_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+    """Put the weights that `save_denoiser` wrote into the pipeline's denoiser."""
+    name = getattr(pipeline, "denoiser_name", "transformer")
+    denoiser = getattr(pipeline, name)
+    saved = type(denoiser).from_pretrained(Path(folder, name), torch_dtype=torch.float32)
+    denoiser.load_state_dict(saved.state_dict())
+
+
+def whole_denoiser(source: str | os.PathLike, denoiser: str = "transformer") -> Path | None:
+    """Where `save_denoiser` wrote, fetched if `source` is a repository; None where that holds a LoRA."""
+    if Path(source).exists():
+        return Path(source) if Path(source, denoiser, "config.json").is_file() else None
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        hf_hub_download(str(source), f"{denoiser}/config.json")
+    except (OSError, HFValidationError):  # every answer of the Hub but the file is an OSError
+        return None
+    return Path(snapshot_download(str(source), allow_patterns=[f"{denoiser}/*"]))
+
+
+@contextmanager
+def applied(pipeline: DiffusionPipeline, source: str | os.PathLike | None) -> Iterator[None]:
+    """The pipeline with a LoRA, or with a denoiser that was trained whole, and without it afterwards.
+
+    Args:
+        pipeline: whose denoiser has no adapter yet.
+        source: a folder or a repository on the Hub; None for the base as it is.
+    """
+    if source is None:
+        yield
+        return
+    folder = whole_denoiser(source, getattr(pipeline, "denoiser_name", "transformer"))
+    if folder is None:
+        pipeline.load_lora_weights(source)
+        try:
+            yield
+        finally:
+            pipeline.unload_lora_weights()
+        return
+    denoiser = getattr(pipeline, getattr(pipeline, "denoiser_name", "transformer"))
+    if getattr(denoiser, "hf_quantizer", None) is not None:
+        raise ValueError(f"{source} holds a whole {type(denoiser).__name__}; load its base without quantization")
+    base = {name: weight.to("cpu", copy=True) for name, weight in denoiser.state_dict().items()}
+    load_denoiser(pipeline, folder)
+    try:
+        yield
+    finally:
+        denoiser.load_state_dict(base)

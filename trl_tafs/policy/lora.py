@@ -1,0 +1,124 @@
+"""The trained LoRA: attach it, switch it off, list its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.method.noise import noise_seed
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.quantized import is_quantized
+from trl_tafs.policy.adapter_file import check_adapter_fits, lora_metadata, read_adapter
+
+
+def free_denoiser(pipeline: TAFSPipelineMixin, lora_config: Any | None) -> None:
+    """Train the whole denoiser, in float32, instead of a LoRA on it."""
+    denoiser = pipeline.denoiser
+    if lora_config is not None or getattr(denoiser, "peft_config", None):
+        raise ValueError("full_finetuning trains no LoRA; leave out the LoraConfig, and fuse or unload adapters")
+    if is_quantized(denoiser):
+        raise ValueError("full_finetuning can't train a quantized denoiser; load it without a quantization_config")
+    denoiser.float().requires_grad_(True)
+
+
+def attach_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: Any | None) -> tuple[str, Any]:
+    """Put the trained LoRA on the denoiser; returns the adapter's name and its `LoraConfig`.
+
+    It is, in this order: the one adapter that the pipeline came with; `config.adapter_name_or_path`; the user's
+    `lora_config`; or a new one of `lora_rank` on the family's default modules.
+    """
+    denoiser = pipeline.denoiser
+    attached = dict(getattr(denoiser, "peft_config", {}))
+    if attached:
+        if len(attached) > 1 or lora_config is not None or config.adapter_name_or_path:
+            raise ValueError(
+                f"the pipeline already carries the adapters {', '.join(attached)}; fuse or unload them, or bring "
+                "exactly one and neither a LoraConfig nor adapter_name_or_path, to train that one on"
+            )
+        name, lora_config = next(iter(attached.items()))
+        _check_dropout(lora_config)
+        denoiser.set_adapter(name)
+    else:
+        name = "default"
+        lora_config = _add_lora(pipeline, config, lora_config)
+    lora_metadata(lora_config)  # refuses what diffusers' format can't hold, while nothing is trained yet
+    denoiser.eval()
+    for parameter_name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_("lora_" in parameter_name and f".{name}." in f"{parameter_name}.")
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return name, lora_config
+
+
+def _add_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: Any | None) -> Any:
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    denoiser, weights = pipeline.denoiser, None
+    if config.adapter_name_or_path:
+        if lora_config is not None:
+            raise ValueError("give either a LoraConfig or adapter_name_or_path, whose own configuration is used")
+        weights, lora_config = read_adapter(config.adapter_name_or_path, denoiser=pipeline.denoiser_name)
+        check_adapter_fits(weights, denoiser)
+    elif lora_config is None:
+        lora_config = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=0.0,
+            init_lora_weights="gaussian",
+            target_modules=list(config.lora_target_modules or pipeline.lora_target_modules),
+            exclude_modules=None if config.lora_target_modules else pipeline.lora_excluded_modules or None,
+        )
+    _check_dropout(lora_config)
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(
+        noise_seed(config.seed, "lora")
+    )  # the same on every process, whatever came before
+    try:
+        denoiser.add_adapter(lora_config)
+    except ValueError as error:
+        names = sorted({n.rpartition(".")[2] for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(
+            f"the LoRA can't be attached to {type(denoiser).__name__}: {error} Its linear layers end in: "
+            f"{', '.join(names)}"
+        ) from error
+    finally:
+        torch.set_rng_state(state)
+    if weights is not None:
+        set_peft_model_state_dict(denoiser, weights, adapter_name="default")
+    return lora_config
+
+
+def _check_dropout(lora_config: Any) -> None:
+    if getattr(lora_config, "lora_dropout", 0.0):
+        raise ValueError(
+            f"lora_dropout is {lora_config.lora_dropout}: rollout and training must be the same policy, or the ratio "
+            "isn't 1 on policy; use lora_dropout=0.0"
+        )
+
+
+@contextmanager
+def adapter_disabled(denoiser: nn.Module) -> Iterator[None]:
+    """The base policy inside: the reference of the KL, at no memory of its own."""
+    denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        denoiser.enable_adapters()
+
+
+def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
+    """The LoRA's, in order."""
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def adapter_state_dict(denoiser: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The LoRA's weights as PEFT names them, copied to the CPU."""
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
+    return {key: value.detach().cpu().clone() for key, value in state.items()}

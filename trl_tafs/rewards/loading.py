@@ -1,0 +1,142 @@
+"""Find rewards by name, by path or by address, and make them with their options."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+from trl_tafs.rewards.scoring import RewardFunction
+
+REWARDS = {
+    "aesthetic": "trl_tafs.rewards.aesthetic:Aesthetic",
+    "clip_score": "trl_tafs.rewards.clip_score:ClipScore",
+    "geneval": "trl_tafs.rewards.geneval:GenEval",
+    "hps_v2": "trl_tafs.rewards.hps_v2:HPSv2",
+    "image_reward": "trl_tafs.rewards.image_reward:ImageReward",
+    "jpeg_compressibility": "trl_tafs.rewards.jpeg:jpeg_compressibility",
+    "jpeg_incompressibility": "trl_tafs.rewards.jpeg:jpeg_incompressibility",
+    "ocr": "trl_tafs.rewards.ocr:OCR",
+    "pickscore": "trl_tafs.rewards.pickscore:PickScore",
+    "remote": "trl_tafs.rewards.remote:RemoteReward",
+    "unified_reward": "trl_tafs.rewards.unified_reward:UnifiedReward",
+}
+
+
+def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
+    """A reward by its name in `REWARDS`, or one's own by its path, or a served one by its address.
+
+    Args:
+        name: a name; `package.module:name`, `package.module.name` or `folder/file.py:name`; or `http://host:port` of
+            `trl-tafs serve-reward`, several with commas between.
+        options: arguments of the class that makes the reward.
+
+    Raises:
+        ValueError: there is no such reward, or it takes no such options.
+    """
+    options = dict(options or {})
+    if name.startswith(("http://", "https://")):
+        name, options = "remote", {"endpoints": name.split(",")} | options
+    made = _find(name)
+    if not isinstance(made, type):
+        if options:
+            raise ValueError(f"reward {name!r} is a function, which takes no options, given {', '.join(options)}")
+        return made
+    known = _options_of(made)
+    if known is not None and not options.keys() <= known:
+        unknown = ", ".join(sorted(options.keys() - known))
+        raise ValueError(f"reward {name!r} has no option {unknown}; its options are {', '.join(sorted(known))}")
+    return made(**options)
+
+
+def _find(name: str) -> Any:
+    path = REWARDS.get(name, name)
+    module_name, colon, attribute = path.rpartition(":" if ":" in path else ".")
+    if not module_name or not colon:
+        raise ValueError(
+            f"no reward {name!r}; use one of {', '.join(REWARDS)}, or your own as 'module:name' or 'file.py:name'"
+        )
+    file = Path(module_name).resolve() if module_name.endswith(".py") else None
+    folder = Path.cwd() if file is None else file.parent
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        return getattr(importlib.import_module(module_name) if file is None else _module_of(file), attribute)
+    except (ImportError, AttributeError, OSError) as error:
+        raise ValueError(f"reward {name!r} can't be imported: {error}") from error
+
+
+def _module_of(file: Path) -> ModuleType:
+    """A file's module, known by its whole path: files of one name are several, and none is a library of that name."""
+    name = f"{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # there before it runs: dataclasses ask
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _options_of(made: type) -> set[str] | None:
+    """Names of a class's arguments, those of its bases too where it hands on `**options`; None: it takes any."""
+    names: set[str] = set()
+    for base in made.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            return names
+    return None
+
+
+def _split(item: str) -> tuple[str, str]:
+    name, equals, weight = item.rpartition("=")
+    return (name, weight) if equals else (item, "")
+
+
+def reward_label(item: str) -> str:
+    """What a reward of the command line, NAME or NAME=WEIGHT, is called in logs and options."""
+    name = _split(item)[0]
+    if name.startswith(("http://", "https://")):
+        return urlsplit(name.partition(",")[0]).netloc
+    return name.rpartition(":" if ":" in name else ".")[2]
+
+
+def parse_rewards(
+    specifications: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, tuple[RewardFunction, float]]:
+    """`["pickscore=1.0", "my_module:sharpness=0.5"]` to a dict of name to (reward, weight).
+
+    Args:
+        specifications: NAME or NAME=WEIGHT each, NAME as `load_reward` takes it.
+        options: each reward's options by its name.
+    """
+    chosen = {}
+    for item in [specifications] if isinstance(specifications, str) else specifications:
+        name, weight = _split(item)
+        try:
+            value = float(weight) if weight else 1.0
+        except ValueError as error:
+            raise ValueError(f"--reward {item!r}: {weight!r} is no number; write NAME=WEIGHT") from error
+        if not math.isfinite(value):
+            raise ValueError(f"--reward {item!r}: a weight must be finite")
+        label = reward_label(name)
+        if label in chosen:
+            raise ValueError(f"--reward names {label!r} twice; give it one weight, or two rewards two names")
+        chosen[label] = (name, value)
+    options = dict(options or {})
+    if not options.keys() <= chosen.keys():
+        unknown = ", ".join(sorted(options.keys() - chosen.keys()))
+        raise ValueError(f"options are given for {unknown}, and the rewards are {', '.join(chosen)}")
+    return {label: (load_reward(name, options.get(label)), value) for label, (name, value) in chosen.items()}

@@ -1,0 +1,1 @@
+"""One epoch and what surrounds it: plan, collection, updates, checkpoints, progress, logs, memory."""

@@ -1,0 +1,282 @@
+"""What a run will need of a GPU's memory, said before it needs it.
+
+The weights, gradients and optimizer states are counted. Activations are measured on the model itself at two small
+sizes, one row each, and extrapolated: with fused attention they grow linearly with an image's tokens. What the rewards
+and the CUDA context hold isn't counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from trl_tafs.method.types import Conditioning
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+
+if TYPE_CHECKING:
+    from trl_tafs.config import TAFSGRPOConfig
+
+
+GIB = 2**30
+
+
+OPTIMIZER_BYTES = {False: 8, True: 2}  # of a trained parameter: two float32 moments, or two of 8 bits
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one row (a state and its conditioning) in the denoiser."""
+
+    saved: int  # kept for the backward pass, without gradient checkpointing
+    block_inputs: int  # kept with it
+    num_blocks: int
+
+    @property
+    def block(self) -> int:
+        """Of one block alone: what a forward pass without gradient and a recomputed block hold."""
+        return self.saved // self.num_blocks
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the parts of a run weigh, in bytes."""
+
+    denoiser: int  # frozen weights
+    text_encoders: int
+    vae: int
+    trained_parameters: int  # their number; float32
+    activations: Activations  # at the training size
+    decoded_image: int  # working memory of the VAE's decoder for one image
+    latent_elements: int  # D
+    storage_bytes: int  # of an element of states and actions
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device, by phase and by what holds them."""
+
+    phases: dict[str, dict[str, int]]
+
+    def peak(self, phase: str | None = None) -> int:
+        """Of a phase, or of the run."""
+        if phase is None:
+            return max(self.peak(name) for name in self.phases)
+        return sum(self.phases[phase].values())
+
+    def report(self, capacity: int | None = None) -> str:
+        """A table in GiB, a column a phase; `capacity` is the device's."""
+        names = list(dict.fromkeys(name for parts in self.phases.values() for name in parts))
+        rows = [(name, [parts.get(name, 0) for parts in self.phases.values()]) for name in names]
+        rows.append(("together", [self.peak(phase) for phase in self.phases]))
+        lines = [f"{'memory plan, GiB':22}" + "".join(f"{phase:>10}" for phase in self.phases)]
+        lines += [f"{name:22}" + "".join(f"{value / GIB:10.2f}" for value in values) for name, values in rows]
+        lines.append(f"peak {self.peak() / GIB:.2f} GiB, rewards and CUDA context not counted")
+        if capacity is not None and self.peak() > capacity:
+            lines[-1] += (
+                f"; the device has {capacity / GIB:.2f}: lower train_batch_size or sample_batch_size, or see "
+                "docs/memory.md"
+            )
+        return "\n".join(lines)
+
+
+def plan_memory(footprint: Footprint, config: TAFSGRPOConfig, local_images: int) -> MemoryPlan:
+    """The arithmetic of a run: what each phase holds at once.
+
+    Args:
+        footprint: of the parts.
+        config: batch sizes, checkpointing, offloading, optimizer, averages.
+        local_images: of one process in an epoch; their rollouts are kept until the update is done.
+    """
+    guided = 2 if config.sample_guidance_scale > 1 else 1
+    trained, rows = 4 * footprint.trained_parameters, footprint.activations
+    always = {
+        "trained weights": trained,
+        "optimizer": OPTIMIZER_BYTES[config.train_use_8bit_adam] * footprint.trained_parameters,
+        "averages": trained * (config.train_use_ema + bool(config.old_policy_decay) + config.full_finetuning),
+    }
+    offload, offload_text = config.model_cpu_offload, config.model_cpu_offload or config.offload_text_encoders
+    denoiser = {"denoiser": footprint.denoiser}
+    vae = {"vae": footprint.vae}
+    text = {} if offload_text else {"text encoders": footprint.text_encoders}
+    resident = always | text | ({} if offload else vae)
+    steps, actions = config.num_trained_steps, config.num_perturbations
+    kept = footprint.latent_elements * (
+        footprint.storage_bytes * steps * (1 + actions) + 4 * (config.sample_num_steps + 1)
+    )
+    experience = {"rollouts": kept * local_images}
+    waiting = local_images if offload else config.sample_batch_size  # taking turns, all are drawn before one is scored
+    scored = {"scored latents": 4 * footprint.latent_elements * steps * actions * waiting}
+    if config.train_gradient_checkpointing:
+        activations = rows.block_inputs + 2 * rows.block
+    else:
+        activations = rows.saved + rows.block
+    phases = {
+        "encode": always | ({} if offload else denoiser | vae) | {"text encoders": footprint.text_encoders},
+        "rollout": resident
+        | denoiser
+        | experience
+        | scored
+        | {"activations": guided * config.sample_batch_size * rows.block},
+        "decode": resident
+        | vae
+        | ({} if offload else denoiser)
+        | experience
+        | scored
+        | {"activations": config.decode_size * footprint.decoded_image},
+        "update": resident
+        | denoiser
+        | {"rollouts": 2 * kept * local_images, "gradients": trained}  # the objective's rows are copies
+        | {"activations": guided * config.train_batch_size * activations},
+    }
+    return MemoryPlan({phase: {k: v for k, v in parts.items() if v} for phase, parts in phases.items()})
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """What a tensor holds; of a quantized one, its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(tensor_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def weight_bytes(modules: Iterable[nn.Module | None], trained: bool | None = None) -> int:
+    """Parameters and buffers of all modules, each once; `trained` picks those that are, or aren't."""
+    tensors = {}
+    for module in (module for module in modules if module is not None):
+        if not trained:
+            tensors |= {id(buffer): buffer for buffer in module.buffers()}
+        tensors |= {id(p): p for p in module.parameters() if trained is None or p.requires_grad == trained}
+    return sum(tensor_bytes(tensor) for tensor in tensors.values())
+
+
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """The transformer blocks: the items of the denoiser's own module lists that are more than one layer."""
+    lists = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
+    found = [item for child in lists for item in child]
+    return [item for item in found if sum(isinstance(m, nn.Linear) for m in item.modules()) > 1] or [denoiser]
+
+
+def extrapolate(small: tuple[int, int], large: tuple[int, int], tokens: int) -> int:
+    """The line through two (tokens, bytes), at `tokens`."""
+    if small[0] == large[0]:
+        return large[1] * tokens // large[0]
+    slope = (large[1] - small[1]) / (large[0] - small[0])
+    return round(large[1] + slope * (tokens - large[0]))
+
+
+def measure_footprint(pipeline: TAFSPipelineMixin, conditioning: Conditioning, height: int, width: int) -> Footprint:
+    """Weigh a pipeline whose LoRA is attached; `conditioning` is of one prompt, on the denoiser's device."""
+    tokens = pipeline.image_tokens(height, width)
+    sizes = [_part_of(pipeline, height, width, share) for share in (4, 2)]
+    points = [(pipeline.image_tokens(*size), measure_activations(pipeline, conditioning, *size)) for size in sizes]
+    saved, inputs = (
+        extrapolate(*((count, getattr(found, name)) for count, found in points), tokens)
+        for name in ("saved", "block_inputs")
+    )
+    encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
+    trained = [p.numel() for p in pipeline.denoiser.parameters() if p.requires_grad]
+    small = _part_of(pipeline, height, width, 4)
+    pixels = min(height * width, tile_pixels(pipeline.vae))
+    return Footprint(
+        denoiser=weight_bytes([pipeline.denoiser], trained=False),
+        text_encoders=weight_bytes(encoders),
+        vae=weight_bytes([pipeline.vae]),
+        trained_parameters=sum(trained),
+        activations=Activations(saved, inputs, points[0][1].num_blocks),
+        decoded_image=measure_decoder(pipeline, *small) * pixels // (small[0] * small[1]),
+        latent_elements=torch.Size(pipeline.latent_shape(height, width)).numel(),
+        storage_bytes=pipeline.storage_dtype.itemsize,
+    )
+
+
+def _part_of(pipeline: TAFSPipelineMixin, height: int, width: int, share: int) -> tuple[int, int]:
+    multiple = pipeline.size_multiple
+    return tuple(max(size // share // multiple * multiple, multiple) for size in (height, width))
+
+
+def measure_activations(
+    pipeline: TAFSPipelineMixin, conditioning: Conditioning, height: int, width: int
+) -> Activations:
+    """What one row's evaluation of the denoiser keeps for its backward pass, of a conditioning without negatives."""
+    weights = {p.data_ptr() for p in pipeline.denoiser.parameters()}
+    # The storages themselves: an address that is freed would be another's next.
+    saved: dict[int, torch.UntypedStorage] = {}
+    inputs: dict[int, torch.UntypedStorage] = {}
+    device = conditioning.positive.text.device
+    x = torch.zeros(1, *pipeline.latent_shape(height, width), device=device, dtype=pipeline.storage_dtype)
+
+    def keep(tensor: Tensor) -> None:  # nothing is unpacked, and a tensor here would be a cycle that is never freed
+        storage = tensor.untyped_storage()
+        if tensor.data_ptr() not in weights and storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                inputs[value.untyped_storage().data_ptr()] = value.untyped_storage()
+
+    blocks = blocks_of(pipeline.denoiser)
+    with (
+        removed(block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks),
+        without_checkpointing(pipeline.denoiser),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing),
+    ):
+        pipeline.velocity(x, torch.full((1,), 0.5, device=device), Conditioning(conditioning.positive))
+    kept, entered = (sum(storage.nbytes() for storage in found.values()) for found in (saved, inputs))
+    return Activations(kept, entered, len(blocks))
+
+
+@contextmanager
+def removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """The hooks are there inside, and gone afterwards, whatever happens."""
+    hooks = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def without_checkpointing(denoiser: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing is off inside."""
+    on = getattr(denoiser, "is_gradient_checkpointing", False)
+    if on:
+        denoiser.disable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if on:
+            denoiser.enable_gradient_checkpointing()
+
+
+@torch.no_grad()
+def measure_decoder(pipeline: TAFSPipelineMixin, height: int, width: int) -> int:
+    """Working memory of decoding one image: three times the largest layer's output, input and residual beside it."""
+    largest = 0
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, tensor_bytes(output))
+
+    layers = [module for module in pipeline.vae.modules() if not list(module.children())]
+    with removed(layer.register_forward_hook(leave) for layer in layers), pipeline.decoding():
+        device = next(pipeline.vae.parameters()).device
+        pipeline.decode_latents(torch.zeros(1, *pipeline.latent_shape(height, width), device=device))
+    return 3 * largest
+
+
+def tile_pixels(vae: nn.Module) -> float:
+    """Pixels that the VAE decodes at once: a tile's, where it tiles."""
+    if not getattr(vae, "use_tiling", False):
+        return float("inf")
+    square = getattr(vae, "tile_sample_min_size", None)
+    return square**2 if square else vae.tile_sample_min_height * vae.tile_sample_min_width

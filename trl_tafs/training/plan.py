@@ -1,0 +1,135 @@
+"""The arithmetic of an epoch: images, groups, minibatches and optimizer steps, checked before anything is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl_tafs.config import TAFSGRPOConfig
+
+
+PAPER_GROUP_SIZE = 48
+
+
+def resolve_group_size(num_generations: int | None, total: int) -> int:
+    """The group size G for an epoch of `total` images.
+
+    None means the paper's 48, or the largest divisor of `total` up to 48 where 48 doesn't divide it.
+
+    Raises:
+        ValueError: G doesn't divide `total`, or is below 2; the message names sizes that do.
+    """
+    divisors = [g for g in range(2, total + 1) if total % g == 0]
+    if num_generations is None:
+        fitting = [g for g in divisors if g <= PAPER_GROUP_SIZE]
+        if not fitting:
+            raise ValueError(
+                f"an epoch of {total} images has no group size from 2 to {PAPER_GROUP_SIZE} that divides it; change "
+                "sample_batch_size, sample_num_batches_per_epoch or the number of processes"
+            )
+        return fitting[-1]
+    if num_generations < 2:
+        raise ValueError(f"num_generations is {num_generations}; a group-relative advantage needs at least 2")
+    if total < 2:
+        raise ValueError(f"an epoch of {total} images has no group; raise sample_num_batches_per_epoch")
+    if total % num_generations:
+        below = [g for g in divisors if g < num_generations][-1:]
+        above = [g for g in divisors if g > num_generations][:1]
+        raise ValueError(
+            f"{total} images an epoch (sample_batch_size x sample_num_batches_per_epoch x processes) don't divide "
+            f"into groups of {num_generations}; use num_generations={' or '.join(map(str, below + above))}"
+        )
+    return num_generations
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The arithmetic of one epoch. Rows are (image, step) pairs."""
+
+    world_size: int
+    local_images: int  # a process's
+    group_size: int  # G
+    num_groups: int  # over all processes
+    images_per_update: int  # a process's, between two optimizer steps
+    updates_per_inner_epoch: int
+    micro_batches_per_update: int  # forward and backward passes
+    least_images: int  # of a prompt
+    most_images: int  # of a prompt
+
+    @property
+    def total_images(self) -> int:
+        """Of all processes together."""
+        return self.local_images * self.world_size
+
+
+def plan_epoch(config: TAFSGRPOConfig, world_size: int) -> EpochPlan:
+    """The sizes of an epoch, checked.
+
+    Raises:
+        ValueError: something doesn't divide; says the numbers, and which would.
+    """
+    local = config.sample_batch_size * config.sample_num_batches_per_epoch
+    group_size = resolve_group_size(config.num_generations, local * world_size)
+    batch = config.train_batch_size
+    if local % batch:
+        fitting = [size for size in range(1, batch + 1) if local % size == 0]
+        raise ValueError(
+            f"{local} images a process (sample_batch_size={config.sample_batch_size} x sample_num_batches_per_epoch="
+            f"{config.sample_num_batches_per_epoch}) don't divide into minibatches of train_batch_size={batch}; use "
+            f"train_batch_size={fitting[-1]}"
+        )
+    batches = local // batch
+    accumulation = config.train_gradient_accumulation_steps or batches
+    if batches % accumulation:
+        fitting = [size for size in range(1, accumulation + 1) if batches % size == 0]
+        raise ValueError(
+            f"{batches} minibatches an epoch don't divide into train_gradient_accumulation_steps={accumulation}; use "
+            f"{fitting[-1]}, or None for one optimizer step"
+        )
+    least, most = group_bounds(config, group_size, local * world_size, world_size)
+    return EpochPlan(
+        world_size=world_size,
+        local_images=local,
+        group_size=group_size,
+        num_groups=local * world_size // group_size,
+        images_per_update=batch * accumulation,
+        updates_per_inner_epoch=batches // accumulation,
+        micro_batches_per_update=accumulation * config.num_replayed_rows,
+        least_images=least,
+        most_images=most,
+    )
+
+
+def group_bounds(config: TAFSGRPOConfig, group_size: int, total: int, world_size: int) -> tuple[int, int]:
+    """Least and most images of a prompt; both G where sizes are fixed.
+
+    Raises:
+        ValueError: G lies outside, or the first wave of streaming can't be whole batches on every process.
+    """
+    if config.group_allocation == "fixed":
+        return group_size, group_size
+    least, most = config.min_generations or max(2, group_size // 4), config.max_generations or 4 * group_size
+    if config.group_allocation == "streaming":
+        least = _first_wave(config, group_size, total // group_size, world_size, least)
+    if not least <= group_size <= most:
+        raise ValueError(
+            f"num_generations is {group_size}, the mean of groups of {least} to {most} images; set min_generations and "
+            "max_generations on either side of it"
+        )
+    return least, most
+
+
+def _first_wave(config: TAFSGRPOConfig, group_size: int, num_groups: int, world_size: int, wanted: int) -> int:
+    """Images of each prompt in streaming's first wave: what is asked for, or what fits near a default."""
+    batch = config.sample_batch_size * world_size
+    fitting = [size for size in range(2, group_size) if num_groups * size % batch == 0]
+    if config.min_generations is None and fitting:
+        return min(fitting, key=lambda size: abs(size - wanted))
+    if wanted not in fitting:
+        raise ValueError(
+            f"a first wave of {num_groups} prompts x {wanted} images must be below num_generations={group_size} each, "
+            f"and divide into {world_size} x sample_batch_size={config.sample_batch_size}; use "
+            + (f"min_generations={' or '.join(map(str, fitting))}" if fitting else "a smaller sample_batch_size")
+        )
+    return wanted

@@ -1,0 +1,96 @@
+"""The local log of a run, always written: JSON lines, and images beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker
+from torch import Tensor
+
+from trl_tafs.output.pictures import as_images, save_png
+
+
+class LocalTracker(GeneralTracker):
+    """`metrics.jsonl` in the run's folder, one object a line; images as PNG beside it.
+
+    A line has `step`, `time` (seconds since the epoch) and the values. A disk that is full costs the line and
+    a warning, never the run.
+    """
+
+    name = "local"
+    requires_logging_directory = False
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+
+    @property
+    def tracker(self) -> Path:
+        """The log's path."""
+        return self.folder / "metrics.jsonl"
+
+    def store_init_configuration(self, values: dict) -> None:
+        """Write the run's configuration to `config.json`."""
+        self._write(self.folder / "config.json", json.dumps(values, indent=2, default=str), "w")
+
+    def log(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
+        """Append the numbers among `values`; NaN is written as null."""
+        line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        for key, value in values.items():
+            value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            if isinstance(value, (bool, int, float, str)):
+                line[key] = None if isinstance(value, float) and not math.isfinite(value) else value
+        self._write(self.tracker, json.dumps(line) + "\n", "a")
+
+    def log_images(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
+        """Save each image as `images/<step>_<title>.png`, several under one title numbered.
+
+        They come as Accelerate's trackers take them: tensors (3, H, W), arrays (H, W, 3), batches of either, in [0, 1]
+        or uint8, PIL images, and lists of these. What is none of them costs a warning.
+        """
+        for title, value in values.items():
+            name = re.sub(r"[^\w.-]+", "_", str(title)).strip("_")[:100]
+            try:
+                images = as_images(value)
+            except (TypeError, ValueError, RuntimeError) as error:  # a hook's: its pictures aren't worth the run
+                warnings.warn(f"the images {str(title)[:100]!r} could not be saved ({error})", stacklevel=2)
+                continue
+            for i, image in enumerate(images):
+                number = f"_{i}" if len(images) > 1 else ""
+                save_png(image, self.folder / "images" / f"{step or 0:06d}_{name}{number}.png")
+
+    def rewind(self, epoch: int) -> None:
+        """Drop what a run that resumes before `epoch` is about to write again.
+
+        An evaluation before `epoch` has that number itself, and stays.
+        """
+        if self.tracker.exists():
+            lines = self.tracker.read_text().splitlines()
+            kept = [line for line in lines if _position(line) < epoch]
+            self._write(self.tracker, "".join(line + "\n" for line in kept), "w")
+
+    def _write(self, path: Path, text: str, mode: str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open(mode) as file:
+                file.write(text)
+        except OSError as error:
+            warnings.warn(f"{path} could not be written ({error}); the run goes on without it", stacklevel=3)
+
+
+def _position(line: str) -> float:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:  # torn by a full disk or a kill
+        return math.inf
+    evaluation = any(name.startswith("eval/") for name in values)
+    return values.get("epoch", -1) - 0.5 * evaluation
