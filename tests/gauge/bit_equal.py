@@ -218,7 +218,8 @@ def compare(a: str, b: str, removed: list[str]) -> int:
     """Print whether two records are bit-equal; the exit status."""
     records = [torch.load(path, weights_only=False) for path in (a, b)]  # this script's own
     found = differences(*records, tuple(removed))
-    print("\n".join([*found, f"DIFFERENT in {len(found)} places"] if found else ["bit-equal"]), f"({len(records[0])} cases)")
+    verdict = [*found, f"DIFFERENT in {len(found)} places"] if found else ["bit-equal"]
+    print("\n".join(verdict), f"({len(records[0])} cases)")
     return int(bool(found))
 
 
