@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from trl_tafs.algorithm import build_algorithm
 from trl_tafs.config import TAFSGRPOConfig
-from trl_tafs.evaluation.drawing import Setting
+from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.evaluation.held_out import Evaluator
 from trl_tafs.hub.push import prepare_repo, push_folder
 from trl_tafs.method.advantages import combine_rewards, group_mean_std
 from trl_tafs.method.losses import clipped_surrogate
+from trl_tafs.method.rollout import Velocity
 from trl_tafs.method.types import Conditioning, LossOutput, PromptBatch, RewardTable
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.policy.adapter_file import check_adapter_fits, read_adapter, save_adapter
@@ -446,15 +447,9 @@ class TAFSGRPOTrainer:
             raise ValueError("there are no eval_prompts to evaluate on; pass them to the trainer")
         try:
             with self.report.stopwatch("evaluate"), self.averaged_adapter(), torch.no_grad():
-                results = self.evaluator(
-                    self.sd_pipeline,
-                    self.accelerator,
-                    self.encode,
-                    self.velocity,
-                    self.setting(),
-                    self.config.eval_samplers,
-                    self.config.eval_num_steps,
-                )
+                samplers, step_counts = self.config.eval_samplers, self.config.eval_num_steps
+                specs = [self.draw_spec(sampler, steps) for sampler in samplers for steps in step_counts]
+                results = self.evaluator(self.drawer(self.velocity), specs, self.accelerator)
         except RewardError:
             self.save_checkpoint()  # a judge that fails costs its judgement, not the epochs before it
             raise
@@ -462,11 +457,23 @@ class TAFSGRPOTrainer:
         self.report.evaluations.append({"epoch": epoch} | results)
         return self._keep_best(results, epoch)
 
-    def setting(self) -> Setting:
-        """How evaluation and card pictures are drawn."""
-        size = self.config.eval_batch_size or self.config.sample_batch_size
-        device, decode_size = self.accelerator.device, self.config.decode_size
-        return Setting(self.height, self.width, size, self.config.seed, self.storage_dtype, device, decode_size)
+    def drawer(self, velocity: Velocity) -> Drawer:
+        """Return what draws images for evaluation and card, by this velocity."""
+        return Drawer(
+            self.sd_pipeline,
+            self.encode,
+            velocity,
+            self.config.eval_batch_size or self.config.sample_batch_size,
+            self.config.seed,
+            self.accelerator.device,
+            self.storage_dtype,
+            self.config.decode_size,
+        )
+
+    def draw_spec(self, sampler: str, num_steps: int) -> DrawSpec:
+        """Return a way of drawing at the size and guidance of training."""
+        guidance, embedded = self.config.sample_guidance_scale, self.config.sample_embedded_guidance_scale
+        return DrawSpec(sampler, num_steps, self.height, self.width, guidance, embedded)
 
     def _keep_best(self, results: dict[str, float], epoch: int) -> bool:
         name = self.config.metric_for_best_model

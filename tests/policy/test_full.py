@@ -11,10 +11,9 @@ from peft import LoraConfig
 
 from trl_tafs import evaluate
 from trl_tafs.cli.main import main
-from trl_tafs.evaluation.compare import fingerprint
-from trl_tafs.evaluation.drawing import sample_images
 from trl_tafs.hub.card import usage_code
 from trl_tafs.policy.adapter_file import WEIGHT_NAME
+from trl_tafs.policy.fingerprint import fingerprint
 
 FULL = {"full_finetuning": True, "train_learning_rate": 1e-3, "beta": 0.1}
 
@@ -24,9 +23,7 @@ def weights(trainer):
 
 
 def drawn(trainer, velocity=None):
-    return sample_images(
-        trainer.sd_pipeline, trainer.encode, velocity or trainer.velocity, trainer.setting(), ["two"], [0]
-    )
+    return trainer.drawer(velocity or trainer.velocity).images(trainer.draw_spec("annealed", 4), ["two"], [0])
 
 
 @pytest.fixture

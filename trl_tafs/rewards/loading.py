@@ -56,6 +56,12 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFu
     return made(**options)
 
 
+def evaluation_options(name: str) -> dict[str, Any]:
+    """Return the options with which a reward is evaluated unless others are given: what its class says, or none."""
+    served = name.startswith(("http://", "https://"))
+    return {} if served else dict(getattr(_find(name), "evaluation_options", {}))
+
+
 def _find(name: str) -> Any:
     path = REWARDS.get(name, name)
     module_name, colon, attribute = path.rpartition(":" if ":" in path else ".")
@@ -100,14 +106,15 @@ def _options_of(made: type) -> set[str] | None:
     return None
 
 
-def _split(item: str) -> tuple[str, str]:
+def split_weight(item: str) -> tuple[str, str]:
+    """Return NAME and WEIGHT of NAME=WEIGHT; "" for no weight."""
     name, equals, weight = item.rpartition("=")
     return (name, weight) if equals else (item, "")
 
 
 def reward_label(item: str) -> str:
     """What a reward of the command line, NAME or NAME=WEIGHT, is called in logs and options."""
-    name = _split(item)[0]
+    name = split_weight(item)[0]
     if name.startswith(("http://", "https://")):
         return urlsplit(name.partition(",")[0]).netloc
     return name.rpartition(":" if ":" in name else ".")[2]
@@ -124,7 +131,7 @@ def parse_rewards(
     """
     chosen = {}
     for item in [specifications] if isinstance(specifications, str) else specifications:
-        name, weight = _split(item)
+        name, weight = split_weight(item)
         try:
             value = float(weight) if weight else 1.0
         except ValueError as error:

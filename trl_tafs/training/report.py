@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trl_tafs.evaluation.drawing import sample_images
-from trl_tafs.hub.card import CardFacts, base_model_facts, write_model_card
+from trl_tafs.hub.card import write_model_card
+from trl_tafs.hub.facts import CardFacts, base_model_facts
 from trl_tafs.method.levels import uniform_levels
 from trl_tafs.method.types import Conditioning, RewardTable
-from trl_tafs.output.files import is_disk_fault
+from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.output.pictures import sample_grid, save_png, tensor_to_image
 from trl_tafs.training.collector import Part
 from trl_tafs.training.logs import MeanMetrics, Stopwatch
@@ -170,14 +170,10 @@ class RunReport:
         if not trainer.accelerator.is_main_process:
             return
         folder = Path(trainer.config.project_dir) / "best"
-        try:
+        with tolerating_disk_faults(f"the best adapter, {folder},"):
             with trainer.averaged_adapter():
                 trainer.write_weights(folder)
-            (folder / "best.json").write_text(json.dumps({"epoch": epoch, "metric": name, "value": value}))
-        except Exception as error:  # the disk's fault costs the copy and a warning; any other is raised
-            if not is_disk_fault(error):
-                raise
-            warnings.warn(f"the best adapter could not be written to {folder} ({error})", stacklevel=2)
+            write_whole(folder / "best.json", json.dumps({"epoch": epoch, "metric": name, "value": value}))
 
     # The checkpoint -------------------------------------------------------------------------------------------
 
@@ -230,17 +226,9 @@ class RunReport:
         """`images/before_<i>.png` and `after_<i>.png`: the same prompts and noise by the base and by the policy."""
         trainer, prompts = self.trainer, self.card_prompts()
         policy = trainer.sd_pipeline.velocity
+        spec = trainer.draw_spec("annealed" if trainer.config.anneals else "ode", trainer.config.sample_num_steps)
         for name, velocity in (("before", trainer.reference_velocity), ("after", policy)):
-            images = sample_images(
-                trainer.sd_pipeline,
-                trainer.encode,
-                velocity,
-                trainer.setting(),
-                prompts,
-                range(len(prompts)),
-                num_steps=trainer.config.sample_num_steps,
-                sampler="annealed" if trainer.config.anneals else "ode",
-            )
+            images = trainer.drawer(velocity).images(spec, prompts, range(len(prompts)))
             for i, image in enumerate(images):
                 save_png(tensor_to_image(image), folder / "images" / f"{name}_{i}.png")
 
@@ -266,6 +254,9 @@ class RunReport:
                 config.negative_prompts,
                 config.sample_embedded_guidance_scale,
             ),
+            card_tags=trainer.sd_pipeline.card_tags,
+            denoiser_name=trainer.sd_pipeline.denoiser_name,
+            renoises_from_generator=trainer.sd_pipeline.renoises_from_generator,
             whole_denoiser=type(trainer.sd_pipeline.denoiser).__name__ if config.full_finetuning else None,
             scheduler_class=type(trainer.sd_pipeline.annealed_scheduler()).__name__,
             sample_kernel=config.sample_kernel,
