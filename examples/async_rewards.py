@@ -64,9 +64,9 @@ def make_trainer(reward: Waiting, args: argparse.Namespace, threads: int, folder
 
 def collect(trainer: TAFSGRPOTrainer, args: argparse.Namespace) -> tuple[float, list[torch.Tensor]]:
     """Seconds of one epoch's experience, and its rewards."""
-    batches = trainer._batches(trainer.prompts.batch(0, args.batches, args.batch_size))
+    batches = trainer.collector.local_batches(trainer.prompts.batch(0, args.batches, args.batch_size))
     start = time.perf_counter()
-    parts, fault = trainer.collector.collect(batches, 0, 0)
+    parts, fault = trainer.collector.sampler.sample(batches, 0)
     if fault is not None:
         raise fault
     return time.perf_counter() - start, [part.scores for part in parts]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trl_tafs.config import TAFSGRPOConfig
-from trl_tafs.method.advantages import Advantages, PerPromptStatTracker
+from trl_tafs.method.advantages import Advantages, AdvantageTable, PerPromptStatTracker
 from trl_tafs.method.allocation import FixedGroups, GroupSizes, PromptTracker, StreamingGroups, VarianceGroups
 from trl_tafs.method.credit import Credit
 from trl_tafs.method.kernels import KERNELS, Kernel, Windowed
@@ -17,6 +18,7 @@ from trl_tafs.method.levels import SlidingWindow
 from trl_tafs.method.losses import clip_range_for
 from trl_tafs.method.objectives import OBJECTIVES, Objective
 from trl_tafs.method.rollout import default_scored_steps
+from trl_tafs.method.types import PromptBatch, RewardTable
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.training.plan import EpochPlan
 
@@ -39,6 +41,17 @@ class Algorithm:
     def kernel_at(self, epoch: int) -> Kernel:
         """The kernel of an epoch: with its window, where there is one."""
         return self.kernel if self.window is None else Windowed(self.kernel, self.window.at(epoch))
+
+    def credit(self, rewards: RewardTable, prompts: PromptBatch, epoch: int) -> AdvantageTable:
+        """Return an epoch's advantages (B, S, M), with the combined rewards that they come from (Eq. 9 and 10)."""
+        scored = self.levels[list(self.scored_steps_at(epoch))]
+        trained = len(self.kernel_at(epoch).trained_steps(len(self.levels) - 1))
+        return self.advantages(rewards, prompts.group_ids, prompts.prompts, trained, scored)
+
+    def states(self) -> dict[str, Any]:
+        """Return what it learns from epoch to epoch, by name: objects with `state_dict` and `load_state_dict`."""
+        found = {"stat_tracker": self.stat_tracker, "prompt_tracker": self.prompt_tracker}
+        return {name: item for name, item in found.items() if item is not None}
 
     def scored_steps_at(self, epoch: int) -> range:
         """The steps, 0-based, whose clean images are scored in an epoch."""

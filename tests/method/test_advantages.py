@@ -34,7 +34,9 @@ def ids(*sizes):
 def advantages(values, group_ids, credit="step", num_trained=3, prompts=None, weights=None, last=None, **options):
     prompts = ["p"] * len(group_ids) if prompts is None else prompts
     options.setdefault("scale", "none")
-    return Advantages(Credit(credit, last), **options)(table(values, weights), group_ids, prompts, num_trained)
+    return Advantages(Credit(credit, last), **options)(
+        table(values, weights), group_ids, prompts, num_trained
+    ).advantages
 
 
 def random_rewards(*shape, seed=0):
@@ -501,7 +503,7 @@ def test_the_trace_credit_scores_one_step_more_and_is_normalised():
     credit = Credit("trace", None, trace=1.0)
     assert credit.scored_steps(range(1, 4), 4) == range(0, 4)
     values, group_ids, levels = random_rewards(8, 4), ids(4, 4), torch.tensor([1.0, 0.75, 0.5, 0.25])
-    got = Advantages(credit)(table(values), group_ids, ["p"] * 8, 3, levels)
+    got = Advantages(credit)(table(values), group_ids, ["p"] * 8, 3, levels).advantages
     expected = normalize_groups(trace_advantages(values[..., None], levels, 1.0), group_ids)
     torch.testing.assert_close(got, expected)
     with pytest.raises(ValueError, match="needs the levels"):
@@ -532,11 +534,11 @@ def test_a_prompt_with_a_single_image_takes_its_expected_reward_as_baseline():
     def baseline(asked):
         return torch.tensor([[known[p]] for p in asked])
 
-    got = Advantages(Credit("step"), baseline=baseline)(table(values), group_ids, prompts, 1)[:, 0, 0]
+    got = Advantages(Credit("step"), baseline=baseline)(table(values), group_ids, prompts, 1).advantages[:, 0, 0]
     deviation = 0.2  # of .2 .4 .6, the one group that has one
     expected = torch.tensor([(0.9 - 0.5) / deviation, -1.0, 0.0, 1.0, 0.0])
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # "c" was never seen: no verdict
-    alone = Advantages(Credit("step"))(table(values), group_ids, prompts, 1)[:, 0, 0]
+    alone = Advantages(Credit("step"))(table(values), group_ids, prompts, 1).advantages[:, 0, 0]
     assert alone[0] == 0, "without a tracker a single image says nothing"
 
 
@@ -547,11 +549,17 @@ def test_a_single_image_with_a_baseline_does_not_widen_the_batchs_deviation():
         return torch.full((len(asked), 1), 20.0)
 
     prompts = ["a"] * 4 + ["b"] * 4 + ["c"]
-    got = Advantages(Credit("step"), scale="batch", baseline=baseline)(table(values), group_ids, prompts, 1)[:, 0, 0]
-    without = Advantages(Credit("step"), scale="batch")(table(values[:8]), group_ids[:8], prompts[:8], 1)[:, 0, 0]
+    got = Advantages(Credit("step"), scale="batch", baseline=baseline)(table(values), group_ids, prompts, 1).advantages[
+        :, 0, 0
+    ]
+    without = Advantages(Credit("step"), scale="batch")(table(values[:8]), group_ids[:8], prompts[:8], 1).advantages[
+        :, 0, 0
+    ]
     torch.testing.assert_close(got[:8], without, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[8], (values[8, 0] - 20) / (values[:8].std() + EPS), rtol=1e-3, atol=1e-4)
-    alone = Advantages(Credit("step"), scale="batch", baseline=baseline)(table(values[:2]), ids(1, 1), ["a", "b"], 1)
+    alone = Advantages(Credit("step"), scale="batch", baseline=baseline)(
+        table(values[:2]), ids(1, 1), ["a", "b"], 1
+    ).advantages
     torch.testing.assert_close(alone[:, 0, 0], values[:2, 0] - 20, rtol=1e-3, atol=1e-4)  # no deviation is known
 
 

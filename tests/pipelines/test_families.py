@@ -456,7 +456,7 @@ def test_the_card_says_the_base_s_dtype_whatever_the_states(name, tmp_path):
     mine, size = families.ours(families.stock(name), name), FAMILIES[name].size
     mine.transformer.to(torch.bfloat16)
     trainer = tiny.trainer(mine, tmp_path, height=size, width=size)
-    facts = trainer.report.facts(tmp_path, None)
+    facts = trainer.publisher.facts(tmp_path, None)
     assert facts.torch_dtype == "bfloat16" and "torch_dtype=torch.bfloat16" in usage_code(facts)
 
 

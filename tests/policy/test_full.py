@@ -25,7 +25,7 @@ def weights(trainer):
 
 def drawn(trainer, velocity=None):
     return sample_images(
-        trainer.sd_pipeline, trainer.encode, velocity or trainer.velocity, trainer.setting(), ["two"], [0]
+        trainer.sd_pipeline, trainer.encode, velocity or trainer.policy.velocity, trainer._setting(), ["two"], [0]
     )
 
 

@@ -67,6 +67,20 @@ class PromptEncoder:
         self.cache: OrderedDict[str, Conditioning] = OrderedDict()
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
 
+    @classmethod
+    def of(cls, pipeline: TAFSPipelineMixin, config: Any, device: torch.device) -> PromptEncoder:
+        """Make the encoder that a training configuration asks for."""
+        return cls(
+            pipeline,
+            device,
+            guidance_scale=config.sample_guidance_scale,
+            embedded_guidance_scale=config.sample_embedded_guidance_scale,
+            negative_prompt=config.negative_prompts,
+            max_sequence_length=config.max_sequence_length,
+            offload=config.offload_text_encoders and not config.model_cpu_offload,
+            cache_dir=config.prompt_cache_dir,
+        )
+
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """B prompts to B rows, on the device."""
         unique = list(dict.fromkeys(prompts))

@@ -137,6 +137,33 @@ def plan_memory(footprint: Footprint, config: TAFSGRPOConfig, local_images: int)
     return MemoryPlan({phase: {k: v for k, v in parts.items() if v} for phase, parts in phases.items()})
 
 
+def announce_plan(
+    pipeline: TAFSPipelineMixin,
+    conditioning: Conditioning,
+    config: TAFSGRPOConfig,
+    local_images: int,
+    size: tuple[int, int],
+) -> MemoryPlan:
+    """Print what the run will hold, before it does, and return it.
+
+    Args:
+        pipeline: with the LoRA attached.
+        conditioning: of one prompt.
+        config: without progress bars nothing is printed, unless the device is too small.
+        local_images: of one process in an epoch.
+        size: height and width, pixels.
+    """
+    plan = plan_memory(measure_footprint(pipeline, conditioning, *size), config, local_images)
+    device = conditioning.positive.text.device
+    capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    if not config.disable_tqdm or (capacity is not None and plan.peak() > capacity):
+        print(plan.report(capacity))
+    return plan
+
+
+# Measuring ----------------------------------------------------------------------------------------------------
+
+
 def tensor_bytes(tensor: Tensor) -> int:
     """What a tensor holds; of a quantized one, its parts."""
     if hasattr(tensor, "__tensor_flatten__"):

@@ -1,0 +1,129 @@
+"""What a run publishes: weights, model card and pictures, in a folder and on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.evaluation.drawing import Encode, Setting, sample_images
+from trl_tafs.hub.card import CardFacts, base_model_facts, write_model_card
+from trl_tafs.hub.push import prepare_repo, push_folder
+from trl_tafs.method.levels import uniform_levels
+from trl_tafs.output.pictures import save_png, tensor_to_image
+from trl_tafs.policy.policy import Policy
+from trl_tafs.rewards.scoring import RewardSet
+from trl_tafs.training.progress import Progress
+
+CARD_PICTURES = 4
+
+
+@dataclass
+class Publisher:
+    """Writes and pushes what was trained, with what a run is known by."""
+
+    policy: Policy
+    config: TAFSGRPOConfig
+    settings: dict[str, Any]  # resolved, for the card and training_settings.json
+    levels: Sequence[float]  # (N,) as the model sees them
+    rewards: RewardSet
+    progress: Progress
+    prompts: Callable[[], Sequence[str]]  # some of which are shown on the card
+    setting: Setting  # how its pictures are drawn
+    encode: Encode
+
+    def card_prompts(self) -> list[str]:
+        """Return the few prompts that the card shows."""
+        return list(dict.fromkeys(self.prompts()))[:CARD_PICTURES]
+
+    def save(self, folder: Path, repo_id: str | None) -> None:
+        """Write the averaged weights as plain diffusers loads them, the scheduler, pictures and the card."""
+        with self.policy.averaged():
+            self.policy.save(folder, fold_alpha=self.config.lora_fold_alpha)
+            self._draw_pictures(folder)
+        self.write_card(folder, repo_id)
+
+    def write_card(self, folder: Path, repo_id: str | None) -> Path:
+        """Write README.md and training_settings.json beside the weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_model_card(self.facts(folder, repo_id), folder)
+
+    def push(self, folder: Path, repo_id: str, **options: Any) -> Any:
+        """Push a folder that `save` wrote; `options` as `push_folder` takes them."""
+        return push_folder(folder, repo_id, **options)
+
+    def prepare_repo(self, repo_id: str | None, private: bool | None, token: str | None = None) -> str:
+        """Make the repository if it is missing, and return its whole name.
+
+        Raises:
+            PushError: there is no token, or none that may write there.
+        """
+        return prepare_repo(repo_id or self.default_repo, private=private, token=token)
+
+    @property
+    def default_repo(self) -> str:
+        """The repository that the configuration names, or the run's name below the user's."""
+        return self.config.hub_model_id or self.config.run_name
+
+    @torch.no_grad()
+    def _draw_pictures(self, folder: Path) -> None:
+        """Draw `images/before_<i>.png` and `after_<i>.png`: the same prompts and noise by the base and the policy."""
+        pipeline, prompts = self.policy.pipeline, self.card_prompts()
+        for name, velocity in (("before", self.policy.reference), ("after", pipeline.velocity)):
+            images = sample_images(
+                pipeline,
+                self.encode,
+                velocity,
+                self.setting,
+                prompts,
+                range(len(prompts)),
+                num_steps=self.config.sample_num_steps,
+                sampler="annealed" if self.config.anneals else "ode",
+            )
+            for i, image in enumerate(images):
+                save_png(tensor_to_image(image), folder / "images" / f"{name}_{i}.png")
+
+    def facts(self, folder: str | os.PathLike, repo_id: str | None) -> CardFacts:
+        """Return everything that the model card says."""
+        config, pipeline, progress = self.config, self.policy.pipeline, self.progress
+        prompts = self.card_prompts()
+        pictures = [(p, f"images/before_{i}.png", f"images/after_{i}.png") for i, p in enumerate(prompts)]
+        first, last = (progress.evaluations[i] if progress.evaluations else {} for i in (0, -1))
+        metrics = {name: {"before": first[name], "after": last[name]} for name in last if name.startswith("eval/")}
+        length = config.max_sequence_length or pipeline.default_max_sequence_length()
+        return CardFacts(
+            pipeline_class=type(pipeline).stock_class().__name__,
+            num_steps=config.sample_num_steps,
+            levels_unshifted=uniform_levels(config.sample_num_steps).tolist(),
+            levels=list(self.levels),
+            height=self.setting.height,
+            width=self.setting.width,
+            guidance_scale=config.sample_guidance_scale,
+            call=pipeline.call_arguments(
+                config.sample_num_steps,
+                config.sample_guidance_scale,
+                config.negative_prompts,
+                config.sample_embedded_guidance_scale,
+            ),
+            whole_denoiser=type(pipeline.denoiser).__name__ if config.full_finetuning else None,
+            scheduler_class=type(pipeline.annealed_scheduler()).__name__,
+            sample_kernel=config.sample_kernel,
+            anneals=config.anneals,
+            objective=config.objective,
+            scores_every_step=not config.credits_final_image and config.step_credit != "terminal",
+            max_sequence_length=None if length == pipeline.stock_max_sequence_length() else length,
+            torch_dtype=str(pipeline.model_dtype).removeprefix("torch."),
+            **base_model_facts(pipeline),
+            repo_id=repo_id,
+            prompts=prompts,
+            training={k: v for k, v in self.settings.items() if v not in ("", "null")},
+            rewards=dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
+            reward_curve=progress.reward_curve,
+            metrics=metrics,
+            pictures=[picture for picture in pictures if Path(folder, picture[2]).exists()],
+        )
