@@ -91,12 +91,12 @@ def main() -> None:
             alone, _ = collect(in_turn, args)
             reward.seconds = args.share * alone / (args.batches * STEPS)
             waited, expected = collect(in_turn, args)
-            threaded.report.stopwatch.pop()
+            threaded.stopwatch.pop()
             hidden_by, got = collect(threaded, args)
             if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
                 raise SystemExit("the rewards differ")
             intermediate = args.batches * (SCORED - 1) * reward.seconds
-            late = max(0.0, threaded.report.stopwatch.pop()["time/reward"] - reward.seconds)
+            late = max(0.0, threaded.stopwatch.pop()["time/reward"] - reward.seconds)
             rounds.append((1 - late / intermediate, alone, waited, hidden_by, reward.seconds))
     share, alone, waited, hidden_by, latency = sorted(rounds)[len(rounds) // 2]
     print(json.dumps({

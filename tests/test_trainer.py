@@ -391,7 +391,7 @@ def test_the_users_lora_config_and_going_on_from_an_adapter(pipeline_folder, tmp
     first.train()
     saved = tmp_path / "a" / "adapter"
     second = tiny.trainer(tiny.load(pipeline_folder), tmp_path / "b", adapter_name_or_path=str(saved))
-    assert second.lora_config.r == 2 and second.lora_config.lora_alpha == 6
+    assert second.policy.lora_config.r == 2 and second.policy.lora_config.lora_alpha == 6
     assert all(torch.equal(value, lora(second)[key]) for key, value in lora(first).items())
 
     loaded = tiny.load(pipeline_folder)

@@ -467,6 +467,8 @@ def test_the_card_s_code_loads_the_revision_that_was_trained_on(tmp_path):
 # Over HTTP: one process pushes, another has nothing but diffusers and the repository's name
 
 PUSH = """
+from trl_tafs.hub import card
+from trl_tafs.hub.push import PushError, prepare_repo, push_folder
 import sys
 loaded = {"diffusers", "huggingface_hub", "peft", "transformers"} & sys.modules.keys()
 import json, os, time
@@ -506,6 +508,7 @@ card = open(hf_hub_download("user/digits-lora", "README.md"), encoding="utf-8").
 exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
 assert not any(name.startswith("trl_tafs") for name in sys.modules)
 
+from trl_tafs.policy.adapter_file import WEIGHT_NAME, check_adapter_fits, read_adapter
 state_dict, config = read_adapter("user/digits-lora", revision="epoch-2")
 assert config.lora_alpha == 16 and config.r == 4, config
 check_adapter_fits(state_dict, StableDiffusion3Pipeline.from_pretrained("digits-base").transformer)

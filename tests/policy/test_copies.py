@@ -64,17 +64,18 @@ def test_the_old_policy_draws_the_rollouts_and_follows_the_present_one(pipeline,
         pipeline, tmp_path, objective="forward", old_policy_decay=0.75, old_policy_ramp=0.5, train_learning_rate=1e-2
     )
     drawn, weights = [], []
-    collect, update = trainer.collector.collect, trainer.updater.update
+    sampler = trainer.collector.sampler
+    sample, update = sampler.sample, trainer.updater.update
 
     def watched_collect(*args):
         drawn.append([p.detach().clone() for p in trainer.policy.parameters])
-        return collect(*args)
+        return sample(*args)
 
     def watched_update(*args):
         yield from update(*args)
         weights.append([p.detach().clone() for p in trainer.policy.parameters])
 
-    trainer.collector.collect, trainer.updater.update = watched_collect, watched_update
+    sampler.sample, trainer.updater.update = watched_collect, watched_update
     trainer.train(epochs=3)
     old = drawn[0]
     for epoch, decay in enumerate((0.5, 0.75)):  # .5 an epoch, at most .75

@@ -70,8 +70,8 @@ def test_two_and_two_epochs_are_four_bit_for_bit(pipeline_folder, tmp_path, chan
     run(tmp_path / "halves", pipeline_folder, epochs=2, **changes)
     resumed = run(tmp_path / "halves", pipeline_folder, resume_from="latest", **changes)
     assert_same(straight, resumed)
-    if straight.average is not None:
-        pairs = zip(straight.average.ema.shadow_params, resumed.average.ema.shadow_params, strict=True)
+    if straight.policy.average is not None:
+        pairs = zip(straight.policy.average.ema.shadow_params, resumed.policy.average.ema.shadow_params, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     if straight.algorithm.stat_tracker is not None:
         assert straight.algorithm.stat_tracker.state_dict() == resumed.algorithm.stat_tracker.state_dict()
@@ -314,8 +314,8 @@ def test_evaluations_survive_a_resume(pipeline_folder, tmp_path):
     straight = run(tmp_path / "straight", pipeline_folder, **settings)
     run(tmp_path / "halves", pipeline_folder, epochs=2, **settings)
     resumed = run(tmp_path / "halves", pipeline_folder, resume_from="latest", **settings)
-    assert resumed.report.evaluations == straight.report.evaluations
-    assert resumed.best_metric == straight.best_metric
+    assert resumed.progress.evaluations == straight.progress.evaluations
+    assert resumed.progress.best_metric == straight.progress.best_metric
 
     if straight.algorithm.prompt_tracker is not None:
         mine, theirs = (trainer.algorithm.prompt_tracker.state_dict() for trainer in (straight, resumed))
@@ -364,5 +364,6 @@ def test_kept_rollouts_of_another_seed_are_not_used(pipeline_folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = run(tmp_path, pipeline_folder, resume_from="latest", prompt_function=["nine"], seed=5, epochs=1)
-    payloads = other.collector.collect(other._batches(other.prompts.batch(0, 2, 8)), 1, 0)[0]
+    batches = other.collector.local_batches(other.prompts.batch(0, 2, 8))
+    payloads = other.collector.sampler.sample(batches, 0)[0]
     assert other.progress.reward_curve[0][1] != pytest.approx(payloads[0].scores[:, -1].mean().item(), abs=1e-7)
