@@ -26,6 +26,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from trl_tafs import AutoTAFSPipeline  # noqa: E402
 from trl_tafs.hub.card import CardFacts, base_model_facts, create_model_card, usage_code, write_model_card  # noqa: E402
 from trl_tafs.hub.scrub import scrub  # noqa: E402
+from trl_tafs.method.credit import SumCredit  # noqa: E402
+from trl_tafs.method.kernels import FlowSde, Ode  # noqa: E402
+from trl_tafs.method.objectives import ClippedObjective  # noqa: E402
 from trl_tafs.policy.adapter_file import (  # noqa: E402
     SCHEDULER_FILE,
     WEIGHT_NAME,
