@@ -254,8 +254,14 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"num_advantage_steps": 0}, "num_advantage_steps is 0"),
         ({"step_credit": "sum"}, "step_credit='sum' .* scores the final image alone; use forward_images='every'"),
         ({"objective": "awm", "num_advantage_steps": 2}, "num_advantage_steps=2: objective='awm'"),
-        ({"train_clip_range": 0.1}, "train_clip_range=0.1 has no effect with objective='forward', which reads forward_levels"),
-        ({"per_prompt_stat_tracking": True, "scale_rewards": "none"}, "scale_rewards='none' has no effect with per_prompt_stat_tracking"),
+        (
+            {"train_clip_range": 0.1},
+            "train_clip_range=0.1 has no effect with .*='forward', which reads forward_levels",
+        ),
+        (
+            {"per_prompt_stat_tracking": True, "scale_rewards": "none"},
+            "scale_rewards='none' has no effect",
+        ),
         ({"sample_guidance_scale": 4.5}, "sample_guidance_scale=4.5 with train_cfg=False: .* same guidance"),
         ({"train_cfg": True}, "sample_guidance_scale=1.0 with train_cfg=True"),
         ({"num_perturbations": 3, "antithetic_perturbations": True}, "even num_perturbations, not 3; use 4"),
@@ -273,7 +279,10 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"objective": "forward", "forward_levels": "all"}, "forward_levels is 'all'; use one of sampler, random, tr"),
         ({"objective": "forward", "forward_images": "first"}, "forward_images is 'first'; use one of final, every"),
         ({"nft_beta": 0.0}, "nft_beta is 0.0"),
-        ({"objective": "awm", "nft_beta": 0.5}, "nft_beta=0.5 has no effect with objective='awm', which reads forward_l"),
+        (
+            {"objective": "awm", "nft_beta": 0.5},
+            "nft_beta=0.5 has no effect with objective='awm', which reads",
+        ),
         ({"objective": "clipped", "forward_images": "every"}, "forward_images=every has no effect with .*='clipped'"),
         ({"train_log_prob_reduction": "mean"}, "train_log_prob_reduction=mean has no effect with objective='forward'"),
         ({"forward_num_levels": 0}, "forward_num_levels is 0"),

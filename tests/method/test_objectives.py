@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -6,7 +8,8 @@ from trl_tafs.method.kernels import Annealed, Clean, Windowed, clean_estimate
 from trl_tafs.method.levels import uniform_levels, with_zero
 from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.objectives import MIN_LEVEL, OBJECTIVES, ClippedObjective, ForwardObjective, MatchingObjective
-from trl_tafs.method.rollout import replay, rollout
+from trl_tafs.method.options import MethodOptions
+from trl_tafs.method.rollout import KEPT, replay, rollout
 from trl_tafs.method.types import Conditioning, Embeddings, TensorRecord
 
 LEVELS = with_zero(uniform_levels(4))
@@ -33,10 +36,11 @@ def condition(batch):
     return Conditioning(Embeddings(torch.arange(batch, dtype=torch.float32).reshape(batch, 1, 1) / 10))
 
 
-def rolled_out(kernel, batch=5, velocity=None, reduction="sqrt"):
+def rolled_out(kernel, batch=5, velocity=None, reduction="sqrt", **options):
     noise = SampleNoise(0, 0, tuple(range(batch)))
     velocity = Linear() if velocity is None else velocity
-    return rollout(velocity, kernel, condition(batch), LEVELS, noise("initial", 0, SHAPE), noise, reduction=reduction)
+    x = noise("initial", 0, SHAPE)
+    return rollout(velocity, kernel, condition(batch), LEVELS, x, noise, reduction=reduction, **options)
 
 
 def no_reference(x, level, conditioning):
@@ -44,7 +48,7 @@ def no_reference(x, level, conditioning):
 
 
 @pytest.mark.parametrize("kernel", [Annealed(), Clean(num_actions=3), Clean(baseline="group")], ids=str)
-def test_rows_are_images_with_their_steps_in_order(kernel):
+def test_items_are_images_with_their_steps_in_order(kernel):
     result = rolled_out(kernel)
     advantages = torch.arange(5 * 3 * kernel.num_actions, dtype=torch.float32).reshape(5, 3, -1)
     rows = ClippedObjective(kernel, 0.1).items(result, advantages)
@@ -258,7 +262,7 @@ def test_a_step_moves_the_estimate_towards_good_images_and_away_from_bad_ones(ob
 
 
 @pytest.mark.parametrize("objective", [ForwardObjective(), MatchingObjective()], ids=lambda o: type(o).__name__)
-def test_what_was_observed_on_policy_changes_nothing(objective):
+def test_what_the_old_policy_said_on_policy_changes_nothing(objective):
     velocity, result = Linear(), rolled_out(Annealed())
     rows = objective.items(result, torch.randn(5, 3, 1), noise_of())
     text = condition(5)[rows.sample]
@@ -283,7 +287,7 @@ def test_off_policy_the_spring_pulls_back_to_what_was_observed_and_matching_is_c
     assert matching(velocity, rows, text).metrics["clipfrac"] > 0.9
 
 
-def test_rows_without_advantage_are_idle_where_nothing_else_pulls():
+def test_items_without_advantage_have_no_gradient_where_nothing_else_pulls():
     advantages = torch.zeros(5, 3, 1)
     advantages[2, -1] = 1.0
     for kind in (ForwardObjective, MatchingObjective):
@@ -329,3 +333,54 @@ def test_a_windows_images_have_their_own_advantages(levels):
             row = rows[each * (2 * image + step)]
             assert torch.equal(row.clean, result.clean[image, step + 2]), "that of the step after the action"
             assert row.sample == image and row.advantage.tolist() == [2 * image + step]
+
+
+# What a rollout keeps ------------------------------------------------------------------------------------------
+
+
+NEEDS = [
+    (ClippedObjective, {}, Annealed()),
+    (ClippedObjective, {}, Annealed(num_actions=3)),
+    (ClippedObjective, {}, Clean(baseline="group")),
+    *(
+        (ForwardObjective, {"levels": levels, "images": images}, Annealed())
+        for levels in ("trajectory", "sampler", "random")
+        for images in ("final", "every")
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "choices", "kernel"), NEEDS, ids=str)
+def test_items_are_the_same_from_what_the_objective_says_it_reads(kind, choices, kernel):
+    options = MethodOptions(**{f"forward_{name}": value for name, value in choices.items()})
+    needs = kind.rollout_needs(options)
+    whole, kept = (rolled_out(kernel, keep=keep) for keep in (KEPT, needs))
+    for name in KEPT - {"states", "actions"}:
+        a, b = getattr(whole, name), getattr(kept, name)
+        assert torch.equal(a, b) if name in needs else b.numel() == 0, name
+    objective = ClippedObjective(kernel, 0.1) if kind is ClippedObjective else kind(**choices)
+    advantages = torch.randn(5, 3, kernel.num_actions)
+    for field in dataclasses.fields(objective.items(whole, advantages, noise_of())):
+        a, b = (getattr(objective.items(r, advantages, noise_of()), field.name) for r in (whole, kept))
+        assert (a is None and b is None) or torch.equal(a, b), field.name
+
+
+def test_rows_per_image_is_how_many_items_there_are():
+    for levels in ("trajectory", "sampler", "random"):
+        for images in ("final", "every"):
+            options = MethodOptions(forward_levels=levels, forward_images=images, forward_num_levels=5)
+            objective = ForwardObjective(levels, images, 5)
+            items = objective.items(rolled_out(Annealed()), torch.zeros(5, 3, 1), noise_of())
+            assert len(items) == 5 * ForwardObjective.rows_per_image(options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [(ForwardObjective, 3 * 2 + 4), (ClippedObjective, 4 * 2 + 4)], ids=["forward", "clipped"]
+)
+def test_the_bytes_of_one_rollout(kind, kept):
+    # D = 12, bfloat16: three states, or the four of the path, and the final latent in float32
+    needs = kind.rollout_needs(MethodOptions())
+    result = rolled_out(Annealed(), batch=1, keep=needs, storage_dtype=torch.bfloat16)
+    stored = (result.path, result.branches, result.log_probs, result.clean, result.final)
+    ratios = 3 * 4 if kind is ClippedObjective else 0
+    assert sum(tensor.untyped_storage().nbytes() for tensor in stored) == 12 * kept + ratios

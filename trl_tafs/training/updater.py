@@ -95,8 +95,8 @@ class Updater:
         expected = self.config.rows_per_image
         if len(items.sample) != offset * expected:
             raise ValueError(
-                f"objective={self.config.objective!r} made {len(items.sample)} minibatch items of {offset} images, and says "
-                f"that it makes {expected} an image; correct its rows_per_image or its items"
+                f"objective={self.config.objective!r} made {len(items.sample)} minibatch items of {offset} images, and "
+                f"says that it makes {expected} an image; correct its rows_per_image or its items"
             )
         return items
 
