@@ -189,7 +189,7 @@ def test_ddpo_s_methods(pipeline, tmp_path):
     expected = -(math.exp(0.2) - math.exp(-0.2) + 1.0) / 3  # both clipped, in log space
     assert trainer.loss(torch.tensor([1.0, -1.0, 1.0]), 0.2, ratio).item() == pytest.approx(expected)
     part = trainer.collector.sampler.roll_out(trainer.prompts.batch(0, 1, 8), 0)
-    rows = trainer.algorithm.objective.rows(part.rollout, torch.ones(8, 3, 1))
+    rows = trainer.algorithm.objective.items(part.rollout, torch.ones(8, 3, 1))
     loss, approx_kl, clipfrac = trainer.calculate_loss(rows[:4], trainer.encode(["two"] * 4))
     assert loss.requires_grad and approx_kl.ndim == clipfrac.ndim == 0
     assert trainer.step(0, 5) == 6

@@ -26,6 +26,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from trl_tafs import AutoTAFSPipeline  # noqa: E402
 from trl_tafs.hub.card import CardFacts, base_model_facts, create_model_card, usage_code, write_model_card  # noqa: E402
 from trl_tafs.hub.scrub import scrub  # noqa: E402
+from trl_tafs.method.credit import SumCredit  # noqa: E402
+from trl_tafs.method.kernels import FlowSde, Ode  # noqa: E402
+from trl_tafs.method.objectives import ClippedObjective  # noqa: E402
 from trl_tafs.policy.adapter_file import (  # noqa: E402
     SCHEDULER_FILE,
     WEIGHT_NAME,
@@ -402,11 +405,15 @@ def test_the_card_says_how_it_was_trained_and_is_to_be_sampled():
 
     ours = text()
     assert "scheduler anneals" in ours and "the final images are scored" in ours and "re-noising follows" in ours
-    steps = text(objective="clipped", scores_every_step=True)
-    assert "every step's clean images are scored" in steps and "clipped policy gradient" in steps
-    ode = text(sample_kernel="ode", anneals=False)
+    steps = text(moved=ClippedObjective.description, credited=SumCredit.description, scores_every_step=True)
+    assert (
+        "every step's clean images are scored" in steps
+        and "answers for all of them" in steps
+        and "clipped policy gradient" in steps
+    )
+    ode = text(drawn=Ode.description, anneals=False)
     assert "solves the ODE" in ode and "are drawn by the ODE" in ode and "noise" not in ode.split("## Noise levels")[0]
-    assert "stochastic sampler (`flow_sde`)" in text(sample_kernel="flow_sde", anneals=False)
+    assert "are drawn by Flow-GRPO's SDE" in text(drawn=FlowSde.description, anneals=False)
 
 
 def test_card_facts_are_checked():

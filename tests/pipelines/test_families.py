@@ -197,7 +197,7 @@ def replayed(mine, name, guidance=1.0):
     rollout = mine.annealed_rollout(
         conditioning=conditioning, height=family.wide[0], width=family.wide[1], generator=noise
     )
-    rows = ClippedObjective(Annealed(), 0.1).rows(rollout, torch.ones_like(rollout.log_probs))
+    rows = ClippedObjective(Annealed(), 0.1).items(rollout, torch.ones_like(rollout.log_probs))
     for step in range(3):
         mine_rows = rows[step::3]
         yield mine.log_prob(mine_rows, conditioning[mine_rows.sample]), mine_rows.old_log_prob

@@ -42,18 +42,37 @@ def settings(tmp_path, **changes):
 
 def test_each_phase_is_the_sum_of_what_it_holds(tmp_path):
     plan = plan_memory(footprint(), settings(tmp_path), local_images=16)
-    # Of one image, D = 2^18: 3 states and 3 actions of 2 bytes, 4 clean estimates and the final latent of 4 bytes.
-    kept = (3 * (1 + 1) * 2 + 5 * 4) // 4
+    # Of one image, D = 2^18: the 4 states of the path of 2 bytes, which hold the actions, and the final latent of 4
+    # bytes; its 3 items have a state and an action each.
+    kept, items = (4 * 2 + 4) // 4, 3 * (1 + 1) * 2 // 4
     always = 40 + 80 + 2000 + 100  # LoRA, two moments, text encoders, VAE
     scored = 4 * 3  # a batch of 4, three steps of 1 MiB
     expected = {
         "encode": 40 + 80 + 2000 + 100 + 1000,
         "rollout": always + 1000 + 16 * kept + scored + 4 * 30,
         "decode": always + 1000 + 16 * kept + scored + 4 * 50,
-        "update": always + 1000 + 2 * 16 * kept + 40 + 2 * (300 + 30),
+        "update": always + 1000 + 16 * (kept + items) + 40 + 2 * (300 + 30),
     }
     assert {phase: plan.peak(phase) / MIB for phase in plan.phases} == expected
     assert plan.peak() / MIB == max(expected.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "floats", "item"),
+    [
+        ({}, 4, 1, 3 * (2 + 2)),
+        ({"num_perturbations": 4}, 3 + 3 * 4, 1, 3 * (2 + 4 * 2)),
+        ({"sample_kernel": "clean", "clean_baseline": "group"}, 3 + 3, 1, 3 * (2 + 2)),
+        ({"objective": "forward"}, 3, 1, 3 * (2 + 4 + 4)),
+        ({"objective": "forward", "forward_levels": "sampler"}, 0, 1, 4 * (2 + 4 + 4)),
+        ({"objective": "awm", "forward_images": "every"}, 3, 4 + 1, 3 * (2 + 4 + 4)),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_a_rollout_is_planned_as_it_is_kept(tmp_path, changes, path, floats, item):
+    options = settings(tmp_path, **changes)
+    assert memory.rollout_bytes(options, 2) == 2 * path + 4 * floats
+    assert memory.item_bytes(options, 2) == item
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_noise_and_shuffle_change_with_the_epoch(pipeline, tmp_path):
     parts = [trainer.collector.sampler.roll_out(batch, epoch) for epoch in (0, 1)]
     assert not torch.equal(parts[0].rollout.states[:, 0], parts[1].rollout.states[:, 0])
     whole = trainer.collector.sampler.roll_out(trainer.prompts.batch(0, 2, 8), 0)
-    rows = trainer.algorithm.objective.rows(whole.rollout, torch.ones(16, 3, 1))
+    rows = trainer.algorithm.objective.items(whole.rollout, torch.ones(16, 3, 1))
     batches = [trainer.updater.micro_batches(rows, *key) for key in ((0, 0), (1, 0), (0, 1))]
     orders = [torch.cat([index for index, _ in batch]).tolist() for batch in batches]
     assert len({tuple(order) for order in orders}) == 3
@@ -43,7 +43,7 @@ def test_noise_and_shuffle_change_with_the_epoch(pipeline, tmp_path):
 def test_a_fraction_of_the_steps_is_another_one_for_each_image(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, train_timestep_fraction=0.4)
     whole = trainer.collector.sampler.roll_out(trainer.prompts.batch(0, 2, 8), 0)
-    rows = trainer.algorithm.objective.rows(whole.rollout, torch.ones(16, 3, 1))
+    rows = trainer.algorithm.objective.items(whole.rollout, torch.ones(16, 3, 1))
     index = torch.cat([i for i, _ in trainer.updater.micro_batches(rows, 0, 0)])
     assert sorted((index // 3).tolist()) == list(range(16))
     assert set((index % 3).tolist()) == {0, 1, 2}

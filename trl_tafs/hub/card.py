@@ -78,9 +78,10 @@ class CardFacts:
     call: Mapping[str, Any] | None = None  # steps, levels and guidance as the stock pipeline's call takes them
     whole_denoiser: str | None = None  # the class of the denoiser, where all of it was trained instead of a LoRA
     scheduler_class: str = "FlowMatchEulerDiscreteScheduler"  # of the repository's scheduler
-    sample_kernel: str = "annealed"  # what drew the rollouts
+    drawn: str = "are noised again between steps"  # how the samples are made, `Kernel.description`
     anneals: bool = True  # whether the repository's scheduler does; the ODE's otherwise
-    objective: str = "forward"
+    moved: str = "the model is moved towards those that compare well"  # `Objective.description`
+    credited: str = "each step answers for its own image"  # `CreditRule.description`
     scores_every_step: bool = False  # or the final image alone
     max_sequence_length: int | None = None  # tokens of a prompt, where it isn't the pipeline's default
     torch_dtype: str = "float32"  # the base model's
@@ -251,18 +252,11 @@ def create_model_card(facts: CardFacts) -> ModelCard:
 
 def _method(facts: CardFacts) -> str:
     """How it was trained, in a sentence."""
-    drawn = {
-        "annealed": "are noised again between steps",
-        "clean": "are noised again between steps, around clean images that are explored",
-        "ode": "are drawn by the ODE",
-    }.get(facts.sample_kernel, f"are drawn by a stochastic sampler (`{facts.sample_kernel}`)")
     scored = "the final images are scored and compared with those of the same prompt"
     if facts.scores_every_step:
         scored = "every step's clean images are scored and compared with those of the same prompt and step"
-    moved = "each step is made more or less likely by how its images compare (a clipped policy gradient)"
-    if facts.objective != "clipped":
-        moved = "the model is moved towards those that compare well (a forward-process objective)"
-    return f"the model's own {facts.num_steps}-step samples {drawn}, {scored}, and {moved}"
+        scored += f", {facts.credited}"
+    return f"the model's own {facts.num_steps}-step samples {facts.drawn}, {scored}, and {facts.moved}"
 
 
 def _tables(facts: CardFacts) -> dict[str, str]:

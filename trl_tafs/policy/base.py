@@ -7,15 +7,15 @@ import re
 import torch
 from torch import nn
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
 from trl_tafs.policy.offload import DeviceSharing
+from trl_tafs.policy.options import PolicyOptions
 
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: torch.device) -> DeviceSharing:
+def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: torch.device) -> DeviceSharing:
     """Freeze the base, put it on the device, cast it to the dtype of `mixed_precision`, and say how models share it.
 
     What waits on the CPU is cast, too. The VAE keeps its dtype: several decode to black in float16. A quantized module

@@ -19,11 +19,10 @@ from trl_tafs.policy.denoiser_file import load_denoiser, save_denoiser
 from trl_tafs.policy.lora import adapter_disabled, attach_lora, free_denoiser, trainable_parameters
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.optimizer import apply_settings, make_lr_scheduler, make_optimizer
+from trl_tafs.policy.options import PolicyOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from trl_tafs.config import TAFSGRPOConfig
 
 
 class Policy:
@@ -46,7 +45,7 @@ class Policy:
     def __init__(
         self,
         pipeline: TAFSPipelineMixin,
-        config: TAFSGRPOConfig,
+        config: PolicyOptions,
         accelerator: Accelerator,
         total_updates: int,
         lora_config: Any | None = None,

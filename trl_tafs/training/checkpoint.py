@@ -12,12 +12,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.output.files import is_disk_fault
 from trl_tafs.policy.policy import Policy
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training import checkpoint_files as files
 from trl_tafs.training.logs import Stopwatch, warn_main
+from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.progress import Progress
 from trl_tafs.training.settings import changes
 from trl_tafs.training.trackers import LocalTracker
@@ -27,7 +27,7 @@ from trl_tafs.training.trackers import LocalTracker
 class Checkpoints:
     """The checkpoints of one run, with all that they hold."""
 
-    config: TAFSGRPOConfig
+    config: TrainingOptions
     accelerator: Accelerator
     policy: Policy
     progress: Progress

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.method.advantages import combine_rewards
 from trl_tafs.method.types import PromptBatch, RewardTable
 from trl_tafs.processes import any_process, gather_rows, progress_bar, same_everywhere, share
@@ -18,6 +17,7 @@ from trl_tafs.prompts.source import PromptSource, expand_groups
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training.experience import Draw, Experience, ScoredBatch
 from trl_tafs.training.logs import warn_main
+from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.pending import PendingRollouts
 from trl_tafs.training.plan import EpochPlan
 from trl_tafs.training.sampling import RolloutSampler
@@ -31,7 +31,7 @@ class Collector:
     are kept, and `collect` of the same epoch goes on from them.
     """
 
-    config: TAFSGRPOConfig
+    config: TrainingOptions
     accelerator: Accelerator
     sampler: RolloutSampler
     prompts: PromptSource

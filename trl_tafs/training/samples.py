@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.output.pictures import sample_grid, save_png
 from trl_tafs.training.experience import Experience, ScoredBatch
+from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.trackers import LocalTracker
 
 
@@ -22,7 +22,7 @@ from trl_tafs.training.trackers import LocalTracker
 class SampleViewer:
     """Shows the samples of this process; used on the main one."""
 
-    config: TAFSGRPOConfig
+    config: TrainingOptions
     accelerator: Accelerator
     local_tracker: LocalTracker
     decode: Callable[[Tensor], Tensor]  # latents (B, *) to images (B, 3, H, W)
@@ -49,7 +49,9 @@ class SampleViewer:
                     seen.add(group)
                     chosen.append((batch, i))
         clean = torch.stack([batch.rollout.clean[i] for batch, i in chosen])  # (P, N, *)
-        images = self.decode(clean.flatten(0, 1)).unflatten(0, clean.shape[:2])
+        if not clean.shape[1]:  # rollouts of an interrupted epoch, kept when no grid was asked for
+            return
+        images = self.decode(clean.flatten(0, 1).to(self.accelerator.device)).unflatten(0, clean.shape[:2])
         columns = [f"{n + 1}: s={s:.2f}" for n, s in enumerate(self.levels[:-1].tolist())]
         labels = [batch.prompts.prompts[i] for batch, i in chosen]
         save_png(sample_grid(images, labels, columns, title), path)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from trl_tafs.algorithm import Algorithm
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import rollout
 from trl_tafs.method.types import PromptBatch, Rollout
@@ -22,6 +21,7 @@ from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.rewards.scoring import RewardSet, Scores
 from trl_tafs.training.experience import ScoredBatch
 from trl_tafs.training.logs import Stopwatch
+from trl_tafs.training.options import TrainingOptions
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Scoring:
 class RolloutSampler:
     """Algorithm 1, lines 5 to 17, for the batches of one process."""
 
-    config: TAFSGRPOConfig
+    config: TrainingOptions
     policy: Policy
     algorithm: Algorithm
     encode: PromptEncoder
@@ -60,6 +60,7 @@ class RolloutSampler:
     ) -> ScoredBatch:
         """Sample one batch of trajectories; `on_scored` is given each scored step's latents on the way."""
         levels, shape = self.algorithm.levels, self.algorithm.latent_shape
+        needs, frequency = type(self.algorithm.objective).rollout_needs(self.config), self.config.sample_grid_freq
         noise = SampleNoise(self.config.seed, epoch, tuple(prompts.sample_ids.tolist()), levels.device)
         groups = SampleNoise(self.config.seed, epoch, tuple(prompts.group_ids.tolist()), levels.device)
         trajectories = rollout(
@@ -73,7 +74,10 @@ class RolloutSampler:
             reduction=self.config.train_log_prob_reduction,
             scored_steps=self.algorithm.scored_steps_at(epoch),
             on_scored=on_scored,
+            keep=needs | {"clean"} if frequency and epoch % frequency == 0 else needs,
         )
+        if "clean" not in needs:  # a grid shows it, and no update reads it
+            trajectories = dataclasses.replace(trajectories, clean=trajectories.clean.cpu())
         return ScoredBatch(prompts, trajectories)
 
     def decode(self, latents: Tensor) -> Tensor:

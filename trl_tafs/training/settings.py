@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trl_tafs.algorithm import Algorithm
-from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 
 NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that resumes it
@@ -20,7 +20,7 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
 
 
 def resolved_settings(
-    config: TAFSGRPOConfig, plan: EpochPlan, algorithm: Algorithm, height: int, width: int
+    config: TrainingOptions, plan: EpochPlan, algorithm: Algorithm, height: int, width: int
 ) -> dict[str, Any]:
     """Return the configuration with what was resolved, as plain values that a tracker can store."""
     resolved = {

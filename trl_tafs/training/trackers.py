@@ -16,8 +16,8 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.output.pictures import as_images, save_png
+from trl_tafs.training.options import TrainingOptions
 
 
 class LocalTracker(GeneralTracker):
@@ -99,7 +99,7 @@ def _position(line: str) -> float:
     return values.get("epoch", -1) - 0.5 * evaluation
 
 
-def make_accelerator(config: TAFSGRPOConfig) -> tuple[Accelerator, LocalTracker]:
+def make_accelerator(config: TrainingOptions) -> tuple[Accelerator, LocalTracker]:
     """Make the `Accelerator` of a run, with the local log beside the trackers asked for."""
     ours = ("automatic_checkpoint_naming", "total_limit")  # checkpoints are named and limited here
     project = {k: v for k, v in config.project_kwargs.items() if k not in ours}
@@ -115,7 +115,7 @@ def make_accelerator(config: TAFSGRPOConfig) -> tuple[Accelerator, LocalTracker]
     return accelerator, local
 
 
-def start_trackers(accelerator: Accelerator, config: TAFSGRPOConfig, settings: dict[str, Any]) -> None:
+def start_trackers(accelerator: Accelerator, config: TrainingOptions, settings: dict[str, Any]) -> None:
     """Start the trackers with the run's settings; wandb and trackio are told the run's name."""
     options = {**config.tracker_kwargs}
     for tracker in ("wandb", "trackio"):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.method.noise import SampleNoise, noise_seed
 from trl_tafs.method.objectives import Objective
 from trl_tafs.method.types import Conditioning, LossOutput
@@ -20,6 +19,7 @@ from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.training.experience import Experience, ScoredBatch
 from trl_tafs.training.logs import MeanMetrics, Stopwatch
+from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 
 
@@ -35,7 +35,7 @@ class StepMetrics:
 class Updater:
     """Turns an epoch's rollouts into optimizer steps of the policy."""
 
-    config: TAFSGRPOConfig
+    config: TrainingOptions
     plan: EpochPlan
     policy: Policy
     objective: Objective
@@ -87,16 +87,16 @@ class Updater:
         for batch, part in zip(batches, advantages.split([len(b.prompts) for b in batches]), strict=True):
             device, ids = batch.rollout.final.device, tuple(batch.prompts.sample_ids.tolist())
             noise = SampleNoise(self.config.seed, epoch, ids, device)
-            items = self.objective.rows(batch.rollout, part.to(device), noise)
+            items = self.objective.items(batch.rollout, part.to(device), noise)
             items = dataclasses.replace(items, sample=items.sample + offset)
             found.append(items.to(self.policy.accelerator.device))
             offset += len(batch.prompts)
         items = type(found[0]).cat(found)
         expected = self.config.rows_per_image
-        if len(items) != offset * expected:
+        if len(items.sample) != offset * expected:
             raise ValueError(
-                f"objective={self.config.objective!r} made {len(items)} minibatch items of {offset} images, and says "
-                f"that it makes {expected} an image; correct its rows_per_image or its rows"
+                f"objective={self.config.objective!r} made {len(items.sample)} minibatch items of {offset} images, and "
+                f"says that it makes {expected} an image; correct its rows_per_image or its items"
             )
         return items
 
@@ -111,7 +111,7 @@ class Updater:
         generator = torch.Generator().manual_seed(key)
         images = torch.randperm(self.plan.local_images, generator=generator)
         chosen = torch.rand(len(images), count, generator=generator).argsort(1)[:, : config.num_replayed_rows]
-        still = self.objective.idle(items).cpu()
+        still = self.objective.without_gradient(items).cpu()
         for update in images.split(self.plan.images_per_update):
             index = (update[:, None] * count + chosen[update]).flatten()
             index = index[still[index].int().argsort(descending=True, stable=True)]
@@ -123,7 +123,9 @@ class Updater:
         size = self.config.train_batch_size
         with self.policy.sampling():
             chunks = [
-                self.objective.observe(self.policy.velocity, items[i : i + size], self.encode(prompts[i : i + size]))
+                self.objective.with_old_policy(
+                    self.policy.velocity, items[i : i + size], self.encode(prompts[i : i + size])
+                )
                 for i in range(0, len(items), size)
             ]
         return type(items).cat(chunks)
