@@ -49,10 +49,13 @@ def decode_images(message: Mapping[str, Any]) -> Tensor:
     shape, format, texts = message.get("shape"), message.get("format"), message.get("images")
     if not isinstance(format, str) or format not in FORMATS or not isinstance(texts, list) or not texts:
         raise ValueError(f"a request needs images, and a format of {' or '.join(FORMATS)}; got format {format!r:.40}")
-    if not isinstance(shape, list) or len(shape) != 3 or any(type(n) is not int for n in shape) or shape[0] != 3:
-        raise ValueError(f"a request's shape must be [3, H, W], got {reprlib.repr(shape)}")
+    sides = [n for n in shape if type(n) is int and 0 < n <= MAX_PIXELS] if isinstance(shape, list) else []
+    if len(sides) != 3 or shape != sides or sides[0] != 3:
+        raise ValueError(
+            f"a request's shape must be [3, H, W] of at most {MAX_PIXELS} pixels, got {reprlib.repr(shape)}"
+        )
     pixels = shape[1] * shape[2]
-    if min(shape) < 1 or pixels > MAX_PIXELS or pixels * len(texts) > MAX_TOTAL_PIXELS:
+    if pixels > MAX_PIXELS or pixels * len(texts) > MAX_TOTAL_PIXELS:
         raise ValueError(
             f"{len(texts)} images of {shape[1]} x {shape[2]} pixels; at most {MAX_PIXELS} an image and "
             f"{MAX_TOTAL_PIXELS} together are taken"
