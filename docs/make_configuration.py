@@ -7,10 +7,8 @@ python docs/make_configuration.py --check    # say whether it is up to date, exi
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import inspect
-import re
 import sys
 from pathlib import Path
 
@@ -19,12 +17,12 @@ from trl_tafs.cli.arguments import ScriptArguments
 from trl_tafs.config import TAFSGRPOConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
-SECTION = re.compile(r" {4}# (.+?) -{5,}$")
 COMPUTED = {"exp_name": "the script's name"}  # defaults that are another on every machine
 INTRO = """\
 # Configuration
 
-Written by `python docs/make_configuration.py` from the help texts in `trl_tafs/config.py`; change them there.
+Written by `python docs/make_configuration.py` from the help texts in the files `options.py`, each beside what it
+configures; change them there.
 
 Every field of `TAFSGRPOConfig` can be set in Python, on the command line and in YAML. What is given on the command line
 counts more than what is in the file. An unknown field is an error in all three.
@@ -56,19 +54,10 @@ text says so.
 """
 
 
-def sections(source: str) -> list[tuple[str, list[str]]]:
-    """(title, field names) of the first class in `source`, in order, by its section comments."""
-    lines = source.splitlines()
-    titles = {i: match[1] for i, line in enumerate(lines, 1) if (match := SECTION.match(line))}
-    body = ast.parse(source).body[0].body
-    fields = {node.lineno: node.target.id for node in body if isinstance(node, ast.AnnAssign)}
-    found: list[tuple[str, list[str]]] = []
-    for line in sorted(titles | fields):
-        if line in titles:
-            found.append((titles[line], []))
-        elif line in fields:
-            found[-1][1].append(fields[line])
-    return [(title, names) for title, names in found if names]
+def sections() -> list[tuple[type, list[str]]]:
+    """The groups of options that `TAFSGRPOConfig` inherits, each with its own fields, in the order of the fields."""
+    groups = [group for group in reversed(TAFSGRPOConfig.__mro__) if "title" in vars(group)]
+    return [(group, [name for name in inspect.get_annotations(group) if name != "title"]) for group in groups]
 
 
 def table(cls: type, names: list[str]) -> str:
@@ -103,8 +92,8 @@ def preset_rows() -> str:
 def text() -> str:
     """The whole document."""
     parts = [INTRO]
-    for title, names in sections(inspect.getsource(TAFSGRPOConfig)):
-        parts.append(f"## {title}\n\n{table(TAFSGRPOConfig, names)}\n")
+    for group, names in sections():
+        parts.append(f"## {vars(group)['title']}\n\n{table(group, names)}\n")
     names = [field.name for field in dataclasses.fields(ScriptArguments)]
     parts.append(
         "## Command line only\n\nOf `trl-tafs train` and `examples/train_sd3.py`, beside all of the above and "

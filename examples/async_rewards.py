@@ -64,9 +64,9 @@ def make_trainer(reward: Waiting, args: argparse.Namespace, threads: int, folder
 
 def collect(trainer: TAFSGRPOTrainer, args: argparse.Namespace) -> tuple[float, list[torch.Tensor]]:
     """Seconds of one epoch's experience, and its rewards."""
-    batches = trainer._batches(trainer.prompts.batch(0, args.batches, args.batch_size))
+    batches = trainer.collector.local_batches(trainer.prompts.batch(0, args.batches, args.batch_size))
     start = time.perf_counter()
-    parts, fault = trainer.collector.collect(batches, 0, 0)
+    parts, fault = trainer.collector.sampler.sample(batches, 0)
     if fault is not None:
         raise fault
     return time.perf_counter() - start, [part.scores for part in parts]
@@ -91,12 +91,12 @@ def main() -> None:
             alone, _ = collect(in_turn, args)
             reward.seconds = args.share * alone / (args.batches * STEPS)
             waited, expected = collect(in_turn, args)
-            threaded.report.stopwatch.pop()
+            threaded.stopwatch.pop()
             hidden_by, got = collect(threaded, args)
             if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
                 raise SystemExit("the rewards differ")
             intermediate = args.batches * (SCORED - 1) * reward.seconds
-            late = max(0.0, threaded.report.stopwatch.pop()["time/reward"] - reward.seconds)
+            late = max(0.0, threaded.stopwatch.pop()["time/reward"] - reward.seconds)
             rounds.append((1 - late / intermediate, alone, waited, hidden_by, reward.seconds))
     share, alone, waited, hidden_by, latency = sorted(rounds)[len(rounds) // 2]
     print(json.dumps({

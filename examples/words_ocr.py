@@ -173,8 +173,8 @@ def train(trainer: TAFSGRPOTrainer, seconds: float | None) -> tuple[float, float
     if seconds is None:
         trainer.train()
     while seconds is not None and time.process_time() - cpu < seconds:
-        trainer.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
-        trainer.first_epoch += 1
+        trainer.progress.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
+        trainer.progress.epoch += 1
     spent = time.perf_counter() - wall, time.process_time() - cpu
     if seconds is not None:
         trainer.save_pretrained()
@@ -200,7 +200,7 @@ def main() -> None:
     print(
         f"trained {trainer.first_epoch} epochs in {seconds:.0f} s ({cpu_seconds:.0f} s of CPU); judging ...", flush=True
     )
-    with trainer.averaged_adapter():  # what was saved
+    with trainer.policy.averaged():  # what was saved
         after = {name: panel.row(pipeline, *ROWS[name]) for name in args.after}
         save_grid(panel, pipeline, folder / "grid_after.png", "after: 4 annealed steps, no guidance")
     print_table({f"before, {k}": v for k, v in before.items()} | {f"after, {k}": v for k, v in after.items()})

@@ -44,16 +44,14 @@ def run(folder, model, batches, fail_at=None, resume="", **changes):
     )
 
     prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
-    rollouts = [
-        trainer.collector.roll_out(b, trainer.config.seed, 0) for b in trainer._batches(trainer._share(prompts))
-    ]
+    rollouts = [trainer.collector.sampler.roll_out(b, 0) for b in trainer.collector.local_batches(prompts)]
     trainer.train()
     return {
         "world": trainer.accelerator.num_processes,
         "final": torch.cat([part.rollout.final for part in rollouts]),
-        "weights": adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name),
-        "curve": trainer.report.reward_curve,
-        "evaluations": trainer.report.evaluations,
+        "weights": adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name),
+        "curve": trainer.progress.reward_curve,
+        "evaluations": trainer.progress.evaluations,
     }
 
 

@@ -2,10 +2,14 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 from trl import TrlParser
 
 from trl_tafs import TAFSGRPOConfig
+from trl_tafs.method.options import MethodOptions
+from trl_tafs.policy.optimizer import make_optimizer
+from trl_tafs.policy.options import OptimizerOptions
 
 DDPO_FIELDS = """
 exp_name run_name seed log_with tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name logdir num_epochs
@@ -17,6 +21,26 @@ train_clip_range train_timestep_fraction per_prompt_stat_tracking per_prompt_sta
 per_prompt_stat_tracking_min_count async_reward_computation max_workers
 """.split()
 GRPO_FIELDS = "num_generations beta scale_rewards reward_weights multi_objective_aggregation".split()
+NAMES = """
+exp_name run_name seed log_with tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name logdir
+num_epochs save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from disable_tqdm sample_num_steps
+sample_eta sample_guidance_scale sample_embedded_guidance_scale sample_batch_size sample_num_batches_per_epoch
+sample_kernel sample_window_size sample_window_interval sample_window_order sample_window_range sample_kappa
+num_perturbations antithetic_perturbations share_initial_noise clean_baseline num_generations group_allocation
+min_generations max_generations group_optimism group_memory group_tracker_capacity sampler_kwargs height width
+max_sequence_length negative_prompts offload_text_encoders model_cpu_offload vae_tiling decode_batch_size
+prompt_cache_dir reward_weights multi_objective_aggregation scale_rewards async_reward_computation max_workers
+reward_max_retries reward_retry_delay reward_on_failure step_credit credit_trace credit_discount num_advantage_steps
+train_adv_clip_max per_prompt_stat_tracking per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count
+credit_kwargs objective forward_levels forward_num_levels forward_images nft_beta old_policy_decay old_policy_ramp
+train_batch_size train_gradient_accumulation_steps train_num_inner_epochs train_timestep_fraction train_cfg
+train_learning_rate train_lr_scheduler_type train_lr_warmup_steps train_adam_beta1 train_adam_beta2
+train_adam_weight_decay train_adam_epsilon train_use_8bit_adam train_max_grad_norm train_clip_range
+train_log_prob_reduction train_level_weighting beta objective_kwargs train_gradient_checkpointing train_use_ema
+train_ema_decay full_finetuning lora_rank lora_alpha lora_target_modules lora_fold_alpha adapter_name_or_path
+eval_freq eval_num_steps eval_samplers eval_images_per_prompt eval_batch_size metric_for_best_model greater_is_better
+early_stopping_patience sample_grid_freq sample_grid_rows push_to_hub hub_model_id hub_private_repo
+""".split()
 FIELDS = {field.name: field for field in dataclasses.fields(TAFSGRPOConfig)}
 
 
@@ -33,6 +57,10 @@ def equal(a, b):
         "exp_name": "",
         "run_name": "",
     }
+
+
+def test_names_and_their_order_are_pinned():
+    assert list(FIELDS) == NAMES
 
 
 @pytest.mark.parametrize("name", DDPO_FIELDS + GRPO_FIELDS)
@@ -158,6 +186,24 @@ def test_dictionaries_are_json_mappings_or_an_error_that_names_the_field(name):
         TAFSGRPOConfig(**{name: "[1]"})
 
 
+@pytest.mark.parametrize("name", ["sampler_kwargs", "credit_kwargs", "objective_kwargs"])
+def test_options_of_a_parts_own_are_a_mapping_of_those_it_has(name):
+    assert getattr(TAFSGRPOConfig(), name) == getattr(TAFSGRPOConfig(**{name: "{}"}), name) == {}
+    with pytest.raises(ValueError, match=f"{name} isn't JSON"):
+        TAFSGRPOConfig(**{name: "a=1"})
+    with pytest.raises(ValueError, match=f"{name} has 'a', which .* doesn't take: it has no options of its own"):
+        TAFSGRPOConfig(**{name: '{"a": 1}'})
+
+
+def test_a_group_is_checked_by_itself_and_the_config_is_one():
+    with pytest.raises(ValueError, match="train_learning_rate is 0"):
+        OptimizerOptions(train_learning_rate=0)
+    config = TAFSGRPOConfig(train_learning_rate=0.5)
+    assert isinstance(config, OptimizerOptions) and isinstance(config, MethodOptions)
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimizerOptions(train_learning_rate=0.5))
+    assert optimizer.defaults == make_optimizer([torch.nn.Parameter(torch.zeros(1))], config).defaults
+
+
 def test_list_defaults_are_each_instances_own():
     TAFSGRPOConfig().eval_num_steps.append(99)
     assert 99 not in TAFSGRPOConfig().eval_num_steps
@@ -208,8 +254,14 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"num_advantage_steps": 0}, "num_advantage_steps is 0"),
         ({"step_credit": "sum"}, "step_credit='sum' .* scores the final image alone; use forward_images='every'"),
         ({"objective": "awm", "num_advantage_steps": 2}, "num_advantage_steps=2: objective='awm'"),
-        ({"train_clip_range": 0.1}, "train_clip_range=0.1 clips a ratio, and objective='forward' has none"),
-        ({"per_prompt_stat_tracking": True, "scale_rewards": "none"}, "scale_rewards='none' says nothing"),
+        (
+            {"train_clip_range": 0.1},
+            "train_clip_range=0.1 has no effect with .*='forward', which reads forward_levels",
+        ),
+        (
+            {"per_prompt_stat_tracking": True, "scale_rewards": "none"},
+            "scale_rewards='none' has no effect",
+        ),
         ({"sample_guidance_scale": 4.5}, "sample_guidance_scale=4.5 with train_cfg=False: .* same guidance"),
         ({"train_cfg": True}, "sample_guidance_scale=1.0 with train_cfg=True"),
         ({"num_perturbations": 3, "antithetic_perturbations": True}, "even num_perturbations, not 3; use 4"),
@@ -227,6 +279,12 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"objective": "forward", "forward_levels": "all"}, "forward_levels is 'all'; use one of sampler, random, tr"),
         ({"objective": "forward", "forward_images": "first"}, "forward_images is 'first'; use one of final, every"),
         ({"nft_beta": 0.0}, "nft_beta is 0.0"),
+        (
+            {"objective": "awm", "nft_beta": 0.5},
+            "nft_beta=0.5 has no effect with objective='awm', which reads",
+        ),
+        ({"objective": "clipped", "forward_images": "every"}, "forward_images=every has no effect with .*='clipped'"),
+        ({"train_log_prob_reduction": "mean"}, "train_log_prob_reduction=mean has no effect with objective='forward'"),
         ({"forward_num_levels": 0}, "forward_num_levels is 0"),
         ({"old_policy_decay": 1.0}, "old_policy_decay is 1.0"),
         ({"old_policy_decay": 0.5, "old_policy_ramp": 0.0}, "old_policy_ramp is 0.0"),
@@ -242,7 +300,7 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"sample_kernel": "cps", "sample_eta": 1.5}, "sample_kernel='cps' it must lie in .0, 1"),
         (
             {"sample_kernel": "clean", "objective": "clipped", "sample_eta": 0.5},
-            "says nothing to sample_kernel='clean'",
+            "has no effect with sample_kernel='clean'",
         ),
         ({"sample_kernel": "ode", "objective": "clipped"}, "sample_kernel='ode' has no density"),
         ({"sample_window_range": 2}, "needs a sample_window_size"),

@@ -79,7 +79,7 @@ def test_a_family_knows_the_maths_and_its_base_alone(name):
 @pytest.mark.parametrize("name", modules_below("rewards"))
 def test_a_reward_knows_neither_trainer_nor_pipeline(name):
     known = own(MODULES[name], checking=True)
-    assert known <= {"types", "rewards"} | {name for name in known if name.startswith("rewards.")}
+    assert known <= {"types", "rewards", "web"} | {name for name in known if name.startswith("rewards.")}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ("trl_tafs.cli", "trl_tafs.trainer")])
@@ -105,7 +105,7 @@ def test_the_package_itself_imports_nothing_before_it_is_asked():
 )
 def test_heavy_libraries_are_loaded_where_they_are_used(name):
     heavy = {"diffusers", "transformers", "open_clip", "accelerate", "peft", "trl", "datasets", "huggingface_hub"}
-    heavy |= {"rapidocr", "onnxruntime", "requests", "starlette", "uvicorn", "openai", "matplotlib", "sklearn"}
+    heavy |= {"rapidocr", "onnxruntime", "httpx2", "starlette", "uvicorn", "openai", "matplotlib", "sklearn"}
     assert not foreign(MODULES[f"trl_tafs.{name}"], lazy=False) & heavy
 
 

@@ -20,7 +20,7 @@ def log(folder):
 
 
 def lora(trainer):
-    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name)
+    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name)
 
 
 def test_an_epoch_moves_the_lora_and_nothing_else(pipeline, tmp_path):
@@ -188,8 +188,8 @@ def test_ddpo_s_methods(pipeline, tmp_path):
     ratio = torch.tensor([1.5, 0.5, 1.0])
     expected = -(math.exp(0.2) - math.exp(-0.2) + 1.0) / 3  # both clipped, in log space
     assert trainer.loss(torch.tensor([1.0, -1.0, 1.0]), 0.2, ratio).item() == pytest.approx(expected)
-    part = trainer.collector.roll_out(trainer.prompts.batch(0, 1, 8), 1, 0)
-    rows = trainer.objective.rows(part.rollout, torch.ones(8, 3, 1))
+    part = trainer.collector.sampler.roll_out(trainer.prompts.batch(0, 1, 8), 0)
+    rows = trainer.algorithm.objective.items(part.rollout, torch.ones(8, 3, 1))
     loss, approx_kl, clipfrac = trainer.calculate_loss(rows[:4], trainer.encode(["two"] * 4))
     assert loss.requires_grad and approx_kl.ndim == clipfrac.ndim == 0
     assert trainer.step(0, 5) == 6
@@ -262,16 +262,25 @@ def test_an_evaluation_without_a_verdict_is_passed_over(pipeline, tmp_path, grea
     settings = {"eval_freq": 1, "eval_prompts": ["three"], "early_stopping_patience": 1}
     trainer = tiny.trainer(pipeline, tmp_path, metric_for_best_model="m", greater_is_better=greater, **settings)
     better, worse = (0.3, 0.1) if greater else (0.1, 0.3)
+
+    def keep(results, epoch):
+        if trainer.progress.add_evaluation(epoch, results, "m", greater):
+            trainer.checkpoints.save_best(epoch, "m", results["m"])
+        return trainer.progress.out_of_patience(1)
+
     for epoch, (value, best, stop) in enumerate(
         [(math.nan, None, False), (0.2, 0.2, False), (math.nan, 0.2, False), (better, better, False)]
     ):
         with pytest.warns(UserWarning, match="m is NaN at epoch") if math.isnan(value) else nullcontext():
-            assert trainer._keep_best({"m": value}, epoch) == stop
-        assert trainer.best_metric == best
-    trainer.best_metric = math.nan  # of an older checkpoint
-    trainer._keep_best({"m": worse}, 9)
-    assert trainer.best_metric == worse and json.loads((tmp_path / "best" / "best.json").read_text())["epoch"] == 9
-    assert trainer._keep_best({"m": worse}, 10), "patience counts the others"
+            assert keep({"m": value}, epoch) == stop
+        assert trainer.progress.best_metric == best
+    trainer.progress.best_metric = math.nan  # of an older checkpoint
+    keep({"m": worse}, 9)
+    assert (
+        trainer.progress.best_metric == worse
+        and json.loads((tmp_path / "best" / "best.json").read_text())["epoch"] == 9
+    )
+    assert keep({"m": worse}, 10), "patience counts the others"
 
 
 def test_evaluation_has_fixed_noise_and_both_samplers(pipeline, tmp_path):
@@ -300,7 +309,7 @@ def test_images_do_not_depend_on_the_batch_size(pipeline_folder, tmp_path):
             sample_batch_size=batch_size,
             sample_num_batches_per_epoch=16 // batch_size,
         )
-        parts, _ = trainer.collector.collect(trainer._batches(trainer.prompts.batch(0, 2, 8)), 1, 0)
+        parts, _ = trainer.collector.sampler.sample(trainer.collector.local_batches(trainer.prompts.batch(0, 2, 8)), 0)
         return torch.cat([part.rollout.final for part in parts]), torch.cat([p.rollout.actions for p in parts])
 
     (final, actions), (other_final, other_actions) = images(8), images(4)
@@ -350,7 +359,7 @@ def test_a_plain_pipeline_is_refused(pipeline_folder, tmp_path):
 def test_bad_rewards_and_prompts_stop_before_the_first_rollout(pipeline, tmp_path, arguments, message):
     trainer = tiny.trainer(pipeline, tmp_path, **arguments)
     rolled_out = []
-    trainer.collector.roll_out = lambda *args: rolled_out.append(args)
+    trainer.collector.sampler.roll_out = lambda *args: rolled_out.append(args)
     with pytest.raises((RewardError, ValueError), match=message):
         trainer.train()
     assert not rolled_out
@@ -358,7 +367,7 @@ def test_bad_rewards_and_prompts_stop_before_the_first_rollout(pipeline, tmp_pat
 
 def test_no_verdict_at_all_is_an_error(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, reward=lambda i, p, m: [None] * len(p))
-    with pytest.raises(RewardError, match="gave no verdict .* for any of the epoch's 48 images"):
+    with pytest.raises(RewardError, match="gave no score .* for any of the epoch's 48 images"):
         trainer.train()
 
 
@@ -382,7 +391,7 @@ def test_the_users_lora_config_and_going_on_from_an_adapter(pipeline_folder, tmp
     first.train()
     saved = tmp_path / "a" / "adapter"
     second = tiny.trainer(tiny.load(pipeline_folder), tmp_path / "b", adapter_name_or_path=str(saved))
-    assert second.lora_config.r == 2 and second.lora_config.lora_alpha == 6
+    assert second.policy.lora_config.r == 2 and second.policy.lora_config.lora_alpha == 6
     assert all(torch.equal(value, lora(second)[key]) for key, value in lora(first).items())
 
     loaded = tiny.load(pipeline_folder)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trl_tafs.config import TAFSGRPOConfig
-from trl_tafs.method.advantages import Advantages, PerPromptStatTracker
+from trl_tafs.method.advantages import Advantages, AdvantageTable, PerPromptStatTracker
 from trl_tafs.method.allocation import FixedGroups, GroupSizes, PromptTracker, StreamingGroups, VarianceGroups
-from trl_tafs.method.credit import Credit
-from trl_tafs.method.kernels import KERNELS, Kernel, Windowed
+from trl_tafs.method.credit import Credit, TerminalCredit
+from trl_tafs.method.kernels import Kernel, Windowed
 from trl_tafs.method.levels import SlidingWindow
 from trl_tafs.method.losses import clip_range_for
-from trl_tafs.method.objectives import OBJECTIVES, Objective
+from trl_tafs.method.objectives import Objective
 from trl_tafs.method.rollout import default_scored_steps
+from trl_tafs.method.types import PromptBatch, RewardTable
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 
 
@@ -40,6 +42,17 @@ class Algorithm:
         """The kernel of an epoch: with its window, where there is one."""
         return self.kernel if self.window is None else Windowed(self.kernel, self.window.at(epoch))
 
+    def credit(self, rewards: RewardTable, prompts: PromptBatch, epoch: int) -> AdvantageTable:
+        """Return an epoch's advantages (B, S, M), with the combined rewards that they come from (Eq. 9 and 10)."""
+        scored = self.levels[list(self.scored_steps_at(epoch))]
+        trained = len(self.kernel_at(epoch).trained_steps(len(self.levels) - 1))
+        return self.advantages(rewards, prompts.group_ids, prompts.prompts, trained, scored)
+
+    def states(self) -> dict[str, Any]:
+        """Return what it learns from epoch to epoch, by name: objects with `state_dict` and `load_state_dict`."""
+        found = {"stat_tracker": self.stat_tracker, "prompt_tracker": self.prompt_tracker}
+        return {name: item for name, item in found.items() if item is not None}
+
     def scored_steps_at(self, epoch: int) -> range:
         """The steps, 0-based, whose clean images are scored in an epoch."""
         num_steps = len(self.levels) - 1
@@ -47,10 +60,10 @@ class Algorithm:
 
 
 def build_algorithm(
-    config: TAFSGRPOConfig, plan: EpochPlan, pipeline: TAFSPipelineMixin, height: int, width: int, device: torch.device
+    config: TrainingOptions, plan: EpochPlan, pipeline: TAFSPipelineMixin, height: int, width: int, device: torch.device
 ) -> Algorithm:
     """The algorithm that `config` asks for, at one image size."""
-    kernel = build_kernel(config)
+    kernel = config.kernel_class.from_options(config)
     latent_shape = pipeline.latent_shape(height, width)
     buffer, least = config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
     tracker = PerPromptStatTracker(buffer, least) if config.per_prompt_stat_tracking else None
@@ -75,17 +88,17 @@ def build_algorithm(
         ),
         stat_tracker=tracker,
         clip_range=clip_range,
-        objective=build_objective(config, kernel, clip_range),
+        objective=config.objective_class.from_options(config, kernel, clip_range),
     )
 
 
-def build_credit(config: TAFSGRPOConfig) -> Credit:
+def build_credit(config: TrainingOptions) -> Credit:
     """The credit rule; objectives of the final image know one reward only."""
-    name = "terminal" if config.credits_final_image else config.step_credit
-    return Credit(name, config.num_advantage_steps, config.credit_trace, config.credit_discount)
+    rule = TerminalCredit() if config.credits_final_image else config.credit_rule
+    return Credit(rule, config.num_advantage_steps)
 
 
-def build_window(config: TAFSGRPOConfig) -> SlidingWindow | None:
+def build_window(config: TrainingOptions) -> SlidingWindow | None:
     """Where the sampler explores, if not everywhere."""
     if config.sample_window_size is None:
         return None
@@ -98,7 +111,7 @@ def build_window(config: TAFSGRPOConfig) -> SlidingWindow | None:
     )
 
 
-def build_prompt_tracker(config: TAFSGRPOConfig) -> PromptTracker | None:
+def build_prompt_tracker(config: TrainingOptions) -> PromptTracker | None:
     """What is known of each prompt, where group sizes follow it; one value a scored step."""
     if config.group_allocation == "fixed":
         return None
@@ -106,42 +119,9 @@ def build_prompt_tracker(config: TAFSGRPOConfig) -> PromptTracker | None:
     return PromptTracker(num_values, config.group_memory, config.group_tracker_capacity)
 
 
-def build_groups(config: TAFSGRPOConfig, plan: EpochPlan, tracker: PromptTracker | None) -> GroupSizes:
+def build_groups(config: TrainingOptions, plan: EpochPlan, tracker: PromptTracker | None) -> GroupSizes:
     """How an epoch's images are shared among its prompts."""
     if tracker is None:
         return FixedGroups(plan.group_size)
     allocation = {"variance": VarianceGroups, "streaming": StreamingGroups}[config.group_allocation]
     return allocation(tracker, plan.group_size, plan.least_images, plan.most_images, config.group_optimism)
-
-
-def build_objective(config: TAFSGRPOConfig, kernel: Kernel, clip_range: float) -> Objective:
-    """The objective with its own options."""
-    ratio = {"clip_range": clip_range, "reduction": config.train_log_prob_reduction}
-    forward = {
-        "levels": config.forward_levels,
-        "images": config.forward_images,
-        "num_levels": config.forward_num_levels,
-        "nft_beta": config.nft_beta,
-        "adv_clip": config.train_adv_clip_max,
-        "weighting": config.level_weighting,
-    }
-    options = {
-        "clipped": {"kernel": kernel, "level_weighting": config.level_weighting, **ratio},
-        "forward": forward,
-        "awm": forward | ratio,
-    }
-    usual = options["clipped" if config.from_actions else "forward"]
-    return OBJECTIVES[config.objective](beta=config.beta, **options.get(config.objective, usual))
-
-
-def build_kernel(config: TAFSGRPOConfig) -> Kernel:
-    """The transition kernel with its own options."""
-    options = {
-        "clean": {"kappa": config.sample_kappa, "baseline": config.clean_baseline},
-        "ode": {},
-    }
-    return KERNELS[config.sample_kernel](
-        num_actions=config.num_perturbations,
-        antithetic=config.antithetic_perturbations,
-        **options.get(config.sample_kernel, {"eta": config.sample_eta}),
-    )

@@ -5,9 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def any_process(accelerator: Any, flag: bool) -> bool:
-    """Whether the flag is up on any process."""
+    """Return whether the flag is up on any process."""
     total = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
     return bool(total.item() > 0)
+
+
+def same_everywhere(accelerator: Any, value: Any) -> Any:
+    """Return the main process's value on every process."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def share(accelerator: Any, count: int) -> slice:
+    """Return this process's consecutive share of `count` items, which divide among the processes."""
+    size = count // accelerator.num_processes
+    return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+def gather_rows(accelerator: Any, rows: Tensor) -> Tensor:
+    """Return the rows of all processes, in their order, on the CPU."""
+    return accelerator.gather(rows.to(accelerator.device)).cpu()
+
+
+def progress_bar(accelerator: Any, disable: bool, *args: Any, **options: Any) -> Any:
+    """Return a tqdm bar that is shown by each machine's first process, if at all."""
+    from tqdm.auto import tqdm
+
+    return tqdm(*args, disable=disable or not accelerator.is_local_main_process, **options)

@@ -104,8 +104,8 @@ def epoch_seconds(task_name: str, methods: dict[str, dict], rounds: int = 5, epo
 
 def train_epoch(trainer: TAFSGRPOTrainer) -> None:
     """One epoch, without evaluation, files or logs."""
-    trainer.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
-    trainer.first_epoch += 1
+    trainer.progress.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
+    trainer.progress.epoch += 1
 
 
 def train(

@@ -89,9 +89,9 @@ def save_curve(trainer, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*trainer.report.reward_curve, strict=True), label="reward in training")
+    axes.plot(*zip(*trainer.progress.reward_curve, strict=True), label="reward in training")
     for name, label in (("reward", "reward, fixed noise"), ("held_out", "held-out judge, fixed noise")):
-        points = [(e["epoch"], e[f"eval/annealed_4/{name}"]) for e in trainer.report.evaluations]
+        points = [(e["epoch"], e[f"eval/annealed_4/{name}"]) for e in trainer.progress.evaluations]
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.set(xlabel="epoch", ylabel="probability of the asked digit", ylim=(0, 1), title="4 annealed steps")
     axes.legend()
@@ -111,12 +111,12 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 def check_adapter(trainer, folder: Path) -> str:
     """Run the lines that load the adapter in plain diffusers; the image must be the trained policy's, bit for bit."""
     near = partial(os.path.relpath, start=Path.cwd())
-    code = usage_code(trainer.report.facts(folder, None), base=near(PIPELINE), adapter=near(folder))
+    code = usage_code(trainer.publisher.facts(folder, None), base=near(PIPELINE), adapter=near(folder))
     code = code.replace('"image.png"', f'"{near(folder.parent / "image.png")}"')
     scope: dict = {}
     torch.manual_seed(0)
     exec(code, scope)
-    pipe, prompt = scope["pipe"], trainer.report.card_prompts()[0]
+    pipe, prompt = scope["pipe"], trainer.publisher.card_prompts()[0]
     call = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "output_type": "pt"}
     noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(1)

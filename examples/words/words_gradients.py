@@ -57,23 +57,19 @@ ESTIMATORS = {
 
 def gradient(trainer: TAFSGRPOTrainer, epoch: int) -> Tensor:
     """The loss's gradient on one epoch's experience, flat; parameters without one (LoRA's A at first) left out."""
-    config, plan = trainer.config, trainer.plan
-    prompts = trainer.prompts.batch(epoch, plan.num_groups, plan.group_size)
-    batches = [prompts[i : i + config.sample_batch_size] for i in range(0, len(prompts), config.sample_batch_size)]
-    parts, fault = trainer.collector.collect(batches, config.seed, epoch)
-    if fault is not None:
-        raise fault
-    table = trainer._gather_rewards(parts)
-    advantages = trainer.algorithm.advantages(table, prompts.group_ids, prompts.prompts, config.num_trained_steps)
-    rows = trainer.updater.rows(parts, advantages, epoch)
+    config = trainer.config
+    experience = trainer.collector.collect(epoch, 0)
+    prompts = experience.prompts
+    advantages = trainer.algorithm.credit(experience.rewards, prompts, epoch).advantages
+    rows = trainer.updater.minibatch_items(experience.batches, advantages, epoch)
     asked = [prompts.prompts[image] for image in rows.sample.tolist()]
-    for parameter in trainer.parameters:
+    for parameter in trainer.policy.parameters:
         parameter.grad = None
     for i in range(0, len(rows), config.train_batch_size):
         chunk = rows[i : i + config.train_batch_size]
         loss = trainer.compute_loss(chunk, trainer.encode(asked[i : i + config.train_batch_size])).loss
         (loss * len(chunk) / len(rows)).backward()
-    return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad.any()])
+    return torch.cat([p.grad.flatten() for p in trainer.policy.parameters if p.grad.any()])
 
 
 def cosine(gradients: Tensor) -> float:

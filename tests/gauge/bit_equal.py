@@ -104,10 +104,10 @@ def rewards() -> dict[str, Any]:
 
 def states(checkpoint: Path, config: Any) -> dict[str, Any]:
     """What a checkpoint holds besides weights, by name."""
-    found = {"optimizer": torch.load(checkpoint / "optimizer.bin", weights_only=True)}
     named = checkpoint / "states"
     if named.is_dir():
-        return found | {path.stem: torch.load(path, weights_only=True) for path in sorted(named.glob("*.pt"))}
+        return {path.stem: torch.load(path, weights_only=True) for path in sorted(named.glob("*.pt"))}
+    found = {"optimizer": torch.load(checkpoint / "optimizer.bin", weights_only=True)}
     names = [name for name, there in REGISTERED if there(config)]
     for i, name in enumerate(names):
         found[name] = torch.load(checkpoint / f"custom_checkpoint_{i}.pkl", weights_only=False)

@@ -27,6 +27,9 @@ from trl_tafs import AutoTAFSPipeline  # noqa: E402
 from trl_tafs.hub.card import create_model_card, usage_code, write_model_card  # noqa: E402
 from trl_tafs.hub.facts import CardFacts, base_model_facts  # noqa: E402
 from trl_tafs.hub.scrub import scrub  # noqa: E402
+from trl_tafs.method.credit import SumCredit  # noqa: E402
+from trl_tafs.method.kernels import FlowSde, Ode  # noqa: E402
+from trl_tafs.method.objectives import ClippedObjective  # noqa: E402
 from trl_tafs.policy.adapter_file import (  # noqa: E402
     SCHEDULER_FILE,
     WEIGHT_NAME,
@@ -404,11 +407,15 @@ def test_the_card_says_how_it_was_trained_and_is_to_be_sampled():
 
     ours = text()
     assert "scheduler anneals" in ours and "the final images are scored" in ours and "re-noising follows" in ours
-    steps = text(objective="clipped", scores_every_step=True)
-    assert "every step's clean images are scored" in steps and "clipped policy gradient" in steps
-    ode = text(sample_kernel="ode", anneals=False)
+    steps = text(moved=ClippedObjective.description, credited=SumCredit.description, scores_every_step=True)
+    assert (
+        "every step's clean images are scored" in steps
+        and "answers for all of them" in steps
+        and "clipped policy gradient" in steps
+    )
+    ode = text(drawn=Ode.description, anneals=False)
     assert "solves the ODE" in ode and "are drawn by the ODE" in ode and "noise" not in ode.split("## Noise levels")[0]
-    assert "stochastic sampler (`flow_sde`)" in text(sample_kernel="flow_sde", anneals=False)
+    assert "are drawn by Flow-GRPO's SDE" in text(drawn=FlowSde.description, anneals=False)
 
 
 def test_card_facts_are_checked():
@@ -469,6 +476,8 @@ def test_the_card_s_code_loads_the_revision_that_was_trained_on(tmp_path):
 # Over HTTP: one process pushes, another has nothing but diffusers and the repository's name
 
 PUSH = """
+from trl_tafs.hub import card
+from trl_tafs.hub.push import PushError, prepare_repo, push_folder
 import sys
 loaded = {"diffusers", "huggingface_hub", "peft", "transformers"} & sys.modules.keys()
 import json, os, time
@@ -509,6 +518,7 @@ card = open(hf_hub_download("user/digits-lora", "README.md"), encoding="utf-8").
 exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
 assert not any(name.startswith("trl_tafs") for name in sys.modules)
 
+from trl_tafs.policy.adapter_file import WEIGHT_NAME, check_adapter_fits, read_adapter
 state_dict, config = read_adapter("user/digits-lora", revision="epoch-2")
 assert config.lora_alpha == 16 and config.r == 4, config
 check_adapter_fits(state_dict, StableDiffusion3Pipeline.from_pretrained("digits-base").transformer)

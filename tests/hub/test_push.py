@@ -13,6 +13,7 @@ TOKEN = "hf_" + "trainertoken" * 3
 TRAIN = """
 import sys
 import numpy, tiny, torch
+from trl_tafs.hub.push import PushError
 
 settings = dict(num_epochs=2, train_learning_rate=1e-2, push_to_hub=True, hub_model_id="tiny-tafs", run_name="tiny")
 try:

@@ -12,7 +12,8 @@ from trl_tafs.method.advantages import (
     normalize_groups,
     normalize_states,
 )
-from trl_tafs.method.credit import Credit, trace_advantages
+from trl_tafs.method.credit import CREDITS, Credit, TraceCredit, trace_advantages
+from trl_tafs.method.options import CreditOptions
 from trl_tafs.method.types import RewardTable
 
 NAN = float("nan")
@@ -34,7 +35,9 @@ def ids(*sizes):
 def advantages(values, group_ids, credit="step", num_trained=3, prompts=None, weights=None, last=None, **options):
     prompts = ["p"] * len(group_ids) if prompts is None else prompts
     options.setdefault("scale", "none")
-    return Advantages(Credit(credit, last), **options)(table(values, weights), group_ids, prompts, num_trained)
+    return Advantages(Credit(CREDITS[credit](), last), **options)(
+        table(values, weights), group_ids, prompts, num_trained
+    ).advantages
 
 
 def random_rewards(*shape, seed=0):
@@ -147,7 +150,7 @@ TWO = [[1.0, 4.0, 0.0], [3.0, 0.0, 2.0]]
     ],
 )
 def test_credits_by_hand(credit, last, expected):
-    scored = Credit(credit, last).scored_steps(range(1, 4))
+    scored = Credit(CREDITS[credit](), last).scored_steps(range(1, 4))
     values = torch.tensor(TWO)[:, [n - 1 for n in scored]]  # what the rollout would decode
     got = advantages(values, ids(2), credit, last=last)
     assert got.shape == (2, 3, 1)
@@ -193,7 +196,7 @@ def test_gain_is_normalised_after_the_difference():
     ],
 )
 def test_only_the_steps_that_are_used_are_decoded(credit, last, expected):
-    assert Credit(credit, last).scored_steps(range(1, 4)) == expected
+    assert Credit(CREDITS[credit](), last).scored_steps(range(1, 4)) == expected
 
 
 @pytest.mark.parametrize("credit", ["step", "sum", "reward_to_go", "terminal", "gain"])
@@ -206,10 +209,10 @@ def test_one_trained_step_makes_every_credit_but_gain_the_same(credit):
 
 
 def test_unknown_credit_and_no_steps_are_errors():
-    with pytest.raises(ValueError, match="'discounted' is unknown; use one of step, sum"):
-        Credit("discounted")
+    with pytest.raises(ValueError, match="step_credit is 'discounted'; use one of step, sum"):
+        CreditOptions(step_credit="discounted")
     with pytest.raises(ValueError, match="num_advantage_steps is 0"):
-        Credit("step", 0)
+        Credit(num_advantage_steps=0)
 
 
 def test_sum_then_normalize_weighs_the_raw_rewards():
@@ -498,10 +501,10 @@ def test_trace_by_hand():
 
 
 def test_the_trace_credit_scores_one_step_more_and_is_normalised():
-    credit = Credit("trace", None, trace=1.0)
+    credit = Credit(TraceCredit(trace=1.0))
     assert credit.scored_steps(range(1, 4), 4) == range(0, 4)
     values, group_ids, levels = random_rewards(8, 4), ids(4, 4), torch.tensor([1.0, 0.75, 0.5, 0.25])
-    got = Advantages(credit)(table(values), group_ids, ["p"] * 8, 3, levels)
+    got = Advantages(credit)(table(values), group_ids, ["p"] * 8, 3, levels).advantages
     expected = normalize_groups(trace_advantages(values[..., None], levels, 1.0), group_ids)
     torch.testing.assert_close(got, expected)
     with pytest.raises(ValueError, match="needs the levels"):
@@ -509,8 +512,8 @@ def test_the_trace_credit_scores_one_step_more_and_is_normalised():
 
 
 def test_terminal_credit_scores_the_image_that_is_returned_even_if_only_early_steps_train():
-    assert Credit("terminal").scored_steps(range(1, 4), 10) == range(9, 10)
-    assert Credit("step").scored_steps(range(1, 4), 10) == range(1, 4)
+    assert Credit(CREDITS["terminal"]()).scored_steps(range(1, 4), 10) == range(9, 10)
+    assert Credit().scored_steps(range(1, 4), 10) == range(1, 4)
 
 
 def test_unequal_groups_are_each_normalised_exactly():
@@ -532,11 +535,11 @@ def test_a_prompt_with_a_single_image_takes_its_expected_reward_as_baseline():
     def baseline(asked):
         return torch.tensor([[known[p]] for p in asked])
 
-    got = Advantages(Credit("step"), baseline=baseline)(table(values), group_ids, prompts, 1)[:, 0, 0]
+    got = Advantages(Credit(), baseline=baseline)(table(values), group_ids, prompts, 1).advantages[:, 0, 0]
     deviation = 0.2  # of .2 .4 .6, the one group that has one
     expected = torch.tensor([(0.9 - 0.5) / deviation, -1.0, 0.0, 1.0, 0.0])
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # "c" was never seen: no verdict
-    alone = Advantages(Credit("step"))(table(values), group_ids, prompts, 1)[:, 0, 0]
+    alone = Advantages(Credit())(table(values), group_ids, prompts, 1).advantages[:, 0, 0]
     assert alone[0] == 0, "without a tracker a single image says nothing"
 
 
@@ -547,11 +550,15 @@ def test_a_single_image_with_a_baseline_does_not_widen_the_batchs_deviation():
         return torch.full((len(asked), 1), 20.0)
 
     prompts = ["a"] * 4 + ["b"] * 4 + ["c"]
-    got = Advantages(Credit("step"), scale="batch", baseline=baseline)(table(values), group_ids, prompts, 1)[:, 0, 0]
-    without = Advantages(Credit("step"), scale="batch")(table(values[:8]), group_ids[:8], prompts[:8], 1)[:, 0, 0]
+    got = Advantages(Credit(), scale="batch", baseline=baseline)(table(values), group_ids, prompts, 1).advantages[
+        :, 0, 0
+    ]
+    without = Advantages(Credit(), scale="batch")(table(values[:8]), group_ids[:8], prompts[:8], 1).advantages[:, 0, 0]
     torch.testing.assert_close(got[:8], without, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[8], (values[8, 0] - 20) / (values[:8].std() + EPS), rtol=1e-3, atol=1e-4)
-    alone = Advantages(Credit("step"), scale="batch", baseline=baseline)(table(values[:2]), ids(1, 1), ["a", "b"], 1)
+    alone = Advantages(Credit(), scale="batch", baseline=baseline)(
+        table(values[:2]), ids(1, 1), ["a", "b"], 1
+    ).advantages
     torch.testing.assert_close(alone[:, 0, 0], values[:2, 0] - 20, rtol=1e-3, atol=1e-4)  # no deviation is known
 
 

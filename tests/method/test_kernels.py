@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from trl_tafs.method.kernels import (
     Clean,
     DanceSde,
     FlowSde,
+    Kernel,
     Ode,
     Transition,
     Windowed,
     clean_estimate,
 )
 from trl_tafs.method.levels import uniform_levels, with_zero
+from trl_tafs.method.options import SamplingOptions
 
 SHAPE = (3, 2, 4, 5)  # (B, *), D = 40
 D = 40
@@ -280,7 +283,10 @@ def test_an_unknown_reduction_is_an_error_that_names_the_known_ones():
 
 def test_names_of_the_kernels():
     assert set(KERNELS) == {"annealed", "clean", "flow_sde", "dance_sde", "cps", "ode"}
-    assert KERNELS["cps"] is Annealed, "at eta = 1 they are one, and below it the annealed kernel is CPS"
+    assert issubclass(KERNELS["cps"], Annealed), "at eta = 1 they are one, and below it the annealed kernel is CPS"
+    assert [name for name, make in KERNELS.items() if make.anneals] == ["annealed", "clean"]
+    etas = {"annealed": 1.0, "clean": None, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ode": None}
+    assert {name: make.default_eta() for name, make in KERNELS.items()} == etas
     assert all(make().trained_steps(4) for make in KERNELS.values())
     assert [name for name, make in KERNELS.items() if not make().has_density] == ["ode"]
 
@@ -394,3 +400,36 @@ def test_a_window_explores_inside_and_follows_the_ode_outside():
     assert torch.equal(kernel.next_state(x, v, s, s_next, action, x), action)
     assert torch.equal(kernel.transition(x, v, s, s_next).mean, FlowSde().transition(x, v, s, s_next).mean)
     assert not hasattr(kernel, "no_such_thing")
+
+
+@pytest.mark.parametrize("fact", ["has_density", "reward_lag", "anneals", "renoises", "action_is_state"])
+@pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
+def test_what_a_kernel_is_cannot_be_given_to_it(make, fact):
+    with pytest.raises(TypeError, match=fact):
+        make(**{fact: not getattr(make, fact)})
+
+
+def test_a_window_is_what_its_kernel_is():
+    for kernel in (Annealed(0.5), FlowSde(num_actions=2, antithetic=True), Clean()):
+        windowed = Windowed(kernel, range(1, 2))
+        for fact in (*Kernel.__annotations__, "scores_mean"):
+            assert getattr(windowed, fact) == getattr(kernel, fact), fact
+
+
+@dataclass(frozen=True)
+class Tempered(Annealed):
+    strength: float = 1.0
+
+
+def test_a_kernel_is_made_from_options_and_brings_its_own(monkeypatch):
+    monkeypatch.setitem(KERNELS, "tempered", Tempered)
+    options = SamplingOptions(sample_kernel="tempered", sampler_kwargs='{"strength": 0.5}', num_perturbations=3)
+    assert Tempered.from_options(options) == Tempered(strength=0.5, num_actions=3) and options.anneals
+    assert Clean.from_options(SamplingOptions(sample_kappa=0.2, clean_baseline="group")) == Clean(0.2, "group")
+    told = "sampler_kwargs has 'force', which Tempered doesn't take: its own options are strength"
+    with pytest.raises(ValueError, match=told):
+        SamplingOptions(sample_kernel="tempered", sampler_kwargs={"force": 1})
+    with pytest.raises(ValueError, match="it has no options of its own; use the option sample_eta"):
+        SamplingOptions(sampler_kwargs={"eta": 0.5})
+    with pytest.raises(ValueError, match=r"sample_eta is 3.0; with sample_kernel='tempered' it must lie in \(0, 1\]"):
+        SamplingOptions(sample_kernel="tempered", sample_eta=3.0)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -6,8 +8,9 @@ from trl_tafs.method.kernels import Annealed, Clean, Windowed, clean_estimate
 from trl_tafs.method.levels import uniform_levels, with_zero
 from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.objectives import MIN_LEVEL, OBJECTIVES, ClippedObjective, ForwardObjective, MatchingObjective
-from trl_tafs.method.rollout import replay, rollout
-from trl_tafs.method.types import Conditioning, Embeddings, Rows
+from trl_tafs.method.options import MethodOptions
+from trl_tafs.method.rollout import KEPT, replay, rollout
+from trl_tafs.method.types import Conditioning, Embeddings, TensorRecord
 
 LEVELS = with_zero(uniform_levels(4))
 SHAPE = (3, 2, 2)
@@ -33,10 +36,11 @@ def condition(batch):
     return Conditioning(Embeddings(torch.arange(batch, dtype=torch.float32).reshape(batch, 1, 1) / 10))
 
 
-def rolled_out(kernel, batch=5, velocity=None, reduction="sqrt"):
+def rolled_out(kernel, batch=5, velocity=None, reduction="sqrt", **options):
     noise = SampleNoise(0, 0, tuple(range(batch)))
     velocity = Linear() if velocity is None else velocity
-    return rollout(velocity, kernel, condition(batch), LEVELS, noise("initial", 0, SHAPE), noise, reduction=reduction)
+    x = noise("initial", 0, SHAPE)
+    return rollout(velocity, kernel, condition(batch), LEVELS, x, noise, reduction=reduction, **options)
 
 
 def no_reference(x, level, conditioning):
@@ -44,11 +48,11 @@ def no_reference(x, level, conditioning):
 
 
 @pytest.mark.parametrize("kernel", [Annealed(), Clean(num_actions=3), Clean(baseline="group")], ids=str)
-def test_rows_are_images_with_their_steps_in_order(kernel):
+def test_items_are_images_with_their_steps_in_order(kernel):
     result = rolled_out(kernel)
     advantages = torch.arange(5 * 3 * kernel.num_actions, dtype=torch.float32).reshape(5, 3, -1)
-    rows = ClippedObjective(kernel, 0.1).rows(result, advantages)
-    assert isinstance(rows, Rows)
+    rows = ClippedObjective(kernel, 0.1).items(result, advantages)
+    assert isinstance(rows, TensorRecord)
     assert len(rows) == 15
     for image in range(5):
         for i, n in enumerate(result.steps.tolist()):
@@ -62,7 +66,7 @@ def test_rows_are_images_with_their_steps_in_order(kernel):
 
 
 def test_rows_can_be_picked_repeated_and_joined():
-    rows = ClippedObjective(Annealed(), 0.1).rows(rolled_out(Annealed()), torch.zeros(5, 3, 1))
+    rows = ClippedObjective(Annealed(), 0.1).items(rolled_out(Annealed()), torch.zeros(5, 3, 1))
     joined = type(rows).cat([rows[:4], rows[4:]])
     assert torch.equal(joined.state, rows.state)
     assert torch.equal(joined.sample, rows.sample)
@@ -74,7 +78,7 @@ def test_rows_can_be_picked_repeated_and_joined():
 def test_on_policy_the_loss_is_minus_the_mean_advantage(reduction):
     velocity, advantages = Linear(), torch.randn(5, 3, 1)
     objective = ClippedObjective(Annealed(), 0.1, reduction)
-    rows = objective.rows(rolled_out(Annealed(), 5, velocity, reduction), advantages)
+    rows = objective.items(rolled_out(Annealed(), 5, velocity, reduction), advantages)
     output = objective(velocity, rows, condition(5)[rows.sample])
     torch.testing.assert_close(output.loss, -advantages.mean())
     assert output.metrics["ratio_deviation"] < 1e-5
@@ -83,7 +87,7 @@ def test_on_policy_the_loss_is_minus_the_mean_advantage(reduction):
 def test_each_row_is_replayed_with_its_own_prompt():
     velocity = Linear()
     objective = ClippedObjective(Annealed(), 0.1, "sum")
-    rows = objective.rows(rolled_out(Annealed(), 5, velocity), torch.ones(5, 3, 1))
+    rows = objective.items(rolled_out(Annealed(), 5, velocity), torch.ones(5, 3, 1))
     wrong = objective(velocity, rows, condition(5)[rows.sample.flip(0)])
     assert wrong.metrics["ratio_deviation"] > 0.05
 
@@ -94,7 +98,7 @@ def test_gaussian_and_uniform_weighting_differ_by_two_sigma_squared_a_row():
     for n in range(3):
         for weighting in ("gaussian", "uniform"):
             objective = ClippedObjective(Annealed(), 0.1, "sqrt", weighting)
-            rows = objective.rows(result, torch.ones(5, 3, 1))[n::3]
+            rows = objective.items(result, torch.ones(5, 3, 1))[n::3]
             loss = objective(velocity, rows, condition(5)[rows.sample]).loss
             gradients[weighting] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, velocity.parameters())])
         std = LEVELS[n + 1]
@@ -104,7 +108,7 @@ def test_gaussian_and_uniform_weighting_differ_by_two_sigma_squared_a_row():
 def test_the_kl_is_zero_without_a_change_and_its_gradient_too():
     velocity = Linear()
     objective = ClippedObjective(Annealed(), 0.1, beta=1.0)
-    rows = objective.rows(rolled_out(Annealed()), torch.zeros(5, 3, 1))
+    rows = objective.items(rolled_out(Annealed()), torch.zeros(5, 3, 1))
     output = objective(velocity, rows, condition(5)[rows.sample], velocity)
     assert output.metrics["kl"] == 0
     output.loss.backward()
@@ -115,7 +119,7 @@ def test_the_kl_is_zero_without_a_change_and_its_gradient_too():
 def test_the_kl_has_a_gradient_that_pulls_back_to_the_base(kernel):
     base, velocity = Linear(), Linear()
     objective = ClippedObjective(kernel, 0.1, beta=0.7)
-    rows = objective.rows(rolled_out(kernel, 5, base), torch.zeros(5, 3, 1))
+    rows = objective.items(rolled_out(kernel, 5, base), torch.zeros(5, 3, 1))
     with torch.no_grad():
         velocity.inner.bias += 0.1
     output = objective(velocity, rows, condition(5)[rows.sample], base)
@@ -134,34 +138,34 @@ def test_beta_scales_the_kl_in_the_loss():
     losses = []
     for beta in (0.5, 1.0):
         objective = ClippedObjective(Annealed(), 0.1, beta=beta)
-        rows = objective.rows(rolled_out(Annealed(), 5, base), torch.zeros(5, 3, 1))
+        rows = objective.items(rolled_out(Annealed(), 5, base), torch.zeros(5, 3, 1))
         losses.append(objective(velocity, rows, condition(5)[rows.sample], base).loss)
     torch.testing.assert_close(2 * losses[0], losses[1])
 
 
 def test_without_beta_the_reference_is_never_evaluated():
     objective = ClippedObjective(Annealed(), 0.1)
-    rows = objective.rows(rolled_out(Annealed()), torch.ones(5, 3, 1))
+    rows = objective.items(rolled_out(Annealed()), torch.ones(5, 3, 1))
     assert "kl" not in objective(Linear(), rows, condition(5)[rows.sample], no_reference).metrics
 
 
 def test_beta_without_a_reference_is_an_error():
     objective = ClippedObjective(Annealed(), 0.1, beta=0.1)
-    rows = objective.rows(rolled_out(Annealed()), torch.ones(5, 3, 1))
+    rows = objective.items(rolled_out(Annealed()), torch.ones(5, 3, 1))
     with pytest.raises(ValueError, match="beta is 0.1: the KL term needs"):
         objective(Linear(), rows, condition(5)[rows.sample])
 
 
 def test_advantages_of_another_number_of_actions_are_an_error():
     with pytest.raises(ValueError):
-        ClippedObjective(Clean(num_actions=3), 0.1).rows(rolled_out(Clean(num_actions=3)), torch.zeros(5, 3, 1))
+        ClippedObjective(Clean(num_actions=3), 0.1).items(rolled_out(Clean(num_actions=3)), torch.zeros(5, 3, 1))
 
 
 def test_following_the_gradient_raises_what_has_an_advantage():
     velocity = Linear()
     objective = ClippedObjective(Annealed(), 0.5, "sum")
     advantages = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0])[:, None, None].expand(5, 3, 1)
-    rows = objective.rows(rolled_out(Annealed(), 5, velocity, "sum"), advantages)
+    rows = objective.items(rolled_out(Annealed(), 5, velocity, "sum"), advantages)
     objective(velocity, rows, condition(5)[rows.sample]).loss.backward()
     with torch.no_grad():
         for parameter in velocity.parameters():
@@ -184,13 +188,13 @@ def noise_of(batch=5):
 
 def forward_rows(result, advantages=None, **options):
     advantages = torch.zeros(5, 3, 1) if advantages is None else advantages
-    return ForwardObjective(**{"levels": "sampler", **options}).rows(result, advantages, noise_of())
+    return ForwardObjective(**{"levels": "sampler", **options}).items(result, advantages, noise_of())
 
 
 def test_final_images_at_the_samplers_levels_are_rows_in_order():
     result, advantages = rolled_out(Annealed()), torch.arange(15, dtype=torch.float32).reshape(5, 3, 1)
     rows = forward_rows(result, advantages)
-    assert len(rows) == 20 and isinstance(rows, Rows)
+    assert len(rows) == 20 and isinstance(rows, TensorRecord)
     for image in range(5):
         for n in range(4):
             row = rows[4 * image + n]
@@ -242,7 +246,7 @@ def test_random_levels_are_spread_evenly_and_belong_to_the_sample():
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_step_moves_the_estimate_towards_good_images_and_away_from_bad_ones(objective, sign):
     velocity, result = Linear(), rolled_out(Annealed())
-    rows = objective.rows(result, torch.full((5, 3, 1), sign), noise_of())
+    rows = objective.items(result, torch.full((5, 3, 1), sign), noise_of())
     text = condition(5)[rows.sample]
 
     def distance():
@@ -258,11 +262,11 @@ def test_a_step_moves_the_estimate_towards_good_images_and_away_from_bad_ones(ob
 
 
 @pytest.mark.parametrize("objective", [ForwardObjective(), MatchingObjective()], ids=lambda o: type(o).__name__)
-def test_what_was_observed_on_policy_changes_nothing(objective):
+def test_what_the_old_policy_said_on_policy_changes_nothing(objective):
     velocity, result = Linear(), rolled_out(Annealed())
-    rows = objective.rows(result, torch.randn(5, 3, 1), noise_of())
+    rows = objective.items(result, torch.randn(5, 3, 1), noise_of())
     text = condition(5)[rows.sample]
-    observed = objective.observe(velocity, rows, text)
+    observed = objective.with_old_policy(velocity, rows, text)
     assert not observed.old_velocity.requires_grad
     outputs = [objective(velocity, item, text).loss for item in (rows, observed)]
     gradients = [torch.autograd.grad(loss, velocity.parameters()) for loss in outputs]
@@ -274,33 +278,33 @@ def test_off_policy_the_spring_pulls_back_to_what_was_observed_and_matching_is_c
     old, velocity, result = Linear(), Linear(1), rolled_out(Annealed())
     text = condition(5)[forward_rows(result).sample]
     spring = ForwardObjective(levels="sampler")
-    rows = spring.observe(old, spring.rows(result, torch.zeros(5, 3, 1), noise_of()), text)
-    assert not spring.idle(rows).any()
+    rows = spring.with_old_policy(old, spring.items(result, torch.zeros(5, 3, 1), noise_of()), text)
+    assert not spring.without_gradient(rows).any()
     assert spring(velocity, rows, text).metrics["old_distance"] > 0
     assert any(g.abs().sum() > 0 for g in torch.autograd.grad(spring(velocity, rows, text).loss, velocity.parameters()))
     matching = MatchingObjective(levels="sampler", clip_range=1e-3)
-    rows = matching.observe(old, matching.rows(result, torch.ones(5, 3, 1), noise_of()), text)
+    rows = matching.with_old_policy(old, matching.items(result, torch.ones(5, 3, 1), noise_of()), text)
     assert matching(velocity, rows, text).metrics["clipfrac"] > 0.9
 
 
-def test_rows_without_advantage_are_idle_where_nothing_else_pulls():
+def test_items_without_advantage_have_no_gradient_where_nothing_else_pulls():
     advantages = torch.zeros(5, 3, 1)
     advantages[2, -1] = 1.0
     for kind in (ForwardObjective, MatchingObjective):
-        rows = kind().rows(rolled_out(Annealed()), advantages, noise_of())
-        assert torch.equal(kind().idle(rows), rows.sample != 2)
-        assert not kind(beta=0.1).idle(rows).any()
+        rows = kind().items(rolled_out(Annealed()), advantages, noise_of())
+        assert torch.equal(kind().without_gradient(rows), rows.sample != 2)
+        assert not kind(beta=0.1).without_gradient(rows).any()
 
 
 @pytest.mark.parametrize("kind", [ForwardObjective, MatchingObjective])
 def test_the_distance_to_the_base_has_a_gradient_that_pulls_back(kind):
     base, velocity = Linear(), Linear()
     objective = kind(beta=0.7)
-    rows = objective.rows(rolled_out(Annealed(), 5, base), torch.zeros(5, 3, 1), noise_of())
+    rows = objective.items(rolled_out(Annealed(), 5, base), torch.zeros(5, 3, 1), noise_of())
     text = condition(5)[rows.sample]
     with torch.no_grad():
         velocity.inner.bias += 0.1
-    rows = objective.observe(velocity, rows, text)  # the old policy is the present one: no spring
+    rows = objective.with_old_policy(velocity, rows, text)  # the old policy is the present one: no spring
     output = objective(velocity, rows, text, base)
     torch.testing.assert_close(output.metrics["kl"], torch.tensor(0.005))  # .1^2 / 2 an element
     output.loss.backward()
@@ -313,7 +317,7 @@ def test_the_clipped_objective_takes_siblings_of_a_state():
     kernel, velocity = Annealed(num_actions=4, antithetic=True), Linear()
     result = rolled_out(kernel, 5, velocity)
     objective = ClippedObjective(kernel, 0.1, level_weighting="balanced")
-    rows = objective.rows(result, torch.randn(5, 3, 4))
+    rows = objective.items(result, torch.randn(5, 3, 4))
     assert objective(velocity, rows, condition(5)[rows.sample]).metrics["ratio_deviation"] < 1e-5
 
 
@@ -329,3 +333,54 @@ def test_a_windows_images_have_their_own_advantages(levels):
             row = rows[each * (2 * image + step)]
             assert torch.equal(row.clean, result.clean[image, step + 2]), "that of the step after the action"
             assert row.sample == image and row.advantage.tolist() == [2 * image + step]
+
+
+# What a rollout keeps ------------------------------------------------------------------------------------------
+
+
+NEEDS = [
+    (ClippedObjective, {}, Annealed()),
+    (ClippedObjective, {}, Annealed(num_actions=3)),
+    (ClippedObjective, {}, Clean(baseline="group")),
+    *(
+        (ForwardObjective, {"levels": levels, "images": images}, Annealed())
+        for levels in ("trajectory", "sampler", "random")
+        for images in ("final", "every")
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "choices", "kernel"), NEEDS, ids=str)
+def test_items_are_the_same_from_what_the_objective_says_it_reads(kind, choices, kernel):
+    options = MethodOptions(**{f"forward_{name}": value for name, value in choices.items()})
+    needs = kind.rollout_needs(options)
+    whole, kept = (rolled_out(kernel, keep=keep) for keep in (KEPT, needs))
+    for name in KEPT - {"states", "actions"}:
+        a, b = getattr(whole, name), getattr(kept, name)
+        assert torch.equal(a, b) if name in needs else b.numel() == 0, name
+    objective = ClippedObjective(kernel, 0.1) if kind is ClippedObjective else kind(**choices)
+    advantages = torch.randn(5, 3, kernel.num_actions)
+    for field in dataclasses.fields(objective.items(whole, advantages, noise_of())):
+        a, b = (getattr(objective.items(r, advantages, noise_of()), field.name) for r in (whole, kept))
+        assert (a is None and b is None) or torch.equal(a, b), field.name
+
+
+def test_rows_per_image_is_how_many_items_there_are():
+    for levels in ("trajectory", "sampler", "random"):
+        for images in ("final", "every"):
+            options = MethodOptions(forward_levels=levels, forward_images=images, forward_num_levels=5)
+            objective = ForwardObjective(levels, images, 5)
+            items = objective.items(rolled_out(Annealed()), torch.zeros(5, 3, 1), noise_of())
+            assert len(items) == 5 * ForwardObjective.rows_per_image(options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [(ForwardObjective, 3 * 2 + 4), (ClippedObjective, 4 * 2 + 4)], ids=["forward", "clipped"]
+)
+def test_the_bytes_of_one_rollout(kind, kept):
+    # D = 12, bfloat16: three states, or the four of the path, and the final latent in float32
+    needs = kind.rollout_needs(MethodOptions())
+    result = rolled_out(Annealed(), batch=1, keep=needs, storage_dtype=torch.bfloat16)
+    stored = (result.path, result.branches, result.log_probs, result.clean, result.final)
+    ratios = 3 * 4 if kind is ClippedObjective else 0
+    assert sum(tensor.untyped_storage().nbytes() for tensor in stored) == 12 * kept + ratios

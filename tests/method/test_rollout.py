@@ -215,7 +215,7 @@ def test_a_rollout_without_a_trained_step_is_an_error_that_says_so(kernel, num_s
 def test_the_ratio_is_exactly_one_on_policy(kernel, reduction):
     velocity = Denoiser()
     result = roll_out(kernel, 6, velocity, reduction=reduction)
-    rows = ClippedObjective(kernel, 0.1, reduction).rows(result, torch.zeros_like(result.log_probs))
+    rows = ClippedObjective(kernel, 0.1, reduction).items(result, torch.zeros_like(result.log_probs))
     text = condition(64)
     for index in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).split(6):  # the rollout's batch
         micro = rows[index]
@@ -228,7 +228,7 @@ def test_the_ratio_is_exactly_one_on_policy(kernel, reduction):
 def test_the_ratio_moves_with_the_policy_and_has_a_gradient(kernel):
     velocity = Denoiser()
     result = roll_out(kernel, 6, velocity)
-    rows = ClippedObjective(kernel, 0.1, "sum").rows(result, torch.zeros_like(result.log_probs))
+    rows = ClippedObjective(kernel, 0.1, "sum").items(result, torch.zeros_like(result.log_probs))
     with torch.no_grad():
         velocity.outer.bias += 0.01
     log_prob = replay(velocity, kernel, rows, condition(64)[rows.sample]).log_prob(rows.action)
@@ -242,7 +242,7 @@ def test_bfloat16_actions_are_rounded_first_and_scored_second(kernel):
     velocity = Denoiser(torch.bfloat16)
     result = roll_out(kernel, 6, velocity, storage_dtype=torch.bfloat16)
     assert result.states.dtype == result.actions.dtype == torch.bfloat16
-    rows = ClippedObjective(kernel, 0.1, "sum").rows(result, torch.zeros_like(result.log_probs))
+    rows = ClippedObjective(kernel, 0.1, "sum").items(result, torch.zeros_like(result.log_probs))
     noise = SampleNoise(7, 0, tuple(range(6)))
     for i, n in enumerate(result.steps.tolist()):
         micro = rows[i :: len(result.steps)]
@@ -348,7 +348,7 @@ def estimated_gradient(kernel, scored_steps=None, score=lambda result: result.sc
     dims = (2,) if kernel.scores_mean or kernel.num_actions > 1 else (0,)
     advantages = (rewards - rewards.mean(dims, keepdim=True))[..., : kernel.num_actions]
     objective = ClippedObjective(kernel, 0.2, "sum")
-    output = objective(velocity, objective.rows(result, advantages), None)
+    output = objective(velocity, objective.items(result, advantages), None)
     (gradient,) = torch.autograd.grad(output.loss, theta)
     return -gradient
 
@@ -398,7 +398,7 @@ def test_the_action_at_the_mean_is_dead_in_a_whole_rollout():
     x = SampleNoise(0, 0, tuple(range(6)))("initial", 0, SHAPE)
     result = rollout(velocity, Annealed(), text, LEVELS, x, still)
     objective = ClippedObjective(Annealed(), 0.2, "sum")
-    rows = objective.rows(result, torch.randn(6, 3, 1))
+    rows = objective.items(result, torch.randn(6, 3, 1))
     objective(velocity, rows, text[rows.sample]).loss.backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in velocity.parameters())
 

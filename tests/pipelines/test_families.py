@@ -198,7 +198,7 @@ def replayed(mine, name, guidance=1.0):
     rollout = mine.annealed_rollout(
         conditioning=conditioning, height=family.wide[0], width=family.wide[1], generator=noise
     )
-    rows = ClippedObjective(Annealed(), 0.1).rows(rollout, torch.ones_like(rollout.log_probs))
+    rows = ClippedObjective(Annealed(), 0.1).items(rollout, torch.ones_like(rollout.log_probs))
     for step in range(3):
         mine_rows = rows[step::3]
         yield mine.log_prob(mine_rows, conditioning[mine_rows.sample]), mine_rows.old_log_prob
@@ -457,7 +457,7 @@ def test_the_card_says_the_base_s_dtype_whatever_the_states(name, tmp_path):
     mine, size = families.ours(families.stock(name), name), FAMILIES[name].size
     mine.transformer.to(torch.bfloat16)
     trainer = tiny.trainer(mine, tmp_path, height=size, width=size)
-    facts = trainer.report.facts(tmp_path, None)
+    facts = trainer.publisher.facts(tmp_path, None)
     assert facts.torch_dtype == "bfloat16" and "torch_dtype=torch.bfloat16" in usage_code(facts)
 
 

@@ -107,7 +107,7 @@ def test_the_ratio_is_exactly_one_on_policy(pipeline, kernel, guidance):
     attach(pipeline)
     conditioning = pipeline.encode_conditioning(PROMPTS, guidance_scale=guidance)
     rollout = pipeline.annealed_rollout(conditioning=conditioning, kernel=kernel)
-    rows = ClippedObjective(kernel, 0.1).rows(rollout, torch.ones_like(rollout.log_probs))
+    rows = ClippedObjective(kernel, 0.1).items(rollout, torch.ones_like(rollout.log_probs))
     for step in range(3):  # one step at a time, in the rollout's own batch shape
         mine = rows[step::3]
         log_prob = pipeline.log_prob(mine, conditioning[mine.sample], kernel=kernel)
@@ -118,7 +118,7 @@ def test_the_ratio_is_exactly_one_on_policy(pipeline, kernel, guidance):
 def test_guidance_in_the_rollout_alone_is_another_policy(pipeline):
     guided = pipeline.encode_conditioning(PROMPTS, guidance_scale=3.5)
     rollout = pipeline.annealed_rollout(conditioning=guided)
-    rows = ClippedObjective(Annealed(), 0.1).rows(rollout, torch.ones_like(rollout.log_probs))
+    rows = ClippedObjective(Annealed(), 0.1).items(rollout, torch.ones_like(rollout.log_probs))
     plain = Conditioning(guided.positive)
     difference = pipeline.log_prob(rows, plain[rows.sample]) - rows.old_log_prob
     assert difference.abs().max() > 0.01
@@ -129,7 +129,7 @@ def test_bf16_actions_are_scored_as_they_are_stored(pipeline):
     conditioning = pipeline.encode_conditioning(PROMPTS).to(torch.bfloat16)
     rollout = pipeline.annealed_rollout(conditioning=conditioning)
     assert rollout.actions.dtype == torch.bfloat16
-    rows = ClippedObjective(Annealed(), 0.1).rows(rollout, torch.ones_like(rollout.log_probs))
+    rows = ClippedObjective(Annealed(), 0.1).items(rollout, torch.ones_like(rollout.log_probs))
     worst = 0.0
     for step in range(3):
         mine = rows[step::3]
@@ -142,7 +142,7 @@ def test_every_lora_parameter_gets_a_gradient(pipeline):
     attach(pipeline)
     conditioning = pipeline.encode_conditioning(PROMPTS)
     rollout = pipeline.annealed_rollout(conditioning=conditioning)
-    rows = ClippedObjective(Annealed(), 0.1).rows(rollout, torch.ones_like(rollout.log_probs))
+    rows = ClippedObjective(Annealed(), 0.1).items(rollout, torch.ones_like(rollout.log_probs))
     pipeline.log_prob(rows, conditioning[rows.sample]).sum().backward()
     lora = {name: p.grad for name, p in pipeline.transformer.named_parameters() if "lora_" in name}
     # The last block discards its context stream: what only leads there has no effect on the output.

@@ -12,7 +12,7 @@ def log(folder):
 
 
 def lora(trainer):
-    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name)
+    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name)
 
 
 def test_the_average_is_what_is_evaluated_saved_and_kept_as_best(pipeline, tmp_path):
@@ -37,9 +37,9 @@ def test_the_average_is_what_is_evaluated_saved_and_kept_as_best(pipeline, tmp_p
     )
     trainer.train()
     live = lora(trainer)
-    with trainer.averaged_adapter():
+    with trainer.policy.averaged():
         average = lora(trainer)
-        images = trainer.drawer(trainer.velocity).images(trainer.draw_spec("ode", 2), ["three"], [0])
+        images = trainer.drawer(trainer.policy.velocity).images(trainer.draw_spec("ode", 2), ["three"], [0])
     assert any(not torch.equal(average[k], live[k]) for k in live)
     assert any(average[k].abs().sum() > 0 for k in live if "lora_B" in k), "it follows the policy"
     assert torch.equal(seen[-1], images)
@@ -54,24 +54,25 @@ def test_the_old_policy_draws_the_rollouts_and_follows_the_present_one(pipeline,
         pipeline, tmp_path, objective="forward", old_policy_decay=0.75, old_policy_ramp=0.5, train_learning_rate=1e-2
     )
     drawn, weights = [], []
-    collect, update = trainer.collector.collect, trainer.updater.run
+    sampler = trainer.collector.sampler
+    sample, update = sampler.sample, trainer.updater.update
 
     def watched_collect(*args):
-        drawn.append([p.detach().clone() for p in trainer.parameters])
-        return collect(*args)
+        drawn.append([p.detach().clone() for p in trainer.policy.parameters])
+        return sample(*args)
 
     def watched_update(*args):
-        update(*args)
-        weights.append([p.detach().clone() for p in trainer.parameters])
+        yield from update(*args)
+        weights.append([p.detach().clone() for p in trainer.policy.parameters])
 
-    trainer.collector.collect, trainer.updater.run = watched_collect, watched_update
+    sampler.sample, trainer.updater.update = watched_collect, watched_update
     trainer.train(epochs=3)
     old = drawn[0]
     for epoch, decay in enumerate((0.5, 0.75)):  # .5 an epoch, at most .75
         old = [decay * o + (1 - decay) * new for o, new in zip(old, weights[epoch], strict=True)]
         for mine, theirs in zip(old, drawn[epoch + 1], strict=True):
             torch.testing.assert_close(mine, theirs)
-    assert all(torch.equal(p, w) for p, w in zip(trainer.parameters, weights[-1], strict=True)), "put back"
+    assert all(torch.equal(p, w) for p, w in zip(trainer.policy.parameters, weights[-1], strict=True)), "put back"
     first = [line for line in log(tmp_path) if "loss" in line][0]
     assert first["old_distance"] == 0
     assert log(tmp_path)[-2]["old_distance"] > 0

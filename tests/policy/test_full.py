@@ -23,7 +23,7 @@ def weights(trainer):
 
 
 def drawn(trainer, velocity=None):
-    return trainer.drawer(velocity or trainer.velocity).images(trainer.draw_spec("annealed", 4), ["two"], [0])
+    return trainer.drawer(velocity or trainer.policy.velocity).images(trainer.draw_spec("annealed", 4), ["two"], [0])
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_all_of_it_moves_its_base_is_kept_and_diffusers_draws_the_same(trained, 
     now = weights(trained)
     moved = [name for name, p in base.named_parameters() if not torch.equal(p, now[name])]
     assert len(moved) > 0.9 * len(now)
-    assert torch.equal(drawn(trained, trained.reference_velocity), trained.at_first)
+    assert torch.equal(drawn(trained, trained.policy.reference), trained.at_first)
     ours = drawn(trained)
     assert not torch.equal(ours, trained.at_first)
 
@@ -47,7 +47,7 @@ def test_all_of_it_moves_its_base_is_kept_and_diffusers_draws_the_same(trained, 
     assert not (folder / WEIGHT_NAME).exists()
     stock = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
     assert all(torch.equal(p, now[name]) for name, p in stock.named_parameters())
-    facts = trained.report.facts(folder, None)
+    facts = trained.publisher.facts(folder, None)
     scope = {}
     code = usage_code(facts, base=str(pipeline_folder), adapter=str(folder)).replace('image.save("image.png")', "")
     exec(compile(code, "card", "exec"), scope)

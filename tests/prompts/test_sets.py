@@ -1,10 +1,17 @@
 import json
+import re
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tiny
+from loopback import http, serving, speaking
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
 
-from trl_tafs.prompts.sets import PROMPT_SETS, article, geneval_prompts, load_prompts, plural
+from trl_tafs.prompts.sets import MIRROR, SET_FILES, article, geneval_prompts, load_prompts, plural
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.geneval_rules import COCO_NAMES, TAGS, check_row
 
@@ -90,7 +97,98 @@ def test_rows_keep_their_metadata(tmp_path):
     assert all(metadata["tag"] in TAGS and metadata["include"] for _, metadata in groups)
 
 
-def test_named_sets_are_complete():
-    for loader, arguments, column in PROMPT_SETS.values():
-        assert loader in ("json", "text") or "/" in loader
-        assert column and (arguments.get("split") or arguments["data_files"].startswith("https://"))
+# Sets by name ---------------------------------------------------------------------------------------------------
+
+CONTENT = {".jsonl": b'{"prompt": "a cat", "tag": "counting"}\n', ".txt": b"a cat\n\na dog\n"}
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A stand-in for GitHub's files on 127.0.0.1, as users have one by the environment; the paths asked for."""
+    asked = []
+
+    async def file(request):
+        asked.append(request.url.path)
+        return Response(CONTENT[request.url.path[request.url.path.rindex(".") :]])
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(Starlette(routes=[Route("/mirror/{path:path}", file)])) as url:
+        monkeypatch.setenv(MIRROR, f"{url}/mirror")
+        yield asked
+
+
+@pytest.mark.parametrize("name", SET_FILES)
+def test_every_named_file_is_fetched_once_without_other_libraries(mirror, name):
+    """Before: ImportError, aiohttp, which datasets doesn't bring any more."""
+    rows = [row if isinstance(row, str) else row["prompt"] for row in load_prompts(name)]
+    assert rows == (["a cat", "a dog"] if SET_FILES[name].endswith(".txt") else ["a cat"])
+    assert mirror == [f"/mirror/{SET_FILES[name]}"]
+    assert load_prompts(name) and len(mirror) == 1, "the second time it is there"
+
+
+def refusing(status, body=b"", **headers):
+    return lambda connection: connection.sendall(http(body, status, **headers))
+
+
+def endless(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        connection.sendall(b" " * 65536)
+
+
+@pytest.mark.parametrize(
+    ("talk", "told"),
+    [
+        (refusing("404 Not Found", b"no such file"), "answered 404: no such file"),
+        (refusing("302 Found", Location="http://elsewhere.example/x"), "a redirect to http://elsewhere.example/x"),
+        (refusing("200 OK", b"\x1f\x8b", Content_Encoding="gzip"), "compressed"),
+        (refusing("200 OK", b"<html>log in</html>"), "line 1 isn't JSON"),
+        (endless, "sent more than"),
+    ],
+    ids=["404", "redirect", "gzip", "page", "endless"],
+)
+def test_a_set_that_cannot_be_had_says_where_a_copy_goes(tmp_path, monkeypatch, talk, told):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with speaking(talk) as url:
+        monkeypatch.setenv(MIRROR, url)
+        with pytest.raises(ValueError, match=re.escape(told)) as caught:
+            load_prompts("geneval")
+    assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.jsonl*")), "nothing of it is kept"
+    if "isn't JSON" not in told:
+        kept = re.search(r"put a copy of https://\S+ at (\S+), or", str(caught.value))[1]
+        Path(kept).parent.mkdir(parents=True)
+        Path(kept).write_bytes(CONTENT[".jsonl"])
+        assert load_prompts("geneval")[0]["prompt"] == "a cat", "and there it is found"
+
+
+def test_a_server_that_drips_a_set_is_cut_off(tmp_path, monkeypatch):
+    def drip(connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            connection.sendall(b" ")
+            time.sleep(0.05)
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("trl_tafs.prompts.sets.FETCH_SECONDS", 0.5)
+    with speaking(drip) as url:
+        monkeypatch.setenv(MIRROR, url)
+        with pytest.raises(ValueError, match=r"timed out after 0.5 s"):
+            load_prompts("flow_grpo/ocr_test")
+
+
+@pytest.mark.parametrize("source", ["no/such/dataset/at_all", "a b", "", "x" * 5000, "http://host/prompts"])
+def test_what_is_no_source_is_refused_without_asking_the_hub(source):
+    with pytest.raises(ValueError, match="is no prompt file, no set"):
+        load_prompts(source)
+
+
+def test_a_dataset_that_is_not_there_is_one_line(tmp_path):
+    """Offline, as the tests are; before, the library's own errors of several kinds."""
+    with pytest.raises(
+        ValueError, match=r"'nobody/nothing', split 'test', can't be loaded: .*a set \(geneval"
+    ) as caught:
+        load_prompts("nobody/nothing:test")
+    assert "\n" not in str(caught.value)

@@ -1,9 +1,13 @@
+import copy
 import random
+import re
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trl_tafs.prompts.source import PromptSource, row_to_prompt
 
@@ -136,10 +140,116 @@ def test_a_prompt_function_without_strings_is_an_error_that_shows_what_came(give
     assert repr(given) in str(caught.value)
 
 
-@pytest.mark.parametrize("row", [{"text": "a cat"}, {"prompt": 3}, 3])
-def test_a_row_without_a_string_is_an_error(row):
+BAD = {  # before, each of these trained until the epoch that drew it
+    "missing": ({"text": "a cat"}, "there is no 'prompt', only ['text']"),
+    "none": ({"prompt": None}, "the prompt is None, not text"),
+    "nan": ({"prompt": float("nan")}, "the prompt is nan, not text"),
+    "number": (3, "the prompt is 3, not text"),
+    "empty": ("", "the prompt is empty"),
+    "blank": ((" \n", {}), "the prompt is empty"),
+    "metadata": (("a cat", 3), "must be (prompt: str, metadata: dict)"),
+    "surrogate": ("a \ud83d cat", "half a surrogate pair"),
+    "pair": (["a cat", {}], "not text"),
+}
+
+
+@pytest.mark.parametrize(("row", "fault"), BAD.values(), ids=BAD)
+def test_every_row_is_checked_when_the_source_is_made(row, fault):
+    with pytest.raises(ValueError, match=re.escape("row 50: ")) as caught:
+        PromptSource([{"prompt": f"prompt {i}"} for i in range(50)] + [row])
+    assert fault in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="it must give"):
-        PromptSource([row]).groups(0, 1)
+        row_to_prompt(row)
+
+
+def test_the_first_bad_rows_are_named_and_the_others_counted():
+    with pytest.raises(ValueError) as caught:
+        PromptSource(["a", None] * 10)
+    assert [f"row {i}:" in str(caught.value) for i in (1, 3, 9, 11)] == [True, True, True, False]
+    assert str(caught.value).endswith("and 5 more")
+
+
+def test_a_datasets_rows_are_checked_by_their_prompts_alone_in_all_batches(monkeypatch):
+    monkeypatch.setattr("trl_tafs.prompts.source.CHECKED_AT_ONCE", 4)
+    rows = datasets.Dataset.from_dict({"prompt": [f"prompt {i}" for i in range(9)] + [None], "n": list(range(10))})
+    seen = set()
+    rows.set_transform(lambda batch: seen.update(batch) or batch)
+    with pytest.raises(ValueError, match="row 9: the prompt is None"):
+        PromptSource(rows)
+    assert seen == {"prompt"}
+    made = datasets.Dataset.from_dict({"prompt": ["a"] * 3, "style": ["red"] * 3})
+    made.set_transform(lambda batch: {"prompt": [f"{p}, {s}" for p, s in zip(batch["prompt"], batch["style"])]})  # noqa: B905
+    assert PromptSource(made).known() == ["a, red"] * 3
+
+
+def test_sequences_of_ones_own_are_checked_and_tables_of_pandas_explained():
+    class Rows:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return {"prompt": None if i == 2 else "a cat"}
+
+    with pytest.raises(ValueError, match="row 2: the prompt is None"):
+        PromptSource(Rows())
+    with pytest.raises(ValueError, match="to_dict"):  # was KeyError: 0
+        PromptSource(datasets.Dataset.from_list(ROWS).to_pandas())
+
+
+def test_what_is_handed_out_is_never_the_users_own():
+    """Before, a reward that changed its metadata changed the user's rows, and so the next sweep's."""
+    rows = [{"prompt": "a cat", "boxes": [{"at": [0.0, 1.0]}]}, ("a dog", {"boxes": [{"at": [0.0, 1.0]}]})]
+    before = copy.deepcopy(rows)
+    given, shared = list(rows), {"boxes": [1]}
+    for source in (PromptSource(given), PromptSource(lambda: ("a cat", shared))):
+        for _, metadata in source.groups(0, 2) + source.groups(1, 2):
+            assert metadata["boxes"][0] in ({"at": [0.0, 1.0]}, 1)
+            metadata["boxes"][0] = metadata["new"] = 5
+    assert rows == before and shared == {"boxes": [1]}
+    source = PromptSource(given)
+    given.clear()
+    assert len(source.groups(0, 2)) == 2, "the user's list is the user's"
+
+
+def test_a_prompt_functions_fault_names_the_call():
+    calls = iter(["a", "b", ""])
+    with pytest.raises(ValueError, match=r"\(call 2 of epoch 7\).*is empty"):
+        PromptSource(lambda: (next(calls), {})).groups(7, 3)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.sampled_from(["prompt", "n"]) | st.text(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def check_any_rows(rows):
+    """Either a ValueError of ours in one line, or prompts that can all be drawn and encoded."""
+    try:
+        source = PromptSource(rows)
+    except ValueError as error:
+        assert "\n" not in str(error) and ("row" in str(error) or "empty" in str(error))
+        return
+    for prompt, metadata in source.groups(0, len(rows)):
+        assert prompt.strip() and prompt.encode() and isinstance(metadata, dict)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(ANYTHING | st.just("a cat"), max_size=4))
+def test_any_rows_are_prompts_or_our_error(rows):
+    check_any_rows(rows)
+
+
+@pytest.mark.slow
+@settings(max_examples=5000, deadline=None)
+@given(st.lists(ANYTHING | st.just("a cat"), max_size=4))
+def test_any_rows_are_prompts_or_our_error_at_length(rows):
+    check_any_rows(rows)
 
 
 def test_a_dataset_without_a_prompt_column_is_an_error_that_names_its_columns():

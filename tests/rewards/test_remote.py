@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 
+import httpx2
 import pytest
-import requests
 import torch
 from loopback import closed_port, serving
 from starlette.applications import Starlette
@@ -26,6 +26,7 @@ from trl_tafs.rewards.wire import decode_images, encode_images
 
 PROMPTS, METADATA = [f"prompt {i}" for i in range(5)], [{"n": i} for i in range(5)]
 IMAGES = (torch.rand(5, 3, 12, 16, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
+JSON = {"Content-Type": "application/json"}
 QUICK = {"max_retries": 1, "retry_delay": 0.01, "timeout": 5.0}
 
 
@@ -178,7 +179,7 @@ def test_a_secret_keeps_others_out(monkeypatch):
     with serving(make_app("mean", Judge(), secret="s3cret")) as url:
         with pytest.raises(ValueError, match="401"):
             RemoteReward(url, **QUICK)
-        assert requests.post(f"{url}/score", json={}, timeout=5).status_code == 401
+        assert httpx2.post(f"{url}/score", json={}, timeout=5).status_code == 401
         monkeypatch.setenv(SECRET, "s3cret")
         torch.testing.assert_close(RemoteReward(url, **QUICK)(IMAGES, PROMPTS, METADATA), expected(), equal_nan=True)
 
@@ -190,10 +191,10 @@ def test_requests_are_bounded_and_checked():
         with pytest.raises(RewardError, match="413.*may have"):
             remote(IMAGES, PROMPTS, METADATA)
         message = encode_images(IMAGES[:1, :, :4, :4]) | {"prompts": ["a", "b"], "metadata": [{}]}
-        answer = requests.post(f"{url}/score", json=message, timeout=5)
+        answer = httpx2.post(f"{url}/score", json=message, timeout=5)
         assert answer.status_code == 400 and "as many prompts" in answer.json()["error"]
-        assert requests.post(f"{url}/score", data=b"x" * 5000, timeout=5).status_code == 413
-        assert requests.post(f"{url}/score", data=b"\x80\x04pickle", timeout=5).status_code == 400
+        assert httpx2.post(f"{url}/score", content=b"x" * 5000, headers=JSON, timeout=5).status_code == 413
+        assert httpx2.post(f"{url}/score", content=b"\x80\x04pickle", headers=JSON, timeout=5).status_code == 400
         assert not judge.batches
 
 
@@ -216,9 +217,9 @@ def test_the_command_serves(tmp_path):
         url = re.search(r"http://\S+", line)[0]
         for _ in range(200):
             try:
-                requests.get(f"{url}/health", timeout=5)
+                httpx2.get(f"{url}/health", timeout=5)
                 break
-            except requests.ConnectionError:
+            except httpx2.TransportError:
                 time.sleep(0.05)
         got = RewardSet(parse_rewards([f"{url}=1.0"]))(IMAGES, PROMPTS, METADATA).values
         local = RewardSet(parse_rewards(["jpeg_incompressibility"]))(IMAGES, PROMPTS, METADATA).values

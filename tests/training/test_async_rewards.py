@@ -14,7 +14,7 @@ def parts_of(pipeline, folder, reward, threads, **changes):
     trainer = tiny.trainer(
         pipeline, folder, reward=reward, async_reward_computation=threads > 0, max_workers=max(threads, 1), **changes
     )
-    batches = trainer._batches(trainer.prompts.batch(0, 2, 8))
+    batches = trainer.collector.local_batches(trainer.prompts.batch(0, 2, 8))
     return trainer, batches
 
 
@@ -23,7 +23,7 @@ class Trace:
 
     def __init__(self, trainer):
         self.count, self.condition = 0, threading.Condition()
-        velocity = trainer.collector.velocity
+        velocity = trainer.policy.velocity
 
         def counted(x, level, conditioning):
             with self.condition:
@@ -31,7 +31,7 @@ class Trace:
                 self.condition.notify_all()
             return velocity(x, level, conditioning)
 
-        trainer.collector.velocity = counted
+        trainer.policy.velocity = counted
 
     def wait_for(self, count):
         with self.condition:
@@ -51,7 +51,7 @@ def test_a_steps_reward_runs_while_the_next_step_is_sampled(pipeline, tmp_path):
 
     trainer, batches = parts_of(pipeline, tmp_path, reward, threads=1)
     trace = Trace(trainer)
-    parts, fault = trainer.collector.collect(batches, 1, 0)
+    parts, fault = trainer.collector.sampler.sample(batches, 0)
     assert fault is None and trace.count == 8
     assert all(part.scores.min() == 1.0 for part in parts), "a reward ended before the next step began"
     assert seen[0] < 4, "the first reward waited for the end of the rollout"
@@ -65,7 +65,7 @@ def test_asynchronous_rewards_are_the_synchronous_ones(pipeline_folder, tmp_path
     results = []
     for threads in (0, 1, 3):
         trainer, batches = parts_of(tiny.load(pipeline_folder), tmp_path / str(threads), reward, threads, **changes)
-        results.append(trainer.collector.collect(batches, 1, 0)[0])
+        results.append(trainer.collector.sampler.sample(batches, 0)[0])
     for parts in results[1:]:
         for part, expected in zip(parts, results[0], strict=True):
             assert torch.equal(part.scores, expected.scores) and part.metadata == expected.metadata
@@ -79,36 +79,36 @@ def test_the_hooks_images_are_those_that_were_scored(pipeline, tmp_path, threads
     decoded = []
     changes = changes | {"hook": lambda *args: None}
     trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, threads, **changes)
-    decode = trainer.collector.decode
-    trainer.collector.decode = lambda latents: decoded.append(len(latents)) or decode(latents)
-    parts, _ = trainer.collector.collect(batches, 1, 0)
-    scored = [count for part in parts for count in [len(part.batch) * part.scores.shape[2]] * part.scores.shape[1]]
+    decode = trainer.collector.sampler.decode
+    trainer.collector.sampler.decode = lambda latents: decoded.append(len(latents)) or decode(latents)
+    parts, _ = trainer.collector.sampler.sample(batches, 0)
+    scored = [count for part in parts for count in [len(part.prompts) * part.scores.shape[2]] * part.scores.shape[1]]
     assert decoded == scored, "nothing is decoded twice"
     for part in parts:
         assert torch.equal(part.images, decode(part.rollout.final))
-    again, _ = trainer.collector.collect(batches, 1, 0, [part.payload() for part in parts])
+    again, _ = trainer.collector.sampler.sample(batches, 0, [part.payload() for part in parts])
     assert all(torch.equal(a.images, b.images) for a, b in zip(again, parts, strict=True)), "restored, with scores"
 
 
 def test_a_result_that_is_not_scored_is_decoded_for_the_hook(pipeline, tmp_path):
     trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, 0, hook=lambda *args: None)
-    trainer.collector.scored_steps_at = lambda epoch: range(1, 3)
-    parts, _ = trainer.collector.collect(batches, 1, 0)
-    assert all(torch.equal(part.images, trainer.collector.decode(part.rollout.final)) for part in parts)
+    object.__setattr__(trainer.algorithm, "scored_steps_at", lambda epoch: range(1, 3))
+    parts, _ = trainer.collector.sampler.sample(batches, 0)
+    assert all(torch.equal(part.images, trainer.collector.sampler.decode(part.rollout.final)) for part in parts)
 
 
 @pytest.mark.parametrize("threads", [0, 1])
 def test_scored_latents_are_freed_as_soon_as_their_scores_are_there(pipeline, tmp_path, threads):
     trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, threads)
-    roll_out, alive, drawn = trainer.collector.roll_out, [], []
+    roll_out, alive, drawn = trainer.collector.sampler.roll_out, [], []
 
     def watched(*args):
         alive.append([part.rollout.scored.untyped_storage().nbytes() > 0 for part in drawn])
         drawn.append(roll_out(*args))
         return drawn[-1]
 
-    trainer.collector.roll_out = watched
-    parts, fault = trainer.collector.collect(batches, 1, 0)
+    trainer.collector.sampler.roll_out = watched
+    parts, fault = trainer.collector.sampler.sample(batches, 0)
     assert fault is None and len(batches) > 1
     if not threads:
         assert not any(any(before) for before in alive)
@@ -125,10 +125,10 @@ def test_a_fault_in_a_thread_is_the_batchs(pipeline, tmp_path):
         return [1.0] * len(prompts)
 
     trainer, batches = parts_of(pipeline, tmp_path, reward, threads=1, reward_max_retries=0)
-    parts, fault = trainer.collector.collect(batches, 1, 0)
+    parts, fault = trainer.collector.sampler.sample(batches, 0)
     assert "gone" in str(fault) and parts[0].scores is not None and parts[1].scores is None
     kept = [part.payload() for part in parts]
-    parts, fault = trainer.collector.collect(batches, 1, 0, kept)
+    parts, fault = trainer.collector.sampler.sample(batches, 0, kept)
     assert fault is None and all(part.scores.min() == 1.0 for part in parts)
 
 
@@ -151,6 +151,6 @@ def test_what_sampling_does_not_hide_is_told_as_the_rewards_time(pipeline, tmp_p
         return [0.0] * len(prompts)
 
     trainer, batches = parts_of(pipeline, tmp_path, reward, threads=1)
-    trainer.collector.collect(batches, 1, 0)
-    told = trainer.report.stopwatch.pop()
+    trainer.collector.sampler.sample(batches, 0)
+    told = trainer.stopwatch.pop()
     assert told["time/reward"] > 0.15, "the last step's reward has nothing to hide behind"

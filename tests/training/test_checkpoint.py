@@ -10,12 +10,14 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 
-from trl_tafs import trainer as trainer_module
 from trl_tafs.output.files import is_disk_fault
+from trl_tafs.policy import policy as policy_module
 from trl_tafs.policy.adapter_file import save_adapter
 from trl_tafs.policy.lora import adapter_state_dict
 from trl_tafs.rewards import RewardError
-from trl_tafs.training.checkpoint import MANIFEST, CheckpointError, checkpoints, load_pending
+from trl_tafs.training import pending
+from trl_tafs.training.checkpoint_files import MANIFEST, CheckpointError, checkpoints
+from trl_tafs.training.pending import PendingRollouts
 
 SETTINGS = {
     "train_gradient_accumulation_steps": 1,
@@ -40,14 +42,14 @@ def run(folder, pipeline_folder, epochs=None, reward=tiny.brightness, **changes)
 
 
 def weights(trainer):
-    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name)
+    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name)
 
 
 def assert_same(trainer, other):
     mine, theirs = weights(trainer), weights(other)
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert trainer.global_step == other.global_step and trainer.first_epoch == other.first_epoch
-    assert trainer.report.reward_curve == other.report.reward_curve
+    assert trainer.progress.reward_curve == other.progress.reward_curve
 
 
 @pytest.mark.parametrize(
@@ -68,8 +70,8 @@ def test_two_and_two_epochs_are_four_bit_for_bit(pipeline_folder, tmp_path, chan
     run(tmp_path / "halves", pipeline_folder, epochs=2, **changes)
     resumed = run(tmp_path / "halves", pipeline_folder, resume_from="latest", **changes)
     assert_same(straight, resumed)
-    if straight.average is not None:
-        pairs = zip(straight.average.ema.shadow_params, resumed.average.ema.shadow_params, strict=True)
+    if straight.policy.average is not None:
+        pairs = zip(straight.policy.average.ema.shadow_params, resumed.policy.average.ema.shadow_params, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     if straight.algorithm.stat_tracker is not None:
         assert straight.algorithm.stat_tracker.state_dict() == resumed.algorithm.stat_tracker.state_dict()
@@ -104,6 +106,10 @@ def test_a_run_killed_in_the_middle_goes_on_from_its_last_checkpoint(pipeline_fo
     assert_same(straight, run(tmp_path / "killed", pipeline_folder, resume_from="latest"))
 
 
+def kept_rollouts(folder, epoch):
+    return torch.load(PendingRollouts(folder, 0).path(epoch), weights_only=True)
+
+
 def test_a_full_disk_while_rollouts_are_kept_still_leaves_a_checkpoint(pipeline_folder, tmp_path, monkeypatch):
     calls = []
 
@@ -113,10 +119,14 @@ def test_a_full_disk_while_rollouts_are_kept_still_leaves_a_checkpoint(pipeline_
             raise ConnectionError("judge is down")
         return tiny.brightness(images, prompts, metadata)
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(payload, path):
+        if "pending" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(payload, path)
 
-    monkeypatch.setattr(trainer_module, "save_pending", full)
+    save = torch.save
+
+    monkeypatch.setattr(pending.torch, "save", full)
     with pytest.raises(RewardError, match="judge is down.* could not be kept .*No space left"):
         run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=0, save_freq=0)
     assert [path.name for path in checkpoints(tmp_path / "failed" / "checkpoints")] == ["checkpoint_000001"]
@@ -140,8 +150,8 @@ def test_a_reward_that_fails_is_retried_then_the_rollouts_are_kept(pipeline_fold
     ):
         run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=2, save_freq=0)
     assert len(calls) == 19, "two retries"
-    kept = load_pending(tmp_path / "failed", 2, 0)
-    assert [part["scores"] is not None for part in kept[0]["parts"]] == [True, False]
+    kept = kept_rollouts(tmp_path / "failed", 2)
+    assert [part["scores"] is not None for part in kept[0]["batches"]] == [True, False]
 
     scored = []
 
@@ -168,8 +178,8 @@ def test_a_reward_that_fails_in_the_second_wave_costs_neither_wave(pipeline_fold
 
     with pytest.raises(RewardError, match="epoch 1"):
         run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=0, **streaming)
-    kept = load_pending(tmp_path / "failed", 1, 0)
-    assert [[part["scores"] is not None for part in wave["parts"]] for wave in kept] == [[True], [False]]
+    kept = kept_rollouts(tmp_path / "failed", 1)
+    assert [[part["scores"] is not None for part in draw["batches"]] for draw in kept] == [[True], [False]]
     scored = []
 
     def again(images, prompts, metadata):
@@ -194,8 +204,8 @@ def test_an_asynchronous_reward_that_fails_is_asked_again_for_what_it_owes(pipel
     threads = {"async_reward_computation": True, "max_workers": 1}
     with pytest.raises(RewardError, match="epoch 0"):
         run(tmp_path / "failed", pipeline_folder, reward=breaks, reward_max_retries=0, **threads)
-    kept = load_pending(tmp_path / "failed", 0, 0)
-    assert kept[0]["parts"][0]["scores"] is None
+    kept = kept_rollouts(tmp_path / "failed", 0)
+    assert kept[0]["batches"][0]["scores"] is None
     resumed = run(tmp_path / "failed", pipeline_folder, resume_from="latest", **threads)
     assert_same(straight, resumed)
 
@@ -224,7 +234,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(pipeline_folder, tmp_path,
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "save_adapter", full)
+    monkeypatch.setattr(policy_module, "save_adapter", full)
     trainer = run(tmp_path, pipeline_folder)
     names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
     assert names == ["checkpoint_000001", "checkpoint_000003", "checkpoint_000004"]
@@ -242,15 +252,15 @@ def test_only_the_newest_are_kept(pipeline_folder, tmp_path):
 def test_torn_checkpoints_are_refused_with_a_whole_one_named(pipeline_folder, tmp_path):
     run(tmp_path, pipeline_folder, epochs=2)
     newest = tmp_path / "checkpoints" / "checkpoint_000002"
-    optimizer = newest / "optimizer.bin"
+    optimizer = newest / "states" / "optimizer.pt"
     size = optimizer.stat().st_size
     with optimizer.open("r+b") as file:
         file.truncate(100)
-    message = rf"optimizer.bin has 100 bytes of {size}; resume_from='.*checkpoint_000001' is whole"
+    message = rf"states/optimizer.pt has 100 bytes of {size}; resume_from='.*checkpoint_000001' is whole"
     with pytest.raises(CheckpointError, match=message):
         run(tmp_path, pipeline_folder, resume_from="latest")
     optimizer.unlink()
-    with pytest.raises(CheckpointError, match="lacks optimizer.bin"):
+    with pytest.raises(CheckpointError, match="lacks states/optimizer.pt"):
         run(tmp_path, pipeline_folder, resume_from=str(newest))
     (newest / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="never finished"):
@@ -263,7 +273,7 @@ def test_other_settings_on_resume_are_named(pipeline_folder, tmp_path):
     run(tmp_path, pipeline_folder, epochs=1)
     with pytest.warns(UserWarning, match="train_learning_rate 0.0003 -> 0.001"):
         trainer = run(tmp_path, pipeline_folder, resume_from="latest", train_learning_rate=1e-3, epochs=2)
-    assert trainer.lr_scheduler.base_lrs == [1e-3], "what is announced holds"
+    assert trainer.policy.lr_scheduler.base_lrs == [1e-3], "what is announced holds"
 
 
 def test_a_new_run_in_a_used_folder_sets_the_earlier_one_aside(pipeline_folder, tmp_path):
@@ -304,8 +314,8 @@ def test_evaluations_survive_a_resume(pipeline_folder, tmp_path):
     straight = run(tmp_path / "straight", pipeline_folder, **settings)
     run(tmp_path / "halves", pipeline_folder, epochs=2, **settings)
     resumed = run(tmp_path / "halves", pipeline_folder, resume_from="latest", **settings)
-    assert resumed.report.evaluations == straight.report.evaluations
-    assert resumed.best_metric == straight.best_metric
+    assert resumed.progress.evaluations == straight.progress.evaluations
+    assert resumed.progress.best_metric == straight.progress.best_metric
 
     if straight.algorithm.prompt_tracker is not None:
         mine, theirs = (trainer.algorithm.prompt_tracker.state_dict() for trainer in (straight, resumed))
@@ -337,7 +347,7 @@ def test_only_faults_of_the_disk_are_survived(pipeline_folder, tmp_path, monkeyp
     def broken(*args, **kwargs):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(trainer_module, "save_adapter", broken)
+    monkeypatch.setattr(policy_module, "save_adapter", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(tmp_path, pipeline_folder, epochs=1)
     assert is_disk_fault(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed"))
@@ -354,5 +364,6 @@ def test_kept_rollouts_of_another_seed_are_not_used(pipeline_folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = run(tmp_path, pipeline_folder, resume_from="latest", prompt_function=["nine"], seed=5, epochs=1)
-    payloads = other.collector.collect(other._batches(other.prompts.batch(0, 2, 8)), 1, 0)[0]
-    assert other.report.reward_curve[0][1] != pytest.approx(payloads[0].scores[:, -1].mean().item(), abs=1e-7)
+    batches = other.collector.local_batches(other.prompts.batch(0, 2, 8))
+    payloads = other.collector.sampler.sample(batches, 0)[0]
+    assert other.progress.reward_curve[0][1] != pytest.approx(payloads[0].scores[:, -1].mean().item(), abs=1e-7)

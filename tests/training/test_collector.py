@@ -2,29 +2,29 @@ import tiny
 import torch
 
 from trl_tafs.output.pictures import sample_grid
-from trl_tafs.training import report
+from trl_tafs.training import samples
 
 PROMPTS = ["one", "two", "three", "four"]
 
 
 def test_a_grid_shows_each_prompt_s_clean_estimates_in_the_order_of_the_steps(pipeline, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(report, "sample_grid", lambda *args: drawn.append(args) or sample_grid(*args))
+    monkeypatch.setattr(samples, "sample_grid", lambda *args: drawn.append(args) or sample_grid(*args))
     trainer = tiny.trainer(pipeline, tmp_path, prompt_function=PROMPTS, num_generations=4, sample_grid_freq=1)
-    parts, _ = trainer.collector.collect(trainer._batches(trainer.prompts.batch(0, 4, 4)), 1, 0)
-    trainer.report.save_grid(parts, 0)
+    parts, _ = trainer.collector.sampler.sample(trainer.collector.local_batches(trainer.prompts.batch(0, 4, 4)), 0)
+    trainer.viewer.save_grid(parts, tmp_path / "grid.png", "")
     images, rows, columns, _ = drawn[0]
     assert [column[:2] for column in columns] == ["1:", "2:", "3:", "4:"]
-    assert list(rows) == [part.batch.prompts[i] for part in parts for i in (0, 4)]
+    assert list(rows) == [part.prompts.prompts[i] for part in parts for i in (0, 4)]
     expected = torch.stack([part.rollout.clean[i] for part in parts for i in (0, 4)])
-    decoded = torch.stack([trainer.collector.decode(clean) for clean in expected])
+    decoded = torch.stack([trainer.collector.sampler.decode(clean) for clean in expected])
     torch.testing.assert_close(images, decoded, atol=1e-5, rtol=0)
 
 
 def test_a_group_can_share_its_initial_noise(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, prompt_function=PROMPTS, num_generations=4, share_initial_noise=True)
     prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
-    part = trainer.collector.roll_out(prompts[:8], 0, 0)
+    part = trainer.collector.sampler.roll_out(prompts[:8], 0)
     first = part.rollout.states[:, 0]
     assert torch.equal(first[:4], first[:1].expand_as(first[:4]))
     assert not torch.equal(first[0], first[4])

@@ -35,5 +35,5 @@ def test_rewards_are_logged_by_name_and_step(pipeline, tmp_path):
 
 def test_a_reward_without_any_verdict_is_named(pipeline, tmp_path):
     rewards = {"bright": tiny.brightness, "silent": lambda images, p, m: [None] * len(p)}
-    with pytest.warns(UserWarning, match="silent gave no verdict for any image"):
+    with pytest.warns(UserWarning, match="silent gave no score for any image"):
         tiny.trainer(pipeline, tmp_path, rewards, num_epochs=1).train()

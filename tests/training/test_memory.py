@@ -15,7 +15,7 @@ from trl_tafs import AutoTAFSPipeline
 from trl_tafs.policy import offload as offload_module
 from trl_tafs.policy.base import cast
 from trl_tafs.policy.lora import adapter_state_dict
-from trl_tafs.policy.offload import Turns, frozen_tensors, move_frozen
+from trl_tafs.policy.offload import DeviceSharing, frozen_tensors, move_frozen
 from trl_tafs.training import memory
 from trl_tafs.training.memory import Activations, Footprint, extrapolate, measure_activations, plan_memory
 
@@ -42,18 +42,37 @@ def settings(tmp_path, **changes):
 
 def test_each_phase_is_the_sum_of_what_it_holds(tmp_path):
     plan = plan_memory(footprint(), settings(tmp_path), local_images=16)
-    # Of one image, D = 2^18: 3 states and 3 actions of 2 bytes, 4 clean estimates and the final latent of 4 bytes.
-    kept = (3 * (1 + 1) * 2 + 5 * 4) // 4
+    # Of one image, D = 2^18: the 4 states of the path of 2 bytes, which hold the actions, and the final latent of 4
+    # bytes; its 3 items have a state and an action each.
+    kept, items = (4 * 2 + 4) // 4, 3 * (1 + 1) * 2 // 4
     always = 40 + 80 + 2000 + 100  # LoRA, two moments, text encoders, VAE
     scored = 4 * 3  # a batch of 4, three steps of 1 MiB
     expected = {
         "encode": 40 + 80 + 2000 + 100 + 1000,
         "rollout": always + 1000 + 16 * kept + scored + 4 * 30,
         "decode": always + 1000 + 16 * kept + scored + 4 * 50,
-        "update": always + 1000 + 2 * 16 * kept + 40 + 2 * (300 + 30),
+        "update": always + 1000 + 16 * (kept + items) + 40 + 2 * (300 + 30),
     }
     assert {phase: plan.peak(phase) / MIB for phase in plan.phases} == expected
     assert plan.peak() / MIB == max(expected.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "floats", "item"),
+    [
+        ({}, 4, 1, 3 * (2 + 2)),
+        ({"num_perturbations": 4}, 3 + 3 * 4, 1, 3 * (2 + 4 * 2)),
+        ({"sample_kernel": "clean", "clean_baseline": "group"}, 3 + 3, 1, 3 * (2 + 2)),
+        ({"objective": "forward"}, 3, 1, 3 * (2 + 4 + 4)),
+        ({"objective": "forward", "forward_levels": "sampler"}, 0, 1, 4 * (2 + 4 + 4)),
+        ({"objective": "awm", "forward_images": "every"}, 3, 4 + 1, 3 * (2 + 4 + 4)),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_a_rollout_is_planned_as_it_is_kept(tmp_path, changes, path, floats, item):
+    options = settings(tmp_path, **changes)
+    assert memory.rollout_bytes(options, 2) == 2 * path + 4 * floats
+    assert memory.item_bytes(options, 2) == item
 
 
 @pytest.mark.parametrize(
@@ -175,7 +194,7 @@ def test_the_plan_is_printed_before_training(pipeline, tmp_path, capsys):
     assert "memory plan, GiB" in capsys.readouterr().out
     real = sum(4 * p.numel() for n, p in pipeline.transformer.named_parameters() if "lora_" not in n)
     buffers = sum(b.numel() * b.element_size() for b in pipeline.transformer.buffers())
-    assert trainer.report.plan.phases["update"]["denoiser"] == real + buffers
+    assert trainer.logs.memory_plan.phases["update"]["denoiser"] == real + buffers
 
 
 # Taking turns -------------------------------------------------------------------------------------------------
@@ -210,20 +229,20 @@ def test_guests_come_and_go_and_the_denoiser_waits_for_the_last(monkeypatch):
     moves = []
     monkeypatch.setattr(offload_module, "move_frozen", lambda module, device: moves.append(device.type))
     vae, encoder = Guest(), Guest()
-    turns = Turns(nn.Linear(1, 1), torch.device("cuda"))
-    with turns([vae]):
-        with turns([vae]):
+    turns = DeviceSharing(nn.Linear(1, 1), torch.device("cuda"))
+    with turns.on_device([vae]):
+        with turns.on_device([vae]):
             assert vae.place == "cuda"
-        with turns([encoder]):
+        with turns.on_device([encoder]):
             assert vae.place == encoder.place == "cuda" and moves == ["cpu"]
         assert vae.place == "cuda" and encoder.place == "cpu" and moves == ["cpu"]
-    assert vae.place == "cpu" and moves == ["cpu", "cuda"] and turns.guests == []
+    assert vae.place == "cpu" and moves == ["cpu", "cuda"] and turns.resident == []
 
 
 def losses(tmp_path, pipeline_folder, **changes):
     trainer = tiny.trainer(tiny.load(pipeline_folder), tmp_path, num_epochs=1, **changes)
     trainer.train()
-    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name)
+    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +260,7 @@ def test_evaluation_exchanges_the_models_once_a_setting_and_changes_nothing(pipe
     results, moves, guests = [], [], []
 
     def judge(images, prompts, metadata):
-        guests.append(len(getattr(getattr(pipeline.decoding, "func", None), "guests", ())))
+        guests.append(len(trainer.policy.devices.resident))
         return images.mean((1, 2, 3))
 
     monkeypatch.setattr(offload_module, "move_frozen", lambda module, device: moves.append(device))
@@ -260,7 +279,7 @@ def test_evaluation_exchanges_the_models_once_a_setting_and_changes_nothing(pipe
         trainer.encode(["one", "two", "three", "four", "five"])
         moves.clear()
         trainer.evaluate(0)
-        results.append(trainer.report.evaluations)
+        results.append(trainer.progress.evaluations)
     assert results[0] == results[1]
     assert len(moves) == 2 * 4 and guests == [0] * 4 + [1] * 4, "the rewards have the denoiser's place"
 
@@ -323,7 +342,7 @@ def test_a_base_that_torchao_quantized_is_trained_under_a_lora(tmp_path):
     settings = {"mixed_precision": "bf16", "num_epochs": 1, "max_sequence_length": families.LENGTH}
     trainer = tiny.trainer(mine, tmp_path / "run", height=16, width=16, **settings)
     trainer.train()
-    lora = adapter_state_dict(mine.denoiser, trainer.adapter_name)
+    lora = adapter_state_dict(mine.denoiser, trainer.policy.adapter_name)
     assert all(weight.abs().sum() > 0 for name, weight in lora.items() if "lora_B" in name)
     weight = mine.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
     assert memory.tensor_bytes(weight) < 2 * weight.numel() and torch.equal(

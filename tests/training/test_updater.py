@@ -17,7 +17,7 @@ def log(folder):
 
 
 def lora(trainer):
-    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.adapter_name)
+    return adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name)
 
 
 def test_every_row_is_replayed_with_its_own_prompt(pipeline, tmp_path):
@@ -30,10 +30,10 @@ def test_every_row_is_replayed_with_its_own_prompt(pipeline, tmp_path):
 def test_noise_and_shuffle_change_with_the_epoch(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path)
     batch = trainer.prompts.batch(0, 2, 8)[:8]
-    parts = [trainer.collector.roll_out(batch, 1, epoch) for epoch in (0, 1)]
+    parts = [trainer.collector.sampler.roll_out(batch, epoch) for epoch in (0, 1)]
     assert not torch.equal(parts[0].rollout.states[:, 0], parts[1].rollout.states[:, 0])
-    whole = trainer.collector.roll_out(trainer.prompts.batch(0, 2, 8), 1, 0)
-    rows = trainer.objective.rows(whole.rollout, torch.ones(16, 3, 1))
+    whole = trainer.collector.sampler.roll_out(trainer.prompts.batch(0, 2, 8), 0)
+    rows = trainer.algorithm.objective.items(whole.rollout, torch.ones(16, 3, 1))
     batches = [trainer.updater.micro_batches(rows, *key) for key in ((0, 0), (1, 0), (0, 1))]
     orders = [torch.cat([index for index, _ in batch]).tolist() for batch in batches]
     assert len({tuple(order) for order in orders}) == 3
@@ -42,8 +42,8 @@ def test_noise_and_shuffle_change_with_the_epoch(pipeline, tmp_path):
 
 def test_a_fraction_of_the_steps_is_another_one_for_each_image(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, train_timestep_fraction=0.4)
-    whole = trainer.collector.roll_out(trainer.prompts.batch(0, 2, 8), 1, 0)
-    rows = trainer.objective.rows(whole.rollout, torch.ones(16, 3, 1))
+    whole = trainer.collector.sampler.roll_out(trainer.prompts.batch(0, 2, 8), 0)
+    rows = trainer.algorithm.objective.items(whole.rollout, torch.ones(16, 3, 1))
     index = torch.cat([i for i, _ in trainer.updater.micro_batches(rows, 0, 0)])
     assert sorted((index // 3).tolist()) == list(range(16))
     assert set((index % 3).tolist()) == {0, 1, 2}
@@ -53,13 +53,15 @@ def test_gradients_are_averaged_over_the_micro_batches_and_clipped(pipeline_fold
     def norms(size, **changes):
         folder = tmp_path / f"{size}-{len(changes)}"
         trainer = tiny.trainer(tiny.load(pipeline_folder), folder, num_epochs=1, train_batch_size=size, **changes)
-        seen, step = [], trainer.optimizer.optimizer.step
+        seen, step = [], trainer.policy.optimizer.optimizer.step
 
         def spy(*args, **kwargs):
-            seen.append(torch.stack([p.grad.norm() for p in trainer.parameters if p.grad is not None]).norm().item())
+            seen.append(
+                torch.stack([p.grad.norm() for p in trainer.policy.parameters if p.grad is not None]).norm().item()
+            )
             return step(*args, **kwargs)
 
-        trainer.optimizer.optimizer.step = spy
+        trainer.policy.optimizer.optimizer.step = spy
         trainer.train()
         line = next(line for line in log(folder) if "loss" in line)
         return line["grad_norm"], seen[0]

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     from trl_tafs.hub.push import PushError
     from trl_tafs.rewards.scoring import RewardError
-    from trl_tafs.training.checkpoint import CheckpointError
+    from trl_tafs.training.checkpoint_files import CheckpointError
 
     refused: tuple[type[Exception], ...] = (RewardError, CheckpointError, PushError)
     try:

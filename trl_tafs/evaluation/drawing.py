@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,6 +78,7 @@ class Drawer:
     device: torch.device
     storage_dtype: torch.dtype  # of states between steps
     decode_batch_size: int | None = None  # images that the VAE decodes at once; None: batch_size
+    decoding: Callable[[], AbstractContextManager] = nullcontext  # inside, the VAE is where it decodes
 
     def images(self, spec: DrawSpec, prompts: Sequence[str], sample_ids: Sequence[int]) -> Tensor:
         """Return an image of each prompt, (B, 3, H, W) on the CPU, drawn from the noise of its sample number."""
@@ -109,7 +111,7 @@ class Drawer:
     def decode(self, drawn: Sequence[Drawn]) -> Tensor:
         """Return the images of drawn latents, (B, N, 3, H, W) on the CPU, N = 1 if steps weren't kept."""
         size, images = self.decode_batch_size or self.batch_size, []
-        with self.pipeline.decoding():  # where models take turns on the GPU: one exchange
+        with self.decoding():  # where models share the GPU: one exchange
             for batch in drawn:
                 decoded = [self.pipeline.decode_in_batches(latents.to(self.device), size) for latents in batch.steps]
                 images.append(torch.stack([step[: batch.count] for step in decoded], dim=1))
@@ -143,7 +145,7 @@ def draw_and_score(
     """
     prompts, metadata = [prompt for prompt, _ in items], [dict(row) for _, row in items]
     drawn = drawer.latents(spec, prompts, sample_ids, steps=steps)
-    with drawer.pipeline.decoding():  # where models take turns on the GPU, the rewards have the denoiser's place
+    with drawer.decoding():  # where models share the GPU, the rewards have the denoiser's place
         images = drawer.decode(drawn)
         scores = [rewards(column, prompts, metadata).values for column in images.unbind(1)]
     return images, torch.stack(scores, dim=1)

@@ -114,18 +114,11 @@ def create_model_card(facts: CardFacts) -> ModelCard:
 
 def _method(facts: CardFacts) -> str:
     """Return how the adapter was trained, in a sentence."""
-    drawn = {
-        "annealed": "are noised again between steps",
-        "clean": "are noised again between steps, around clean images that are explored",
-        "ode": "are drawn by the ODE",
-    }.get(facts.sample_kernel, f"are drawn by a stochastic sampler (`{facts.sample_kernel}`)")
     scored = "the final images are scored and compared with those of the same prompt"
     if facts.scores_every_step:
         scored = "every step's clean images are scored and compared with those of the same prompt and step"
-    moved = "each step is made more or less likely by how its images compare (a clipped policy gradient)"
-    if facts.objective != "clipped":
-        moved = "the model is moved towards those that compare well (a forward-process objective)"
-    return f"the model's own {facts.num_steps}-step samples {drawn}, {scored}, and {moved}"
+        scored += f", {facts.credited}"
+    return f"the model's own {facts.num_steps}-step samples {facts.drawn}, {scored}, and {facts.moved}"
 
 
 def _tables(facts: CardFacts) -> dict[str, str]:

@@ -48,9 +48,10 @@ class CardFacts:
     card_tags: Sequence[str] = ()  # the family's, of its pipeline class
     renoises_from_generator: bool = False  # whether the stock pipeline hands its generator to the scheduler
     scheduler_class: str = "FlowMatchEulerDiscreteScheduler"  # of the repository's scheduler
-    sample_kernel: str = "annealed"  # what drew the rollouts
+    drawn: str = "are noised again between steps"  # how the samples are made, `Kernel.description`
     anneals: bool = True  # whether the repository's scheduler does; the ODE's otherwise
-    objective: str = "forward"
+    moved: str = "the model is moved towards those that compare well"  # `Objective.description`
+    credited: str = "each step answers for its own image"  # `CreditRule.description`
     scores_every_step: bool = False  # or the final image alone
     max_sequence_length: int | None = None  # tokens of a prompt, where it isn't the pipeline's default
     torch_dtype: str = "float32"  # the base model's

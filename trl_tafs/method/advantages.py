@@ -151,17 +151,32 @@ def combine_rewards(table: RewardTable, group_ids: Tensor) -> Tensor:
     return total.masked_fill(missing, float("nan"))
 
 
-def normalize_then_sum(table: RewardTable, group_ids: Tensor, normalize: Normalize) -> Tensor:
-    """GDPO's order (TRL's `normalize_then_sum`): each reward normalised by itself, the weighted sum by the batch.
+def normalize_then_sum(table: RewardTable, missing: Tensor, group_ids: Tensor, normalize: Normalize) -> Tensor:
+    """Normalise each reward by itself, then their weighted sum by the batch (GDPO; TRL's `normalize_then_sum`).
 
-    (B, Q, K), already normalised; NaN as in `combine_rewards`.
+    Args:
+        table: the rewards, (B, Q, K, R).
+        missing: (B, Q, K) bool, where `combine_rewards` has no score.
+        group_ids: (B,) int64.
+        normalize: Eq. 9, for one reward of the name that is given with it.
+
+    Returns:
+        (B, Q, K), already normalised; NaN where `missing` is true.
     """
-    missing = combine_rewards(table, group_ids).isnan()
     parts = [normalize(table.values[..., r], n).nan_to_num(0.0) * table.weights[r] for r, n in enumerate(table.names)]
     idle = (torch.stack(parts) == 0).all(0) & ~missing
     total = torch.stack(parts).sum(0).masked_fill(missing, float("nan"))
     batch = torch.zeros_like(group_ids)
     return normalize_groups(total, batch).masked_fill(idle, 0.0)
+
+
+@dataclass(frozen=True)
+class AdvantageTable:
+    """What the rewards of an epoch come to, on the CPU."""
+
+    advantages: Tensor  # (B, S, M) float32, finite, within +-clip
+    combined: Tensor  # (B, Q, K) float32, the weighted sum of the rewards; NaN where there is no score
+    group_std: Tensor  # (B, Q, K) float32, its deviation within the image's group
 
 
 @dataclass(frozen=True)
@@ -188,8 +203,17 @@ class Advantages:
         prompts: Sequence[str],
         num_trained: int,
         levels: Tensor | None = None,
-    ) -> Tensor:
-        """(B, Q, K, R) rewards of whole groups to (B, S, M) advantages, float32, finite, within +-clip."""
+    ) -> AdvantageTable:
+        """Turn the rewards (B, Q, K, R) of whole groups into advantages.
+
+        Args:
+            table: the rewards.
+            group_ids: (B,) int64.
+            prompts: B.
+            num_trained: S.
+            levels: (Q,) of the scored steps, for credit rules that ask for them.
+        """
+        combined = combine_rewards(table, group_ids)
         alone = group_sums(torch.ones(len(group_ids)), group_ids)[1] == 1 if self.baseline is not None else None
 
         def normalize(values: Tensor, name: str = "") -> Tensor:
@@ -200,11 +224,12 @@ class Advantages:
             return normalize_groups(values, group_ids, self.scale, alone)
 
         if self.aggregation == "normalize_then_sum":
-            values, inner = normalize_then_sum(table, group_ids, normalize), lambda normalised: normalised
+            values, inner = normalize_then_sum(table, combined.isnan(), group_ids, normalize), lambda done: done
         else:
-            values, inner = combine_rewards(table, group_ids), normalize
+            values, inner = combined, normalize
             if alone is not None:
                 values = torch.where(alone[:, None, None], values - self.baseline(prompts)[..., None], values)
         advantages = self.credit(values, num_trained, inner, levels)
         advantages = advantages[..., :-1] if self.drop_mean else advantages
-        return advantages.clamp(-self.clip, self.clip)
+        group_std = group_mean_std(combined, group_ids)[1]
+        return AdvantageTable(advantages.clamp(-self.clip, self.clip), combined, group_std)

@@ -4,19 +4,22 @@ Notation: `x` the state at level `s`, `v` the velocity predicted there, `s_next`
 broadcast against it; `eps` is noise of unit variance. The clean estimate is `xhat = x - s v` (paper Eq. 4, 6).
 
 A kernel says which steps carry an action (`trained_steps`), the action's distribution (`transition`), the state
-that follows (`next_state`), and which clean images its actions answer for (`reward_lag`: 1 when an action at
-step n is credited with the clean estimate of step n + 1, 0 when it is itself the image that is scored).
+that follows (`next_state`), and which clean images its actions answer for (`reward_lag`). What holds for a kernel
+whatever its options (whether it anneals, whether it has a density, the limits of its eta) stands on its class.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+
+from trl_tafs.method.parts import Part
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -82,48 +85,85 @@ class Transition:
         return density.flatten(first).sum(-1) * REDUCTIONS[reduction](self.mean[0].numel())
 
 
-class Kernel(Protocol):
-    """What rollout and replay ask of a kernel."""
+@dataclass(frozen=True)
+class Kernel(Part, ABC):
+    """What rollout and replay ask of a kernel, and the defaults of a stochastic one.
 
-    has_density: bool  # False: the path is deterministic; its states are kept, and there is nothing to score
-    num_actions: int  # M, actions drawn at a trained state
-    reward_lag: int  # 1: credited with the next step's clean estimate; 0: the action is the scored image
-    scores_mean: bool  # the unexplored mean is scored beside the actions, as their baseline
-    renoises: bool  # `next_state` adds noise that is no action
-    antithetic: bool  # the second half of a state's actions has the noise of the first, negated
+    A field `eta` is set by `sample_eta`, whose default it gives; other fields of a subclass by `sampler_kwargs`.
+    """
+
+    num_actions: int = field(default=1, kw_only=True)  # M, actions drawn at a trained state
+    antithetic: bool = field(default=False, kw_only=True)  # the second half of them has the noise of the first, negated
+
+    has_density: ClassVar[bool] = True  # False: the path is deterministic; its states are kept, nothing is chosen
+    anneals: ClassVar[bool] = False  # what it trains is published for `stochastic_sampling`; else for the ODE
+    action_is_state: ClassVar[bool] = False  # the first action of a state is the next state, as `next_state` returns it
+    renoises: ClassVar[bool] = False  # `next_state` adds noise that is no action
+    reward_lag: ClassVar[int] = 1  # 1: credited with the next step's clean estimate; 0: the action is the scored image
+    largest_eta: ClassVar[float] = math.inf
+    description: ClassVar[str] = "are drawn by a stochastic sampler"  # ends "the model's own 4-step samples ..."
+    reads: ClassVar[Mapping[str, str]] = {
+        "num_actions": "num_perturbations",
+        "antithetic": "antithetic_perturbations",
+        "eta": "sample_eta",
+    }
+
+    def __post_init__(self) -> None:
+        if self.num_actions < 1:
+            raise ValueError(f"num_actions is {self.num_actions}; a state needs at least one action")
+        if self.antithetic and self.num_actions % 2:
+            raise ValueError(f"num_actions is {self.num_actions}; antithetic actions come in pairs, use an even number")
+        eta = getattr(self, "eta", None)
+        if eta is not None and not 0 < eta <= self.largest_eta:
+            raise ValueError(
+                f"eta is {eta}; it must lie in (0, {self.largest_eta:g}] (0 is the ODE, without a density)"
+            )
+
+    @classmethod
+    def default_eta(cls) -> float | None:
+        """Return the default of the field `eta`; None for a kernel without one."""
+        eta = cls._fields().get("eta")
+        return None if eta is None else eta.default
+
+    @classmethod
+    def from_options(cls, options: Any) -> Self:
+        """Return the kernel that `options.SamplingOptions` ask for; raise ValueError if they don't fit it."""
+        return cls._made(options, "sampler_kwargs")
+
+    @property
+    def scores_mean(self) -> bool:
+        """Whether the unexplored mean is scored beside the actions, as their baseline."""
+        return False
 
     def trained_steps(self, num_steps: int) -> range:
-        """The steps, 0-based, that carry an action: whose states and actions are kept."""
+        """Return the steps, 0-based, that carry an action: by default all but the last, which leads to the image."""
+        return range(num_steps - 1)
 
+    @abstractmethod
     def transition(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Transition:
-        """The distribution of the action."""
+        """Return the distribution of the action."""
 
+    @abstractmethod
     def sensitivity(self, s: Tensor, s_next: Tensor) -> Tensor:
-        """How far the action's mean moves with the velocity, |d mean / d v|, of the shape of `s`."""
+        """Return how far the action's mean moves with the velocity, |d mean / d v|, of the shape of `s`."""
 
+    @abstractmethod
     def next_state(
         self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor
     ) -> Tensor:
-        """The state at `s_next`; `action` is None at a step that isn't trained."""
-
-
-def _check_actions(num_actions: int, antithetic: bool) -> None:
-    if num_actions < 1:
-        raise ValueError(f"num_actions is {num_actions}; a state needs at least one action")
-    if antithetic and num_actions % 2:
-        raise ValueError(f"num_actions is {num_actions}; antithetic actions come in pairs, use an even number")
+        """Return the state at `s_next`; `action` is None at a step that isn't trained."""
 
 
 @dataclass(frozen=True)
-class Annealed:
+class Annealed(Kernel):
     r"""Temperature annealing (Eq. 5 and 7), the default: the action is the next noisy state.
 
     .. math:: x_{n+1} = (1 - s_{n+1}) \hat x_n + s_{n+1} \epsilon.
 
     At `eta` = 1 this is diffusers' `stochastic_sampling`, bit for bit. Below 1 a part of the predicted noise is
-    kept, `mean = (1 - s') xhat + sqrt(s'^2 - std^2) x1`, `std = s' sin(eta pi / 2)` (Flow-CPS, arXiv 2509.05952,
-    `sample_kernel="cps"`), and the Euler ODE is reached at 0, where there is no density. The coefficients (1 - s', s')
-    are those of the flow at every eta; the variance of the states is below the flow's, since `xhat` is a mean.
+    kept, `mean = (1 - s') xhat + sqrt(s'^2 - std^2) x1`, `std = s' sin(eta pi / 2)` (Flow-CPS, `Cps`), and the Euler
+    ODE is reached at 0, where there is no density. The coefficients (1 - s', s') are those of the flow at every eta;
+    the variance of the states is below the flow's, since `xhat` is a mean.
 
     With M = `num_actions` above 1 every trained state branches: M re-noisings of one clean estimate, each evaluated
     once more for the clean image that it leads to, and that image scored. Siblings share their state, so that its own
@@ -131,17 +171,10 @@ class Annealed:
     """
 
     eta: float = 1.0
-    num_actions: int = 1
-    antithetic: bool = False
-    has_density: bool = True
-    reward_lag: int = 1
-    scores_mean: bool = False
-    renoises: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}; it must lie in (0, 1] (0 is the ODE, without a density)")
-        _check_actions(self.num_actions, self.antithetic)
+    anneals: ClassVar[bool] = True
+    action_is_state: ClassVar[bool] = True
+    largest_eta: ClassVar[float] = 1.0
+    description: ClassVar[str] = "are noised again between steps"
 
     def trained_steps(self, num_steps: int) -> range:
         """All but the last: `s_{N+1} = 0` has no density."""
@@ -170,7 +203,19 @@ class Annealed:
 
 
 @dataclass(frozen=True)
-class Clean:
+class Cps(Annealed):
+    """Flow-CPS (arXiv 2509.05952): `Annealed` with a part of the predicted noise kept, its `eta` .8.
+
+    Its authors evaluate by the ODE, and so is published what it trains.
+    """
+
+    eta: float = 0.8
+    anneals: ClassVar[bool] = False
+    description: ClassVar[str] = "are noised again in part between steps (Flow-CPS)"
+
+
+@dataclass(frozen=True)
+class Clean(Kernel):
     r"""The other reading of Eq. 10: the action is the clean image, explored explicitly.
 
     .. math:: x_0^n = \hat x_n + \kappa s_n \xi, \qquad p = N(\hat x_n, (\kappa s_n)^2 I), \quad n = 2..N.
@@ -181,17 +226,17 @@ class Clean:
     """
 
     kappa: float = 0.5
-    num_actions: int = 1
-    antithetic: bool = False
     baseline: str = "state"  # "state": the state's own; "group": Eq. 9's mean over the group alone
-    has_density: bool = True
-    reward_lag: int = 0
-    renoises: bool = True
+    anneals: ClassVar[bool] = True
+    renoises: ClassVar[bool] = True
+    reward_lag: ClassVar[int] = 0
+    description: ClassVar[str] = "are noised again between steps, around clean images that are explored"
+    reads: ClassVar[Mapping[str, str]] = Kernel.reads | {"kappa": "sample_kappa", "baseline": "clean_baseline"}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.kappa > 0:
             raise ValueError(f"kappa is {self.kappa}; exploration needs it above 0")
-        _check_actions(self.num_actions, self.antithetic)
         if self.baseline not in ("state", "group"):
             raise ValueError(f"baseline is {self.baseline!r}; use state or group")
 
@@ -227,7 +272,7 @@ def euler(x: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sde(ABC):
+class Sde(Kernel):
     r"""Euler-Maruyama steps of an SDE with the flow's own marginals, whatever its diffusion `g`.
 
     .. math:: x' = x + v\, dt - \tfrac{g^2}{2} \nabla \log p_s(x)\, dt + g \sqrt{-dt}\, \epsilon, \quad dt = s' - s < 0,
@@ -239,17 +284,8 @@ class Sde(ABC):
     """
 
     eta: float = 0.7
-    num_actions: int = 1
-    antithetic: bool = False
-    has_density: bool = True
-    reward_lag: int = 1
-    scores_mean: bool = False
-    renoises: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.eta > 0:
-            raise ValueError(f"eta is {self.eta}; an SDE needs it above 0 (0 is the ODE, without a density)")
-        _check_actions(self.num_actions, self.antithetic)
+    action_is_state: ClassVar[bool] = True
+    description: ClassVar[str] = "are drawn by an SDE"
 
     @abstractmethod
     def diffusion(self, s: Tensor, s_next: Tensor) -> Tensor:
@@ -286,6 +322,7 @@ class FlowSde(Sde):
     """
 
     eta: float = 0.7
+    description: ClassVar[str] = "are drawn by Flow-GRPO's SDE"
 
     def diffusion(self, s: Tensor, s_next: Tensor) -> Tensor:
         """`eta sqrt(s / (1 - s~))`, `s~` being the next level at s = 1, where it would be infinite."""
@@ -297,6 +334,7 @@ class DanceSde(Sde):
     """DanceGRPO's (arXiv 2505.07818): `g = eta` at every level, .3 in its recipe."""
 
     eta: float = 0.3
+    description: ClassVar[str] = "are drawn by DanceGRPO's SDE"
 
     def diffusion(self, s: Tensor, s_next: Tensor) -> Tensor:
         """`eta`."""
@@ -304,15 +342,12 @@ class DanceSde(Sde):
 
 
 @dataclass(frozen=True)
-class Ode:
+class Ode(Kernel):
     """The Euler solver, `x + (s' - s) v`: no density. For evaluation, and for objectives that need none."""
 
-    num_actions: int = 1
-    antithetic: bool = False
-    has_density: bool = False
-    reward_lag: int = 1
-    scores_mean: bool = False
-    renoises: bool = False
+    has_density: ClassVar[bool] = False
+    action_is_state: ClassVar[bool] = True
+    description: ClassVar[str] = "are drawn by the ODE"
 
     def trained_steps(self, num_steps: int) -> range:
         """All but the last, as the stochastic kernels, so that their states are kept."""
@@ -334,25 +369,36 @@ class Ode:
 
 
 @dataclass(frozen=True)
-class Windowed:
+class Windowed(Kernel):
     """Another kernel inside a window of steps, the Euler ODE outside (MixGRPO, arXiv 2507.21802).
 
-    Only the window's steps are explored and trained. `schedules.SlidingWindow` says where it lies in which epoch.
+    Only the window's steps are explored and trained. `levels.SlidingWindow` says where it lies in which epoch.
     """
 
     kernel: Kernel
     window: range  # 0-based steps
 
-    def __getattr__(self, name: str) -> object:
-        """What isn't about the window is the inner kernel's."""
-        if name.startswith("__") or name == "kernel":
-            raise AttributeError(name)
-        return getattr(self.kernel, name)
+    def __post_init__(self) -> None:
+        for fact in Kernel.__annotations__:  # what isn't about the window is the inner kernel's
+            object.__setattr__(self, fact, getattr(self.kernel, fact))
+
+    @property
+    def scores_mean(self) -> bool:
+        """The kernel's."""
+        return self.kernel.scores_mean
 
     def trained_steps(self, num_steps: int) -> range:
         """The window's, as far as the kernel trains them."""
         own = self.kernel.trained_steps(num_steps)
         return range(max(own.start, self.window.start), min(own.stop, self.window.stop))
+
+    def transition(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor) -> Transition:
+        """The kernel's."""
+        return self.kernel.transition(x, v, s, s_next)
+
+    def sensitivity(self, s: Tensor, s_next: Tensor) -> Tensor:
+        """The kernel's."""
+        return self.kernel.sensitivity(s, s_next)
 
     def next_state(
         self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, action: Tensor | None, noise: Tensor
@@ -361,11 +407,11 @@ class Windowed:
         return euler(x, v, s, s_next) if action is None else self.kernel.next_state(x, v, s, s_next, action, noise)
 
 
-KERNELS = {
+KERNELS: dict[str, type[Kernel]] = {
     "annealed": Annealed,
     "clean": Clean,
     "flow_sde": FlowSde,
     "dance_sde": DanceSde,
-    "cps": Annealed,
+    "cps": Cps,
     "ode": Ode,
 }

@@ -26,14 +26,14 @@ def map_tensors(item: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return item
 
 
-class Rows:
+class TensorRecord:
     """A dataclass whose tensors share their first axis: it can be indexed, repeated and moved as one."""
 
     def __getitem__(self, index: Any) -> Self:
         return map_tensors(self, lambda tensor: tensor[index])
 
     def repeat_interleave(self, times: int) -> Self:
-        """Each row `times` times in a row: (B, ...) -> (B * times, ...)."""
+        """Repeat each entry `times` times: (B, ...) -> (B * times, ...)."""
         return map_tensors(self, lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -42,14 +42,14 @@ class Rows:
 
     @classmethod
     def cat(cls, items: list[Self]) -> Self:
-        """Concatenate along the rows; what is no tensor is taken from the first item."""
+        """Concatenate along the first axis; what is no tensor is taken from the first item."""
         first = items[0]
         changes: dict[str, Any] = {}
         for field in dataclasses.fields(first):  # type: ignore[arg-type]
             values = [getattr(item, field.name) for item in items]
             if isinstance(values[0], Tensor):
                 changes[field.name] = torch.cat(values)
-            elif isinstance(values[0], Rows):
+            elif isinstance(values[0], TensorRecord):
                 changes[field.name] = type(values[0]).cat(values)
         return dataclasses.replace(first, **changes)  # type: ignore[type-var]
 
@@ -66,8 +66,8 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, rows: slice) -> PromptBatch:
-        return PromptBatch(self.prompts[rows], self.metadata[rows], self.group_ids[rows], self.sample_ids[rows])
+    def __getitem__(self, part: slice) -> PromptBatch:
+        return PromptBatch(self.prompts[part], self.metadata[part], self.group_ids[part], self.sample_ids[part])
 
     @classmethod
     def cat(cls, items: list[PromptBatch]) -> PromptBatch:
@@ -81,7 +81,7 @@ class PromptBatch:
 
 
 @dataclass(frozen=True)
-class Embeddings(Rows):
+class Embeddings(TensorRecord):
     """Encoded prompts, as the denoiser takes them."""
 
     text: Tensor  # (B, L, C)
@@ -100,7 +100,7 @@ class Embeddings(Rows):
 
     @classmethod
     def cat(cls, items: list[Embeddings]) -> Embeddings:
-        """Concatenate the rows, shorter texts padded to the longest."""
+        """Concatenate, shorter texts padded to the longest."""
         longest = max(item.text.shape[1] for item in items)
         masked = any(item.mask is not None for item in items)
         if masked or any(item.text.shape[1] < longest for item in items):
@@ -109,7 +109,7 @@ class Embeddings(Rows):
 
 
 @dataclass(frozen=True)
-class Conditioning(Rows):
+class Conditioning(TensorRecord):
     """All that a velocity depends on besides state and level, guidance included.
 
     Rollout and replay are given the same object, so that they can't differ in their guidance.
@@ -132,7 +132,7 @@ class Conditioning(Rows):
 
     @classmethod
     def cat(cls, items: list[Conditioning]) -> Conditioning:
-        """Concatenate rows of one and the same guidance."""
+        """Concatenate conditionings of one and the same guidance."""
         kinds = {(item.guidance_scale, item.negative is None) for item in items}
         if len(kinds) > 1:
             raise ValueError(f"conditionings of different guidance can't be one batch: {sorted(kinds)}")
@@ -141,21 +141,34 @@ class Conditioning(Rows):
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled trajectories of B images over N steps."""
+    """Sampled trajectories of B images over N steps.
+
+    What nobody reads isn't kept: of `path`, `branches`, `log_probs` and `clean` there may be (B, 0, ...).
+    """
 
     levels: Tensor  # (N + 1,) float32, 1 > ... > 0
-    steps: Tensor  # (S,) int64, the trained steps, 0-based
-    states: Tensor  # (B, S, *) x_n at the trained steps, storage dtype
-    actions: Tensor  # (B, S, M, *) storage dtype
+    steps: Tensor  # (S,) int64, the trained steps, 0-based, one after the other
+    path: Tensor  # (B, S, *) x_n at the trained steps, storage dtype; (B, S + 1, *) where the actions are its states
+    branches: Tensor  # (B, S, M, *) storage dtype, the actions, where the path doesn't hold them
     log_probs: Tensor  # (B, S, M) float32, in the units of the reduction that was asked for
     clean: Tensor  # (B, N, *) float32, the clean estimate of every step
     scored: Tensor  # (B, Q, K, *) float32, the clean latents that are to be decoded and scored
     final: Tensor  # (B, *) what the sampler returns
 
+    @property
+    def states(self) -> Tensor:
+        """(B, S, *), the states at which the actions were taken."""
+        return self.path[:, : len(self.steps)]
+
+    @property
+    def actions(self) -> Tensor:
+        """(B, S, M, *); (B, 0, 1, *) where they weren't kept."""
+        return self.branches if self.branches.shape[1] else self.path[:, 1:].unsqueeze(2)
+
 
 @dataclass(frozen=True)
 class RewardTable:
-    """Rewards of the scored images; NaN where a reward gave no verdict."""
+    """Rewards of the scored images; NaN where a reward gave no score."""
 
     values: Tensor  # (B, Q, K, R) float32
     names: tuple[str, ...]  # R
@@ -163,13 +176,13 @@ class RewardTable:
 
     @classmethod
     def cat(cls, items: list[RewardTable]) -> RewardTable:
-        """The rows of tables of the same rewards, one after the other."""
+        """Concatenate tables of the same rewards."""
         return cls(torch.cat([item.values for item in items]), items[0].names, items[0].weights)
 
 
 @dataclass(frozen=True)
-class Transitions(Rows):
-    """Rows of the clipped objective: one action set of one state at one step. T = B * S rows."""
+class Transitions(TensorRecord):
+    """Minibatch items of the clipped objective: the actions of one state at one step, T = B * S of them."""
 
     state: Tensor  # (T, *)
     action: Tensor  # (T, M, *)
@@ -177,21 +190,21 @@ class Transitions(Rows):
     next_level: Tensor  # (T,) float32
     old_log_prob: Tensor  # (T, M) float32
     advantage: Tensor  # (T, M) float32
-    sample: Tensor  # (T,) int64, the row's image: which conditioning belongs to it
+    sample: Tensor  # (T,) int64, the item's image: which conditioning belongs to it
 
     def __len__(self) -> int:
         return len(self.sample)
 
 
 @dataclass(frozen=True)
-class ForwardRows(Rows):
-    """Rows of the forward objectives: a noisy state, and a clean image that the policy made, with its advantage."""
+class ForwardItems(TensorRecord):
+    """Minibatch items of the forward objectives: a noisy state, and a clean image of the policy with its advantage."""
 
     state: Tensor  # (T, *) storage dtype
     clean: Tensor  # (T, *) float32
     level: Tensor  # (T,) float32, the state's
     advantage: Tensor  # (T, 1) float32
-    sample: Tensor  # (T,) int64, the row's image
+    sample: Tensor  # (T,) int64, the item's image
     old_velocity: Tensor | None = None  # (T, *) of the policy that sampled; None: the present one's
 
     def __len__(self) -> int:

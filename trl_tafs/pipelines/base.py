@@ -14,8 +14,7 @@ import dataclasses
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,14 +111,9 @@ class TAFSPipelineMixin(ABC):
         images = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type="pt").float()
 
-    # The contexts of encoding and decoding: where models take turns on the GPU, it is theirs inside.
-    encoding: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
-    decoding: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
-
     def decode_in_batches(self, latents: Tensor, batch_size: int) -> Tensor:
         """Latents (B, *) to images (B, 3, H, W) on the CPU, `batch_size` at a time."""
-        with self.decoding():
-            return torch.cat([self.decode_latents(chunk).cpu() for chunk in latents.split(batch_size)])
+        return torch.cat([self.decode_latents(chunk).cpu() for chunk in latents.split(batch_size)])
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance: `u + w (c - u)`, which is off at w = 1."""

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import torch
 from torch import nn
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
-from trl_tafs.policy.offload import Turns
+from trl_tafs.policy.offload import DeviceSharing
+from trl_tafs.policy.options import PolicyOptions
 
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: torch.device) -> None:
-    """Freeze the base, put it on the device, and cast it to the dtype of `mixed_precision`.
+def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: torch.device) -> DeviceSharing:
+    """Freeze the base, put it on the device, cast it to the dtype of `mixed_precision`, and say how models share it.
 
     What waits on the CPU is cast, too. The VAE keeps its dtype: several decode to black in float16. A quantized module
     keeps its own, and one of bitsandbytes its place.
 
     Raises:
-        ValueError: models that are on the move already, or can't be moved.
+        ValueError: a model has a hook that moves it, or can't be moved as `model_cpu_offload` asks.
     """
+    if config.model_cpu_offload and is_quantized(pipeline.denoiser):
+        raise ValueError(
+            f"model_cpu_offload can't move a quantized {type(pipeline.denoiser).__name__}, which is small already; "
+            "use offload_text_encoders=True"
+        )
     dtype = DTYPES[config.mixed_precision]
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     for name, module in modules.items():
@@ -42,20 +46,27 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, device: to
         trained = config.full_finetuning and module is pipeline.denoiser
         if dtype is not None and name != "vae" and not trained and not is_quantized(module):
             cast(module, dtype)
-    if config.vae_tiling:
-        pipeline.vae.enable_tiling()
-    if config.model_cpu_offload:
-        if is_quantized(pipeline.denoiser):
-            raise ValueError(
-                f"model_cpu_offload can't move a quantized {type(pipeline.denoiser).__name__}, which is small already; "
-                "use offload_text_encoders=True"
-            )
-        turns = Turns(pipeline.denoiser, device)
-        encoders = [module for name, module in modules.items() if name.startswith("text_encoder")]
-        pipeline.encoding = partial(turns, [module for module in encoders if not is_bitsandbytes(module)])
-        pipeline.decoding = partial(turns, [pipeline.vae])
-    if config.train_gradient_checkpointing:
-        pipeline.denoiser.enable_gradient_checkpointing()
+    tiled = pipeline.vae if config.vae_tiling else None
+    if not config.model_cpu_offload:
+        return DeviceSharing(pipeline.denoiser, device, tiled=tiled)
+    encoders = [module for name, module in modules.items() if name.startswith("text_encoder")]
+    moved = [module for module in encoders if not is_bitsandbytes(module)]
+    return DeviceSharing(pipeline.denoiser, device, moved, [pipeline.vae], tiled)
+
+
+def take_off_autocast(denoiser: nn.Module) -> None:
+    """Undo what the Accelerate of an earlier trainer put around the denoiser's forward, and the mark that it did.
+
+    With the mark left on, the next trainer's Accelerate would put nothing on, and the denoiser would run without
+    autocast.
+    """
+    original = denoiser.__dict__.pop("_original_forward", None)
+    denoiser.__dict__.pop("_is_accelerate_prepared", None)
+    if original is None:
+        return
+    denoiser.__dict__.pop("forward", None)
+    if getattr(original, "__func__", None) is not type(denoiser).forward:  # somebody's own forward, below Accelerate's
+        denoiser.forward = original
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.method.noise import noise_seed
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.quantized import is_quantized
 from trl_tafs.policy.adapter_file import check_adapter_fits, lora_metadata, read_adapter
+from trl_tafs.policy.options import PolicyOptions
 
 
 def free_denoiser(pipeline: TAFSPipelineMixin, lora_config: Any | None) -> None:
@@ -26,7 +26,7 @@ def free_denoiser(pipeline: TAFSPipelineMixin, lora_config: Any | None) -> None:
     denoiser.float().requires_grad_(True)
 
 
-def attach_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: Any | None) -> tuple[str, Any]:
+def attach_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: Any | None) -> tuple[str, Any]:
     """Put the trained LoRA on the denoiser; returns the adapter's name and its `LoraConfig`.
 
     It is, in this order: the one adapter that the pipeline came with; `config.adapter_name_or_path`; the user's
@@ -55,7 +55,7 @@ def attach_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config
     return name, lora_config
 
 
-def _add_lora(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig, lora_config: Any | None) -> Any:
+def _add_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: Any | None) -> Any:
     from peft import LoraConfig, set_peft_model_state_dict
 
     denoiser, weights = pipeline.denoiser, None

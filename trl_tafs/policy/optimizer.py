@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.policy.options import OptimizerOptions
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: TAFSGRPOConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], config: OptimizerOptions) -> torch.optim.Optimizer:
     """AdamW, or bitsandbytes' with 8-bit state."""
     if config.train_use_8bit_adam:
         try:
@@ -30,7 +30,7 @@ def make_optimizer(parameters: list[nn.Parameter], config: TAFSGRPOConfig) -> to
     )
 
 
-def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: TAFSGRPOConfig, total_steps: int) -> Any:
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerOptions, total_steps: int) -> Any:
     """Diffusers' `get_scheduler`, over `total_steps` optimizer steps."""
     from diffusers.optimization import get_scheduler
 
@@ -47,7 +47,7 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, config: TAFSGRPOConfig, 
     )
 
 
-def apply_settings(optimizer: Any, lr_scheduler: Any, config: TAFSGRPOConfig) -> None:
+def apply_settings(optimizer: Any, lr_scheduler: Any, config: OptimizerOptions) -> None:
     """Make the configuration's optimizer settings hold after a resume, which restores the checkpoint's."""
     lr_scheduler.base_lrs = [config.train_learning_rate] * len(lr_scheduler.base_lrs)
     for group in optimizer.param_groups:

@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class PromptEncoder:
         cache_bytes: most bytes in memory.
         cache_dir: a folder for the encoded prompts of one base model. Prompts that are found there need no text
             encoder, so the pipeline may be loaded without.
+        encoding: a context inside which the text encoders are on the device, for models that share it.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class PromptEncoder:
         cache_size: int = 1024,
         cache_bytes: int = 4 * 2**30,
         cache_dir: str | os.PathLike | None = None,
+        encoding: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.pipeline, self.device, self.offload = pipeline, device, offload
+        self.pipeline, self.device, self.offload, self.encoding = pipeline, device, offload, encoding
         self.cache_size, self.cache_bytes = cache_size, cache_bytes
         self.arguments = {
             "guidance_scale": guidance_scale,
@@ -69,6 +71,21 @@ class PromptEncoder:
         self.cache: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0  # of all in the cache
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
+
+    @classmethod
+    def of(cls, pipeline: TAFSPipelineMixin, config: Any, devices: Any) -> PromptEncoder:
+        """Make the encoder that a training configuration asks for, with the models where `devices` has them."""
+        return cls(
+            pipeline,
+            devices.device,
+            guidance_scale=config.sample_guidance_scale,
+            embedded_guidance_scale=config.sample_embedded_guidance_scale,
+            negative_prompt=config.negative_prompts,
+            max_sequence_length=config.max_sequence_length,
+            offload=config.offload_text_encoders and not config.model_cpu_offload,
+            cache_dir=config.prompt_cache_dir,
+            encoding=devices.encoding,
+        )
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditioning of B prompts, B rows on the device.
@@ -118,7 +135,7 @@ class PromptEncoder:
                 f"the prompt {prompts[0]!r} isn't encoded yet, and the pipeline has no text encoder; load it with one"
                 + ("" if self.cache_dir is None else f", or give the folder that has the prompt, not {self.cache_dir}")
             )
-        with self.pipeline.encoding(), self._encoding(encoders):
+        with self.encoding(), self._encoding(encoders):
             for prompt in prompts:
                 conditioning = self.pipeline.encode_conditioning([prompt], **self.arguments).to("cpu")
                 if self.pipeline.text_multiple is not None:

@@ -2,68 +2,67 @@
 
 from __future__ import annotations
 
-import json
+import os
 import random
+import re
+import uuid
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PROMPT_SETS = {  # the papers' sets by their public names: (loader of `datasets`, its arguments, the prompts' column)
-    "geneval": (
-        "json",
-        {"data_files": "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl"},
-        "prompt",
-    ),
-    **{
-        f"flow_grpo/{name}": (
-            kind,
-            {"data_files": f"https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset/{path}"},
-            column,
-        )
-        for name, kind, path, column in (
-            ("geneval_train", "json", "geneval/train_metadata.jsonl", "prompt"),
-            ("geneval_test", "json", "geneval/test_metadata.jsonl", "prompt"),
-            ("ocr_train", "text", "ocr/train.txt", "text"),
-            ("ocr_test", "text", "ocr/test.txt", "text"),
-            ("pickapic_train", "text", "pickscore/train.txt", "text"),
-            ("pickapic_test", "text", "pickscore/test.txt", "text"),
-        )
-    },
-    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", {"split": "test_unique"}, "caption"),
-    "parti": ("nateraw/parti-prompts", {"split": "train"}, "Prompt"),
+from trl_tafs.prompts.files import PARSERS, is_file, parse_prompts, read_prompt_file
+from trl_tafs.rewards.web import WebError, fetch, parse_address, printable, without_userinfo
+
+SET_FILES = {  # files on GitHub: OWNER/REPOSITORY/BRANCH/PATH
+    "geneval": "djghosh13/geneval/main/prompts/evaluation_metadata.jsonl",
+    "flow_grpo/geneval_train": "yifan123/flow_grpo/main/dataset/geneval/train_metadata.jsonl",
+    "flow_grpo/geneval_test": "yifan123/flow_grpo/main/dataset/geneval/test_metadata.jsonl",
+    "flow_grpo/ocr_train": "yifan123/flow_grpo/main/dataset/ocr/train.txt",
+    "flow_grpo/ocr_test": "yifan123/flow_grpo/main/dataset/ocr/test.txt",
+    "flow_grpo/pickapic_train": "yifan123/flow_grpo/main/dataset/pickscore/train.txt",
+    "flow_grpo/pickapic_test": "yifan123/flow_grpo/main/dataset/pickscore/test.txt",
 }
+SET_DATASETS = {  # datasets on the Hub: (name, split, the prompts' column)
+    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "test_unique", "caption"),
+    "parti": ("nateraw/parti-prompts", "train", "Prompt"),
+}
+PROMPT_SETS = (*SET_FILES, *SET_DATASETS)  # the papers' sets by their public names
+MIRROR = "TRL_TAFS_PROMPT_SETS"  # the environment's: the address that GitHub's files are fetched from
+GITHUB = "https://raw.githubusercontent.com"
+FETCH_SECONDS = 60.0
+FETCH_BYTES = 64 * 2**20
+HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(:[^/\s]{1,96})?")
 
 
 def load_prompts(source: str) -> Any:
     """Prompts for training and evaluation: a list of strings or rows, or a dataset with a `prompt` column.
 
     Args:
-        source: a .txt file (one prompt a line); a .jsonl, .json or .csv file with a `prompt` column, the other columns
-            being the prompts' metadata; a name of `PROMPT_SETS`; `geneval-style:NUMBER:SEED`; or a dataset on the Hub,
-            `user/name` or `user/name:split`.
+        source: a .txt file (one prompt a line); a .jsonl, .json, .csv or .tsv file with a `prompt` column, the other
+            columns being the prompts' metadata; a name of `PROMPT_SETS`; `geneval-style:NUMBER:SEED`; or a dataset on
+            the Hub, `user/name` or `user/name:split`.
 
     Raises:
-        ValueError: there is no such file, a row isn't JSON, or there are no prompts.
+        ValueError: there is no such file, set or dataset, it can't be fetched, or a row has no prompt.
     """
     path = Path(source)
     if source.startswith("geneval-style:"):
         return _made(source)
-    if path.suffix == ".txt":
-        rows: list[Any] = [line.strip() for line in _read(path).splitlines() if line.strip()]
-    elif path.suffix == ".jsonl":
-        rows = [_row(path, i, line) for i, line in enumerate(_read(path).splitlines(), 1) if line.strip()]
-    elif path.suffix == ".json":
-        rows = json.loads(_read(path))
-    elif path.suffix == ".csv":
-        from datasets import load_dataset
-
-        _read(path)
-        return load_dataset("csv", data_files=str(path), split="train")
-    else:
-        return _dataset(source)
-    if not rows:
-        raise ValueError(f"{source} holds no prompts; write one a line")
-    return rows
+    if source in SET_FILES:
+        return _fetched(source)
+    if path.suffix.lower() in PARSERS or is_file(path):
+        return read_prompt_file(path)
+    if source in SET_DATASETS:
+        name, split, column = SET_DATASETS[source]
+        dataset = _dataset(name, split)
+        return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+    if not HUB_NAME.fullmatch(source) and not (source and os.path.isdir(source)):
+        raise ValueError(
+            f"{source!r:.200} is no prompt file, no set ({', '.join(PROMPT_SETS)}) and no dataset user/name"
+        )
+    name, _, split = source.partition(":")
+    return _dataset(name, split or "train")
 
 
 def _made(source: str) -> list[dict[str, Any]]:
@@ -73,33 +72,51 @@ def _made(source: str) -> list[dict[str, Any]]:
     return geneval_prompts(int(parts[0]), int(parts[1]) if len(parts) > 1 else 0)
 
 
-def _row(path: Path, number: int, line: str) -> Any:
+def _fetched(name: str) -> list[Any]:
+    """A set's rows, from the copy in the cache if there is one, else from GitHub, or the mirror, into the cache."""
+    from huggingface_hub import constants
+
+    kept = Path(os.environ.get("HF_HOME") or constants.HF_HOME) / "trl_tafs" / "prompts" / SET_FILES[name]
+    if is_file(kept):
+        return read_prompt_file(kept)
+    address = parse_address(os.environ.get(MIRROR) or GITHUB)
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} isn't JSON: {error}") from error
+        answer = fetch(address, f"/{SET_FILES[name]}", deadline=FETCH_SECONDS, max_bytes=FETCH_BYTES)
+        if answer.status != 200:
+            raise WebError(f"{address.label} answered {answer.status}: {answer.text(100)}")
+    except WebError as error:
+        raise ValueError(
+            f"the prompt set {name} can't be fetched ({error}); put a copy of {GITHUB}/{SET_FILES[name]} at {kept}, or "
+            f"give the path of one instead of {name}, or set {MIRROR} to a mirror's address"
+        ) from error
+    rows = parse_prompts(answer.body, SET_FILES[name])
+    _keep(kept, answer.body)
+    return rows
 
 
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"there is no prompt file {path}")
-    return path.read_text(encoding="utf-8")
+def _keep(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; without a place for it, it is fetched again the next time."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        warnings.warn(f"{path} can't be kept ({error}); the prompts are fetched again the next time", stacklevel=4)
 
 
-def _dataset(source: str) -> Any:
+def _dataset(name: str, split: str) -> Any:
     from datasets import load_dataset
 
-    if source not in PROMPT_SETS:
-        name, _, split = source.partition(":")
-        return load_dataset(name, split=split or "train")
-    loader, arguments, column = PROMPT_SETS[source]
-    if loader == "json":  # its rows differ in their columns, which a dataset would fill up with None
-        import fsspec
-
-        with fsspec.open(arguments["data_files"], "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
-    dataset = load_dataset(loader, **({"split": "train"} | arguments))
-    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+    try:
+        return load_dataset(name, split=split)
+    except Exception as error:  # the network's edge, and a stranger's files
+        told = printable(without_userinfo(str(error).strip() or type(error).__name__))
+        raise ValueError(
+            f"{name!r}, split {split!r}, can't be loaded: {told}; prompts are a file, a set "
+            f"({', '.join(PROMPT_SETS)}) or a dataset user/name:split"
+        ) from error
 
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}

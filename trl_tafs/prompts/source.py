@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 
 from trl_tafs.method.noise import noise_seed
 from trl_tafs.method.types import PromptBatch
+from trl_tafs.rewards.scoring import copy_metadata
 
+CHECKED_AT_ONCE = 10_000  # rows of a dataset
+SHOWN_FAULTS = 5
 PromptFunction = Callable[[], tuple[str, dict[str, Any]]]
 
 
@@ -35,7 +39,12 @@ class PromptSource:
     """Prompts with metadata, from a function, a dataset with a `prompt` column, or a sequence.
 
     A function is called once a group, with the global generators seeded by (seed, epoch). A dataset is walked
-    through in a new order each pass; its other columns are the metadata.
+    through in a new order each pass; its other columns are the metadata. What is handed out is a copy: nothing that is
+    done to it comes back to the source.
+
+    Raises:
+        ValueError: when made, if any row of a list or dataset has no prompt, which names the first such rows; when
+            drawn, if the function's call gives none.
     """
 
     def __init__(self, source: PromptFunction | Any, seed: int = 0) -> None:
@@ -43,23 +52,25 @@ class PromptSource:
         self.function = source if callable(source) else None
         self.rows = None if callable(source) else _as_rows(source)
         self._order: tuple[int, Any] = (-1, None)  # the present sweep and its order of the rows
-        if self.rows is not None and len(self.rows) == 0:
-            raise ValueError("the prompt dataset is empty; it needs at least one row")
+        if self.rows is not None:
+            if len(self.rows) == 0:
+                raise ValueError("the prompt dataset is empty; it needs at least one row")
+            faults = [(f"row {i}", fault) for i, row in _scan(self.rows) if (fault := prompt_fault(row))]
+            if faults:
+                raise ValueError(f"the prompts (rows counted from 0): {describe_faults(faults)}")
 
     def known(self) -> list[str]:
         """All prompts, where they are a fixed set; none of a function's."""
-        if self.rows is None:
-            return []
-        # of a dataset the one column: others may be images, slow to decode
-        if hasattr(self.rows, "select_columns"):
-            return [row_to_prompt(row)[0] for row in self.rows.select_columns(["prompt"])]
-        return [row_to_prompt(self.rows[i])[0] for i in range(len(self.rows))]
+        return [] if self.rows is None else [_prompt_of(row) for _, row in _scan(self.rows)]
 
     def groups(self, epoch: int, num_groups: int) -> list[tuple[str, dict[str, Any]]]:
         """The (prompt, metadata) of each of an epoch's groups."""
         if self.function is not None:
             with seeded_globals(noise_seed(self.seed, epoch, "prompts")):
-                return [check_prompt(self.function(), "the prompt function") for _ in range(num_groups)]
+                return [
+                    check_prompt(self.function(), "the prompt function", f" (call {i} of epoch {epoch})")
+                    for i in range(num_groups)
+                ]
         first = epoch * num_groups
         return [self._row(position) for position in range(first, first + num_groups)]
 
@@ -96,24 +107,69 @@ def _as_rows(source: Any) -> Sequence[Any]:
         )
     if columns is not None and "prompt" not in columns:
         raise ValueError(f"the prompt dataset has no column 'prompt', only {columns}; rename one")
+    if hasattr(source, "iloc"):
+        raise ValueError("the prompts are a table of pandas; give its .to_dict('records'), of one column its .tolist()")
     if isinstance(source, str) or not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise ValueError(
             f"prompts come from a function, a dataset or a list of prompts, got {type(source).__name__}: {source!r}"
         )
-    return source
+    return list(source) if isinstance(source, (list, tuple)) else source
+
+
+def _scan(rows: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Every row with its number; of a dataset the prompt alone, in batches, as other columns may be slow to decode."""
+    if not hasattr(rows, "select_columns"):
+        yield from enumerate(rows if isinstance(rows, list) else map(rows.__getitem__, range(len(rows))))
+        return
+    column = rows.select_columns(["prompt"])
+    try:
+        column[:1]
+    except Exception:  # a transform of the user's that makes the prompt of other columns
+        column = rows
+    for start in range(0, len(rows), CHECKED_AT_ONCE):
+        yield from enumerate(column[start : start + CHECKED_AT_ONCE]["prompt"], start)
+
+
+def _prompt_of(row: Any) -> Any:
+    """What a row has as its prompt; a pair is (prompt, metadata)."""
+    if isinstance(row, Mapping):
+        return row.get("prompt")
+    return row[0] if isinstance(row, tuple) and len(row) == 2 else row
+
+
+def prompt_fault(row: Any) -> str | None:
+    """Say what is wrong with a row's prompt; None for nothing."""
+    prompt = _prompt_of(row)
+    if isinstance(prompt, str):
+        if not prompt or prompt.isspace():
+            return "the prompt is empty"
+        if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
+            return f"the prompt {prompt!r:.80} has half a surrogate pair, which is no character"
+        if isinstance(row, tuple) and not (row[1] is None or isinstance(row[1], Mapping)):
+            return f"{reprlib.repr(row)} must be (prompt: str, metadata: dict)"
+        return None
+    if isinstance(row, Mapping) and "prompt" not in row:
+        return f"there is no 'prompt', only {reprlib.repr(list(row))}"
+    return f"the prompt is {reprlib.repr(prompt)}, not text"
+
+
+def describe_faults(faults: Sequence[tuple[str, str]]) -> str:
+    """The first of the rows that are wrong, as (place, fault) each, in one line."""
+    shown = "; ".join(f"{where}: {fault}" for where, fault in faults[:SHOWN_FAULTS])
+    return shown + (f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else "")
 
 
 def row_to_prompt(row: Any) -> tuple[str, dict[str, Any]]:
-    """A dataset's row, a (prompt, metadata) pair or a bare prompt, as (prompt, metadata)."""
+    """A dataset's row, a (prompt, metadata) pair or a bare prompt, as (prompt, metadata), a copy."""
     if isinstance(row, Mapping):
         return check_prompt((row.get("prompt"), {k: v for k, v in row.items() if k != "prompt"}), "the prompt dataset")
     return check_prompt((row, {}) if isinstance(row, str) else row, "the prompt list")
 
 
-def check_prompt(item: Any, origin: str) -> tuple[str, dict[str, Any]]:
-    """(prompt, metadata), or an error that shows what came instead."""
-    if isinstance(item, tuple) and len(item) == 2:
-        prompt, metadata = item
-        if isinstance(prompt, str) and (metadata is None or isinstance(metadata, Mapping)):
-            return str(prompt), dict(metadata or {})
-    raise ValueError(f"{origin} gave {item!r}; it must give (prompt: str, metadata: dict)")
+def check_prompt(item: Any, origin: str, where: str = "") -> tuple[str, dict[str, Any]]:
+    """(prompt, metadata), a copy, or an error that shows what came instead."""
+    fault = prompt_fault(item)
+    if fault is None and isinstance(item, tuple):
+        return str(item[0]), copy_metadata(item[1] or {})
+    told = f" ({fault})" if fault else ""
+    raise ValueError(f"{origin} gave {item!r}{where}; it must give (prompt: str, metadata: dict){told}")

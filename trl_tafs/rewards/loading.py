@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
 from trl_tafs.rewards.scoring import RewardFunction
+from trl_tafs.rewards.web import parse_address, without_userinfo
 
 REWARDS = {
     "aesthetic": "trl_tafs.rewards.aesthetic:Aesthetic",
@@ -28,6 +28,7 @@ REWARDS = {
     "remote": "trl_tafs.rewards.remote:RemoteReward",
     "unified_reward": "trl_tafs.rewards.unified_reward:UnifiedReward",
 }
+WEB = ("http://", "https://")
 
 
 def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
@@ -42,7 +43,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFu
         ValueError: there is no such reward, or it takes no such options.
     """
     options = dict(options or {})
-    if name.startswith(("http://", "https://")):
+    if name.startswith(WEB):
         name, options = "remote", {"endpoints": name.split(",")} | options
     made = _find(name)
     if not isinstance(made, type):
@@ -108,6 +109,8 @@ def _options_of(made: type) -> set[str] | None:
 
 def split_weight(item: str) -> tuple[str, str]:
     """Return NAME and WEIGHT of NAME=WEIGHT; "" for no weight."""
+    if item.startswith(WEB) and "@" in item.rpartition("=")[2]:  # the equals sign is one of a password
+        return item, ""
     name, equals, weight = item.rpartition("=")
     return (name, weight) if equals else (item, "")
 
@@ -115,8 +118,8 @@ def split_weight(item: str) -> tuple[str, str]:
 def reward_label(item: str) -> str:
     """What a reward of the command line, NAME or NAME=WEIGHT, is called in logs and options."""
     name = split_weight(item)[0]
-    if name.startswith(("http://", "https://")):
-        return urlsplit(name.partition(",")[0]).netloc
+    if name.startswith(WEB):
+        return parse_address(name.partition(",")[0]).label  # of a user's name and password nothing is shown
     return name.rpartition(":" if ":" in name else ".")[2]
 
 
@@ -132,12 +135,13 @@ def parse_rewards(
     chosen = {}
     for item in [specifications] if isinstance(specifications, str) else specifications:
         name, weight = split_weight(item)
+        shown = without_userinfo(item)
         try:
             value = float(weight) if weight else 1.0
         except ValueError as error:
-            raise ValueError(f"--reward {item!r}: {weight!r} is no number; write NAME=WEIGHT") from error
+            raise ValueError(f"--reward {shown!r}: {weight!r} is no number; write NAME=WEIGHT") from error
         if not math.isfinite(value):
-            raise ValueError(f"--reward {item!r}: a weight must be finite")
+            raise ValueError(f"--reward {shown!r}: a weight must be finite")
         label = reward_label(name)
         if label in chosen:
             raise ValueError(f"--reward names {label!r} twice; give it one weight, or two rewards two names")

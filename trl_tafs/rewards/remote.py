@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,12 @@ import torch
 from torch import Tensor
 
 from trl_tafs.rewards.scoring import RewardError, RewardRefused, as_rewards
+from trl_tafs.rewards.web import Address, WebError, fetch, parse_address
 from trl_tafs.rewards.wire import FORMATS, SECRET, encode_images
 
-REFUSED = (400, 401, 403, 413)  # answers that asking again doesn't change
+REFUSED = (400, 401, 403, 413, 415)  # answers that asking again doesn't change
+HEALTH_SECONDS = 10.0
+MAX_NAME = 100  # characters of a served reward's name
 
 
 class RequestRefused(RewardRefused):
@@ -27,13 +29,14 @@ class RequestRefused(RewardRefused):
 class RemoteReward:
     """The served reward's scores. Several endpoints share the work, and stand in for each other.
 
-    When it is made, every endpoint is asked for its health: one must answer.
+    When it is made, every endpoint is asked for its health: one must answer. An answer may have `web.MAX_ANSWER` bytes,
+    and redirects aren't followed. A user and password in an address authenticate, and are shown nowhere.
 
     Args:
         endpoints: `http://host:port`, one or several.
         format: "png", rounded to 8 bits; "raw", float32 as it is, several times as large.
         batch_size: images of one request.
-        timeout: seconds for one request.
+        timeout: seconds for one request, from connecting to the answer's last byte.
         max_retries: rounds over the endpoints after the first.
         retry_delay: seconds before the second round, doubled each time.
         on_failure: what becomes of images that no endpoint scored: "error", or "mask", no verdict (NaN).
@@ -55,43 +58,49 @@ class RemoteReward:
             raise ValueError(
                 f"remote: format {format!r} (png, raw) or on_failure {on_failure!r} (error, mask) is unknown"
             )
-        if batch_size < 1 or timeout <= 0 or max_retries < 0:
+        if batch_size < 1 or not 0 < timeout < float("inf") or max_retries < 0:
             raise ValueError(
                 f"remote: batch_size {batch_size}, timeout {timeout}, max_retries {max_retries} can't work"
             )
-        self.endpoints = [url.rstrip("/") for url in ([endpoints] if isinstance(endpoints, str) else endpoints)]
-        if not self.endpoints:
+        self.addresses = [parse_address(url) for url in ([endpoints] if isinstance(endpoints, str) else endpoints)]
+        if not self.addresses:
             raise ValueError("remote needs at least one endpoint, http://host:port")
+        if secret and any(address.user for address in self.addresses):
+            raise ValueError("remote: a request carries either the address's user and password or the secret; give one")
         self.format, self.batch_size, self.timeout, self.on_failure = format, batch_size, timeout, on_failure
         self.max_retries, self.retry_delay = max_retries, retry_delay
         self.secret = secret or os.environ.get(SECRET)
-        self._local = threading.local()
-        self.__name__ = self.check_health()
+        with ThreadPoolExecutor(len(self.addresses)) as executor:
+            self.__name__ = self.check_health(executor)
 
-    def check_health(self) -> str:
+    def check_health(self, executor: ThreadPoolExecutor) -> str:
         """Ask all endpoints; the name of what they serve.
 
         Raises:
             ValueError: none answers, one refuses the secret, or they serve different rewards.
         """
-        import requests
-
-        names, faults = {}, {}
-        for url in self.endpoints:
-            try:
-                answer = self._session().get(f"{url}/health", timeout=min(self.timeout, 10.0))
-                answer.raise_for_status()
-                names[url] = str(answer.json()["name"])
-            except (requests.RequestException, ValueError, KeyError) as error:  # the machine's edge
-                faults[url] = error
+        told = list(zip(self.addresses, executor.map(self._health, self.addresses), strict=True))
+        faults = {address.label: answer for address, answer in told if isinstance(answer, Exception)}
+        names = {address.label: answer for address, answer in told if isinstance(answer, str)}
         if not names:
-            told = "; ".join(f"{url}: {error}" for url, error in faults.items())
-            raise ValueError(f"no reward server answers ({told}); start one by trl-tafs serve-reward, or set {SECRET}")
+            shown = "; ".join(str(error) for error in faults.values())
+            raise ValueError(f"no reward server answers ({shown}); start one by trl-tafs serve-reward, or set {SECRET}")
         if len(set(names.values())) > 1:
             raise ValueError(f"the endpoints serve different rewards: {names}; make a remote reward of each")
-        for url, error in faults.items():
-            warnings.warn(f"reward server {url} doesn't answer ({error}); the others do its work", stacklevel=3)
+        for label, error in faults.items():
+            warnings.warn(f"reward server {label} doesn't answer ({error}); the others do its work", stacklevel=4)
         return next(iter(names.values()))
+
+    def _health(self, address: Address) -> str | Exception:
+        """What an endpoint serves, or why that isn't known."""
+        try:
+            message = self._answer(address, "/health", None, min(self.timeout, HEALTH_SECONDS))
+            name = message.get("name")
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+                raise RewardError(f"{address.label} is no reward server: it gives no name")
+            return name
+        except RewardError as error:
+            return error
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """(B,) float32; NaN where the server has no verdict, or none answered and failures are masked."""
@@ -102,29 +111,27 @@ class RemoteReward:
             rows = chunks[i]
             return self._score(i, images[rows], list(prompts[rows]), list(metadata[rows]))
 
-        with ThreadPoolExecutor(len(self.endpoints)) as executor:
+        with ThreadPoolExecutor(len(self.addresses)) as executor:
             return torch.cat(list(executor.map(score, range(len(chunks)))))
 
     def _score(self, first: int, images: Tensor, prompts: list[str], metadata: list[Mapping[str, Any]]) -> Tensor:
         """One request, sent to endpoint `first` and then to the others, in rounds."""
-        import requests
-
         message = encode_images(images, self.format) | {"prompts": prompts, "metadata": metadata}
         try:
-            body = json.dumps(message)
-        except TypeError as error:
+            body = json.dumps(message).encode()
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestRefused(f"a remote reward's metadata must be JSON: {error}") from error
         fault: Exception | None = None
         for attempt in range(self.max_retries + 1):
             if attempt:
                 time.sleep(self.retry_delay * 2 ** (attempt - 1))
-            for offset in range(len(self.endpoints)):
-                url = self.endpoints[(first + offset) % len(self.endpoints)]
+            for offset in range(len(self.addresses)):
+                address = self.addresses[(first + offset) % len(self.addresses)]
                 try:
-                    return self._ask(url, body, len(prompts))
+                    return self._ask(address, body, len(prompts))
                 except RequestRefused:
                     raise
-                except (requests.RequestException, RewardError) as error:
+                except RewardError as error:
                     fault = error
         if self.on_failure == "mask":
             warnings.warn(f"remote reward: {len(prompts)} images get no verdict ({fault})", stacklevel=2)
@@ -133,25 +140,20 @@ class RemoteReward:
             f"remote reward {self.__name__!r}: no endpoint scored {len(prompts)} images: {fault}"
         ) from fault
 
-    def _ask(self, url: str, body: str, number: int) -> Tensor:
-        headers = {"Content-Type": "application/json"}
-        answer = self._session().post(f"{url}/score", data=body, timeout=self.timeout, headers=headers)
-        if answer.status_code in REFUSED:
-            raise RequestRefused(f"{url} refused the request, {answer.status_code}: {answer.text[:300]}")
-        if answer.status_code != 200:
-            raise RewardError(f"{url} answered {answer.status_code}: {answer.text[:300]}")
+    def _ask(self, address: Address, body: bytes, number: int) -> Tensor:
+        values = self._answer(address, "/score", body, self.timeout).get("rewards")
+        if not isinstance(values, list) or any(isinstance(v, (bool, str)) for v in values):
+            raise RewardError(f"{address.label} answered without a list of numbers as its rewards")
+        return as_rewards(address.label, values, number)
+
+    def _answer(self, address: Address, path: str, body: bytes | None, deadline: float) -> dict[str, Any]:
+        """The JSON object that an endpoint answers; any fault of the other side's is a RewardError."""
         try:
-            values = answer.json()["rewards"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RewardError(f"{url} answered what is no list of rewards: {answer.text[:100]!r}") from error
-        return as_rewards(url, values, number)
-
-    def _session(self) -> Any:
-        """A session a thread: requests' aren't made to be shared."""
-        if not hasattr(self._local, "session"):
-            import requests
-
-            self._local.session = requests.Session()
-            if self.secret:
-                self._local.session.headers["Authorization"] = f"Bearer {self.secret}"
-        return self._local.session
+            answer = fetch(address, path, body=body, token=self.secret, deadline=deadline)
+            if answer.status == 200:
+                return answer.json_object()
+        except WebError as error:
+            raise RewardError(str(error)) from error
+        if answer.status in REFUSED:
+            raise RequestRefused(f"{address.label} refused the request, {answer.status}: {answer.text()}")
+        raise RewardError(f"{address.label} answered {answer.status}: {answer.text()}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import reprlib
 import time
 import warnings
 from collections import Counter
@@ -33,6 +35,9 @@ class Scores:
 
 class RewardSet:
     """One or several rewards with names and weights.
+
+    Each call of a reward, a retry too, gets its own copy of images and metadata: what a reward does to them in place,
+    no other reward, no retry and no hook sees.
 
     Args:
         rewards: a callable, a list of them, or a dict of name to callable or (callable, weight).
@@ -84,8 +89,9 @@ class RewardSet:
 
     def _call(self, name: str, function: RewardFunction, images: Tensor, prompts: Any, metadata: Any) -> Any:
         for attempt in range(self.max_retries + 1):
+            own = images.clone(), list(prompts), [copy_metadata(entry) for entry in metadata]
             try:
-                return function(images, prompts, metadata)
+                return function(*own)
             except Exception as error:  # a reward is the user's code: whatever it raises is retried, then reported
                 refused = isinstance(error, RewardRefused)
                 last = attempt == self.max_retries or isinstance(error, RewardError)
@@ -112,18 +118,18 @@ def _is_pair(result: Any) -> bool:
 
 
 def as_rewards(name: str, values: Any, expected: int) -> Tensor:
-    """What a reward returned as (B,) float32 on the CPU; None becomes NaN. Any other length is an error."""
-    if isinstance(values, Tensor):
-        rewards = values.detach().float().cpu()
-    else:
-        try:
-            items = values.tolist() if hasattr(values, "tolist") else list(values)
-            rewards = torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float32)
-        except (TypeError, ValueError) as error:
-            raise RewardError(
-                f"reward {name!r} returned {type(values).__name__} {str(values)[:80]!r}; it must return {expected} "
-                "numbers"
-            ) from error
+    """Return what a reward returned as (B,) float32 on the CPU; None becomes NaN.
+
+    Raises:
+        RewardError: it isn't `expected` real, finite numbers.
+    """
+    try:
+        rewards = _as_tensor(values)
+    except Exception as error:  # a reward returns the user's objects, whose conversion may raise anything
+        raise RewardError(
+            f"reward {name!r} returned {type(values).__name__} {reprlib.repr(values)[:80]!r}; it must return "
+            f"{expected} numbers"
+        ) from error
     if rewards.shape == (expected, 1):
         rewards = rewards[:, 0]
     if rewards.shape != (expected,):
@@ -132,8 +138,37 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
             "an image (None or NaN for no verdict)"
         )
     if rewards.isinf().any():
-        raise RewardError(f"reward {name!r} returned an infinite value; bound it, or return None for no verdict")
+        raise RewardError(
+            f"reward {name!r} returned an infinite value, or one beyond float32's 3.4e38; bound it, or return None for "
+            "no verdict"
+        )
     return rewards
+
+
+def _as_tensor(values: Any) -> Tensor:
+    """Numbers of any kind as float32 on the CPU; raise TypeError for complex ones, whose half would be dropped."""
+    if isinstance(values, Tensor):
+        tensor = values.detach()
+        if tensor.is_complex():
+            raise TypeError("complex numbers")
+        return tensor.float().cpu()
+    items = values.tolist() if hasattr(values, "tolist") else list(values)
+    return torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float32)
+
+
+def copy_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy that shares nothing with the original but what can't be copied, such as open files."""
+    try:
+        return copy.deepcopy(dict(metadata))
+    except Exception:  # some value's own code can't: each by itself
+        return {key: _copy_or_share(value) for key, value in metadata.items()}
+
+
+def _copy_or_share(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
 
 
 def _named(rewards: Any) -> dict[str, tuple[RewardFunction, float]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from trl_tafs.rewards.preprocessing import to_uint8
 from trl_tafs.rewards.scoring import RewardError
+from trl_tafs.rewards.web import WebError, fetch, parse_address, printable
 from trl_tafs.rewards.wire import png
 
 # The pointwise question that the model was trained to answer; in other words its scores are others.
@@ -26,6 +29,7 @@ QUESTION = (
     "preservation, color accuracy, and overall aesthetic appeal.\nBased on the above criteria, assign a score from 1 "
     "to 5 after 'Final Score:'.\nYour task is provided as follows:\nText Caption: [{prompt}]"
 )
+PASSING = (408, 409, 429)  # answers below 500 after which another try may help
 SCORE = re.compile(r"Final Score:\s*\**\s*([1-5](?:\.\d+)?)(?![\d.]*\d)")
 
 
@@ -44,8 +48,8 @@ class UnifiedReward:
         model: the served model's name; by default the only one that is served.
         api_key: by default from the environment's OPENAI_API_KEY; servers without keys take any.
         concurrency: questions at once.
-        timeout: seconds for one answer.
-        max_retries: of one question, with back-off, by the client library.
+        timeout: seconds for one answer, from connecting to its last byte.
+        max_retries: of one question, with back-off.
         max_tokens: of an answer.
         on_failure: what becomes of an image whose question fails: "error", or "mask", no verdict.
     """
@@ -64,27 +68,31 @@ class UnifiedReward:
         max_tokens: int = 512,
         on_failure: str = "error",
     ) -> None:
-        import openai
-
         if on_failure not in ("error", "mask"):
             raise ValueError(f"unified_reward: on_failure is {on_failure!r}; use error or mask")
-        if base_url is None and not os.environ.get("OPENAI_BASE_URL"):
+        if concurrency < 1 or not 0 < timeout < float("inf") or max_retries < 0:
+            raise ValueError(
+                f"unified_reward: concurrency {concurrency}, timeout {timeout}, max_retries {max_retries} can't work"
+            )
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
+        if not base_url:
             raise ValueError("unified_reward needs base_url (http://host:port/v1), or OPENAI_BASE_URL set")
-        key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=max_retries)
-        self.concurrency, self.max_tokens, self.on_failure = concurrency, max_tokens, on_failure
+        self.address, self.key = parse_address(base_url), api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
+        self.max_tokens, self.on_failure = max_tokens, on_failure
         self.model = self._served(model)
 
     def _served(self, model: str | None) -> str:
         """The model's name, after a look at what is served: the endpoint's health check."""
-        import openai
-
         try:
-            names = [entry.id for entry in self.client.models.list()]
-        except openai.OpenAIError as error:
-            raise ValueError(f"unified_reward: {self.client.base_url} doesn't answer ({error})") from error
+            entries = self._call("/models", None).get("data")
+        except WebError as error:
+            raise ValueError(f"unified_reward: {self.address.label} doesn't answer ({error})") from error
+        entries = entries if isinstance(entries, list) else []
+        names = [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
         if (model is None and len(names) != 1) or (model is not None and model not in names):
-            raise ValueError(f"unified_reward: model is {model!r}; {self.client.base_url} serves {', '.join(names)}")
+            served = printable(", ".join(names)) or "none"
+            raise ValueError(f"unified_reward: model is {model!r}; {self.address.label} serves {served}")
         return model or names[0]
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -95,23 +103,46 @@ class UnifiedReward:
         return torch.tensor([torch.nan if score is None else score for score in scores])
 
     def _ask(self, picture: Any, prompt: str) -> float | None:
-        import openai
-
         url = f"data:image/png;base64,{base64.b64encode(png(picture)).decode('ascii')}"
         content = [
             {"type": "image_url", "image_url": {"url": url}},
             {"type": "text", "text": QUESTION.replace("{prompt}", prompt)},
         ]
+        question = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
         try:
-            answer = self.client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": content}],
-                temperature=0,
-                max_tokens=self.max_tokens,
-            )
-            return parse_score(answer.choices[0].message.content if answer.choices else None)
-        except openai.OpenAIError as error:
+            return parse_score(answer_text(self._call("/chat/completions", json.dumps(question).encode())))
+        except WebError as error:
             if self.on_failure == "mask":
                 warnings.warn(f"unified_reward: {error}; an image gets no verdict", stacklevel=2)
                 return None
-            raise RewardError(f"unified_reward: {self.client.base_url} failed: {error}") from error
+            raise RewardError(f"unified_reward: {self.address.label} failed: {error}") from error
+
+    def _call(self, path: str, body: bytes | None) -> dict[str, Any]:
+        """The object that the endpoint answers, asked again with back-off while another try may help."""
+        for attempt in range(self.max_retries + 1):
+            try:
+                answer = fetch(self.address, path, body=body, token=self.key, deadline=self.timeout)
+                if answer.status == 200:
+                    return answer.json_object()
+                fault = WebError(f"{self.address.label} answered {answer.status}: {answer.text()}")
+                if answer.status < 500 and answer.status not in PASSING:
+                    break
+            except WebError as error:
+                fault = error
+            if attempt < self.max_retries:
+                time.sleep(min(0.5 * 2**attempt, 8.0))
+        raise fault
+
+
+def answer_text(answer: Mapping[str, Any]) -> str | None:
+    """The text of a chat completion; None where there is none."""
+    try:
+        text = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return text if isinstance(text, str) else None

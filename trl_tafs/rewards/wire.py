@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from trl_tafs.rewards.preprocessing import to_uint8
 SECRET = "TRL_TAFS_REWARD_SECRET"  # the environment variable that both sides read
 FORMATS = ("png", "raw")
 MAX_PIXELS = 4096 * 4096  # of one image
+MAX_TOTAL_PIXELS = 2**26  # of a request's images together: 64 of 1024 x 1024; 768 MiB as float32
 
 
 def png(image: np.ndarray) -> bytes:
@@ -41,21 +43,30 @@ def decode_images(message: Mapping[str, Any]) -> Tensor:
     """What `encode_images` made, as (B, 3, H, W) float32.
 
     Raises:
-        ValueError: the message isn't of that form, or an image is larger than `MAX_PIXELS`.
+        ValueError: the message isn't of that form, an image has more than `MAX_PIXELS`, or all together more than
+            `MAX_TOTAL_PIXELS`, as the message announces and each PNG's header must confirm before it is decoded.
     """
     shape, format, texts = message.get("shape"), message.get("format"), message.get("images")
-    if format not in FORMATS or not isinstance(texts, list) or not texts:
-        raise ValueError(f"a request needs images, and a format of {' or '.join(FORMATS)}; got format {format!r}")
-    if not (isinstance(shape, list) and len(shape) == 3 and shape[0] == 3 and all(isinstance(n, int) for n in shape)):
-        raise ValueError(f"a request's shape must be [3, H, W], got {shape!r}")
-    if not 0 < shape[1] * shape[2] <= MAX_PIXELS or min(shape) < 1:
-        raise ValueError(f"an image of {shape[1]} x {shape[2]} pixels; at most {MAX_PIXELS} are taken")
-    try:
-        data = [base64.b64decode(text, validate=True) for text in texts]
-        decode = _from_png if format == "png" else _from_raw
-        return torch.stack([decode(item, tuple(shape)) for item in data])
-    except (ValueError, TypeError, OSError) as error:  # whatever a stranger sent
-        raise ValueError(f"an image can't be decoded: {error}") from error
+    if not isinstance(format, str) or format not in FORMATS or not isinstance(texts, list) or not texts:
+        raise ValueError(f"a request needs images, and a format of {' or '.join(FORMATS)}; got format {format!r:.40}")
+    sides = [n for n in shape if type(n) is int and 0 < n <= MAX_PIXELS] if isinstance(shape, list) else []
+    if len(sides) != 3 or shape != sides or sides[0] != 3:
+        raise ValueError(
+            f"a request's shape must be [3, H, W] of at most {MAX_PIXELS} pixels, got {reprlib.repr(shape)}"
+        )
+    pixels = shape[1] * shape[2]
+    if pixels > MAX_PIXELS or pixels * len(texts) > MAX_TOTAL_PIXELS:
+        raise ValueError(
+            f"{len(texts)} images of {shape[1]} x {shape[2]} pixels; at most {MAX_PIXELS} an image and "
+            f"{MAX_TOTAL_PIXELS} together are taken"
+        )
+    decode, images = _from_png if format == "png" else _from_raw, torch.empty(len(texts), *shape)
+    for image, text in zip(images, texts, strict=True):
+        try:
+            image.copy_(decode(base64.b64decode(text, validate=True), shape))
+        except Exception as error:  # whatever a stranger sent, and whatever Pillow makes of it
+            raise ValueError(f"an image can't be decoded: {error}") from error
+    return images
 
 
 def _from_png(data: bytes, shape: Sequence[int]) -> Tensor:
@@ -64,11 +75,16 @@ def _from_png(data: bytes, shape: Sequence[int]) -> Tensor:
     picture = Image.open(io.BytesIO(data), formats=["PNG"])
     if picture.size != (shape[2], shape[1]):
         raise ValueError(f"a PNG of {picture.size[1]} x {picture.size[0]} where {shape[1]} x {shape[2]} was announced")
+    if picture.mode.startswith("I"):
+        raise ValueError("a PNG of 16 bits a pixel, which would be cut to 8; send format raw")
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def _from_raw(data: bytes, shape: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype="<f4").reshape(shape).copy())
+    image = torch.from_numpy(np.frombuffer(data, dtype="<f4").reshape(shape).copy())
+    if not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError("a raw image has values outside of [0, 1]")
+    return image
 
 
 def encode_rewards(values: Tensor) -> list[float | None]:

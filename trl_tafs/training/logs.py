@@ -1,12 +1,29 @@
-"""What an epoch logs: averages of metrics, and seconds by phase."""
+"""What an epoch logs: rewards, updates, seconds by phase; averages that stay on their device until then."""
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor
+
+from trl_tafs.method.advantages import AdvantageTable
+from trl_tafs.method.types import RewardTable
+from trl_tafs.training.experience import Experience
+from trl_tafs.training.memory import GIB, MemoryPlan
+
+CLIPPED_WARNING = 0.3
+
+
+def warn_main(accelerator: Accelerator, message: str) -> None:
+    """Warn once for all processes."""
+    if accelerator.is_main_process:
+        warnings.warn(message, stacklevel=3)
 
 
 class MeanMetrics:
@@ -55,3 +72,92 @@ class Stopwatch:
         """`time/<name>` of each stretch since the last `pop`."""
         seconds, self.seconds = self.seconds, {}
         return {f"time/{name}": value for name, value in seconds.items()}
+
+
+class EpochLog:
+    """Log lines of each epoch, to all trackers.
+
+    Args:
+        accelerator: whose trackers are written.
+        num_actions: M, of the K images of a scored step those that are actions.
+        clip: the clip range with its unit, for a warning.
+        varying_groups: whether group sizes are worth a line.
+    """
+
+    def __init__(self, accelerator: Accelerator, num_actions: int, clip: str, varying_groups: bool) -> None:
+        self.accelerator, self.clip, self.varying_groups = accelerator, clip, varying_groups
+        self.actions = slice(0, num_actions)
+        self.memory_plan: MemoryPlan | None = None
+        self._warned = False
+
+    def experience(
+        self, experience: Experience, credit: AdvantageTable, scored_steps: range, epoch: int, global_step: int
+    ) -> float:
+        """Log an epoch's rewards, steps named as in the paper, from 1; return the mean reward of the final images."""
+        values = reward_values(experience.rewards, credit, scored_steps, self.actions)
+        self.accelerator.log({"epoch": epoch} | values, step=global_step)
+        if self.varying_groups:
+            groups = group_values(experience.prompts.group_ids, credit.group_std[:, -1, 0])
+            self.accelerator.log(groups | {"epoch": epoch}, step=global_step)
+        return values["reward"]
+
+    def update(self, values: dict[str, Tensor], inner_epoch: int, rate: float, epoch: int, global_step: int) -> None:
+        """Log one optimizer step: its metrics, reduced over processes at once."""
+        names = sorted(values)
+        reduced = self.accelerator.reduce(torch.stack([values[name].float() for name in names]), reduction="mean")
+        line: dict[str, Any] = dict(zip(names, reduced.tolist(), strict=True))
+        line |= {"epoch": epoch, "inner_epoch": inner_epoch, "learning_rate": rate}
+        self.accelerator.log(line, step=global_step)
+        if line.get("clipfrac", 0.0) > CLIPPED_WARNING and not self._warned:
+            self._warned = True
+            warn_main(
+                self.accelerator,
+                f"epoch {epoch}: {line['clipfrac']:.0%} of the ratios are clipped at train_clip_range={self.clip}, "
+                "which throttles training; raise the range, or lower train_learning_rate or the number of updates an "
+                "epoch",
+            )
+
+    def timing(self, stopwatch: Stopwatch, epoch: int, global_step: int) -> None:
+        """Log seconds by phase; on a GPU its peak memory so far beside the planned one."""
+        values = stopwatch.pop() | {"epoch": epoch}
+        if self.memory_plan is not None and torch.cuda.is_available():
+            measured = torch.cuda.max_memory_allocated(self.accelerator.device)
+            values |= {"memory/peak_gib": measured / GIB, "memory/planned_gib": self.memory_plan.peak() / GIB}
+        self.accelerator.log(values, step=global_step)
+
+
+def reward_values(
+    rewards: RewardTable, credit: AdvantageTable, scored_steps: range, actions: slice
+) -> dict[str, float]:
+    """Return the log's values of an epoch's rewards: means and deviations, by step and by reward."""
+    final = credit.combined[:, -1, actions]
+    scored = final[~final.isnan()]
+    mean, std = scored.mean().item(), scored.std(unbiased=False).item()
+    values = {"reward": mean, "reward_mean": mean, "reward_std": std}
+    for q, n in enumerate(scored_steps):
+        values[f"reward/step_{n + 1}"] = credit.combined[:, q, actions].nanmean().item()
+    values["reward/group_std"] = credit.group_std[:, -1, actions].mean().item()
+    values["frac_reward_zero_std"] = (credit.group_std[..., actions] == 0).float().mean().item()
+    values["frac_no_verdict"] = credit.combined.isnan().float().mean().item()
+    for r, name in enumerate(rewards.names):
+        column = rewards.values[:, -1, actions, r]
+        column = column[~column.isnan()]
+        if column.numel():
+            values[f"rewards/{name}/mean"] = column.mean().item()
+            values[f"rewards/{name}/std"] = column.std(unbiased=False).item()
+    return values
+
+
+def group_values(group_ids: Tensor, group_std: Tensor) -> dict[str, float]:
+    """Return how an epoch's images were shared: sizes, and the correlation of a prompt's size with its deviation.
+
+    Args:
+        group_ids: (B,) int64.
+        group_std: (B,) the deviation of each image's group.
+    """
+    sizes = torch.bincount(group_ids)
+    deviations = torch.zeros(len(sizes)).index_copy(0, group_ids, group_std)
+    values = {"groups/size_min": sizes.min().item(), "groups/size_max": sizes.max().item()}
+    if len(sizes) > 1 and sizes.float().std() > 0 and deviations.std() > 0:
+        values["groups/size_std_correlation"] = torch.corrcoef(torch.stack([sizes.float(), deviations]))[0, 1].item()
+    return values

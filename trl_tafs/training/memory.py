@@ -7,10 +7,10 @@ and the CUDA context hold isn't counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-
-if TYPE_CHECKING:
-    from trl_tafs.config import TAFSGRPOConfig
-
+from trl_tafs.policy.policy import Policy
+from trl_tafs.training.options import TrainingOptions
 
 GIB = 2**30
 
@@ -85,34 +83,38 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(footprint: Footprint, config: TAFSGRPOConfig, local_images: int) -> MemoryPlan:
+def plan_memory(footprint: Footprint, options: TrainingOptions, local_images: int) -> MemoryPlan:
     """The arithmetic of a run: what each phase holds at once.
 
     Args:
         footprint: of the parts.
-        config: batch sizes, checkpointing, offloading, optimizer, averages.
+        options: batch sizes, checkpointing, offloading, optimizer, averages.
         local_images: of one process in an epoch; their rollouts are kept until the update is done.
     """
-    guided = 2 if config.sample_guidance_scale > 1 else 1
+    guided = 2 if options.sample_guidance_scale > 1 else 1
     trained, rows = 4 * footprint.trained_parameters, footprint.activations
     always = {
         "trained weights": trained,
-        "optimizer": OPTIMIZER_BYTES[config.train_use_8bit_adam] * footprint.trained_parameters,
-        "averages": trained * (config.train_use_ema + bool(config.old_policy_decay) + config.full_finetuning),
+        "optimizer": OPTIMIZER_BYTES[options.train_use_8bit_adam] * footprint.trained_parameters,
+        "averages": trained * (options.train_use_ema + bool(options.old_policy_decay) + options.full_finetuning),
     }
-    offload, offload_text = config.model_cpu_offload, config.model_cpu_offload or config.offload_text_encoders
+    offload, offload_text = options.model_cpu_offload, options.model_cpu_offload or options.offload_text_encoders
     denoiser = {"denoiser": footprint.denoiser}
     vae = {"vae": footprint.vae}
     text = {} if offload_text else {"text encoders": footprint.text_encoders}
     resident = always | text | ({} if offload else vae)
-    steps, actions = config.num_trained_steps, config.num_perturbations
-    kept = footprint.latent_elements * (
-        footprint.storage_bytes * steps * (1 + actions) + 4 * (config.sample_num_steps + 1)
-    )
+    kept = footprint.latent_elements * rollout_bytes(options, footprint.storage_bytes)
+    items = footprint.latent_elements * item_bytes(options, footprint.storage_bytes)
     experience = {"rollouts": kept * local_images}
-    waiting = local_images if offload else config.sample_batch_size  # taking turns, all are drawn before one is scored
-    scored = {"scored latents": 4 * footprint.latent_elements * steps * actions * waiting}
-    if config.train_gradient_checkpointing:
+    waiting = local_images if offload else options.sample_batch_size  # taking turns, all are drawn before one is scored
+    scored = {
+        "scored latents": 4
+        * footprint.latent_elements
+        * options.num_trained_steps
+        * options.num_perturbations
+        * waiting
+    }
+    if options.train_gradient_checkpointing:
         activations = rows.block_inputs + 2 * rows.block
     else:
         activations = rows.saved + rows.block
@@ -122,19 +124,65 @@ def plan_memory(footprint: Footprint, config: TAFSGRPOConfig, local_images: int)
         | denoiser
         | experience
         | scored
-        | {"activations": guided * config.sample_batch_size * rows.block},
+        | {"activations": guided * options.sample_batch_size * rows.block},
         "decode": resident
         | vae
         | ({} if offload else denoiser)
         | experience
         | scored
-        | {"activations": config.decode_size * footprint.decoded_image},
+        | {"activations": options.decode_size * footprint.decoded_image},
         "update": resident
         | denoiser
-        | {"rollouts": 2 * kept * local_images, "gradients": trained}  # the objective's rows are copies
-        | {"activations": guided * config.train_batch_size * activations},
+        | {"rollouts": (kept + items) * local_images, "gradients": trained}
+        | {"activations": guided * options.train_batch_size * activations},
     }
     return MemoryPlan({phase: {k: v for k, v in parts.items() if v} for phase, parts in phases.items()})
+
+
+def rollout_bytes(options: TrainingOptions, storage_bytes: int) -> int:
+    """Return the bytes that are kept of one image's rollout until the update, for each latent element."""
+    kernel, needs = options.kernel_class, options.objective_class.rollout_needs(options)
+    steps, actions = options.num_trained_steps, options.num_perturbations
+    states, branches = (steps if "states" in needs else 0), 0
+    if "actions" in needs:
+        on_path = kernel.action_is_state and actions == 1
+        states, branches = (steps + 1, 0) if on_path else (states, steps * actions)
+    clean = options.sample_num_steps if "clean" in needs else 0  # what only a sample grid shows is on the CPU
+    return storage_bytes * (states + branches) + 4 * (clean + 1)
+
+
+def item_bytes(options: TrainingOptions, storage_bytes: int) -> int:
+    """Return the bytes of one image's minibatch items, for each latent element.
+
+    An objective of your own is taken to make items like the package's.
+    """
+    if options.from_actions:
+        return options.rows_per_image * storage_bytes * (1 + options.num_perturbations)
+    return options.rows_per_image * (storage_bytes + 4 + 4)  # state, clean image, velocity of the old policy
+
+
+def announce_plan(policy: Policy, conditioning: Conditioning, local_images: int, size: tuple[int, int]) -> MemoryPlan:
+    """Print what the run will hold, before it does, and return it.
+
+    Without progress bars nothing is printed, unless the device is too small.
+
+    Args:
+        policy: what is trained, with its pipeline and options.
+        conditioning: of one prompt.
+        local_images: of one process in an epoch.
+        size: height and width, pixels.
+    """
+    options = policy.config
+    footprint = measure_footprint(policy.pipeline, conditioning, *size, policy.devices.decoding)
+    plan = plan_memory(footprint, options, local_images)
+    device = conditioning.positive.text.device
+    capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    if not options.disable_tqdm or (capacity is not None and plan.peak() > capacity):
+        print(plan.report(capacity))
+    return plan
+
+
+# Measuring ----------------------------------------------------------------------------------------------------
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -170,7 +218,13 @@ def extrapolate(small: tuple[int, int], large: tuple[int, int], tokens: int) -> 
     return round(large[1] + slope * (tokens - large[0]))
 
 
-def measure_footprint(pipeline: TAFSPipelineMixin, conditioning: Conditioning, height: int, width: int) -> Footprint:
+def measure_footprint(
+    pipeline: TAFSPipelineMixin,
+    conditioning: Conditioning,
+    height: int,
+    width: int,
+    decoding: Callable[[], AbstractContextManager] = nullcontext,
+) -> Footprint:
     """Weigh a pipeline whose LoRA is attached; `conditioning` is of one prompt, on the denoiser's device."""
     tokens = pipeline.image_tokens(height, width)
     sizes = [_part_of(pipeline, height, width, share) for share in (4, 2)]
@@ -182,14 +236,16 @@ def measure_footprint(pipeline: TAFSPipelineMixin, conditioning: Conditioning, h
     encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
     trained = [p.numel() for p in pipeline.denoiser.parameters() if p.requires_grad]
     small = _part_of(pipeline, height, width, 4)
-    pixels = min(height * width, tile_pixels(pipeline.vae))
+    with decoding():  # where the VAE decodes, and tiles if it was asked to
+        pixels = min(height * width, tile_pixels(pipeline.vae))
+        decoded = measure_decoder(pipeline, *small) * pixels // (small[0] * small[1])
     return Footprint(
         denoiser=weight_bytes([pipeline.denoiser], trained=False),
         text_encoders=weight_bytes(encoders),
         vae=weight_bytes([pipeline.vae]),
         trained_parameters=sum(trained),
         activations=Activations(saved, inputs, points[0][1].num_blocks),
-        decoded_image=measure_decoder(pipeline, *small) * pixels // (small[0] * small[1]),
+        decoded_image=decoded,
         latent_elements=torch.Size(pipeline.latent_shape(height, width)).numel(),
         storage_bytes=pipeline.storage_dtype.itemsize,
     )
@@ -268,7 +324,7 @@ def measure_decoder(pipeline: TAFSPipelineMixin, height: int, width: int) -> int
             largest = max(largest, tensor_bytes(output))
 
     layers = [module for module in pipeline.vae.modules() if not list(module.children())]
-    with removed(layer.register_forward_hook(leave) for layer in layers), pipeline.decoding():
+    with removed(layer.register_forward_hook(leave) for layer in layers):
         device = next(pipeline.vae.parameters()).device
         pipeline.decode_latents(torch.zeros(1, *pipeline.latent_shape(height, width), device=device))
     return 3 * largest

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from trl_tafs.config import TAFSGRPOConfig
-
+from trl_tafs.training.options import TrainingOptions
 
 PAPER_GROUP_SIZE = 48
 
@@ -45,7 +42,7 @@ def resolve_group_size(num_generations: int | None, total: int) -> int:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The arithmetic of one epoch. Rows are (image, step) pairs."""
+    """The arithmetic of one epoch."""
 
     world_size: int
     local_images: int  # a process's
@@ -63,31 +60,31 @@ class EpochPlan:
         return self.local_images * self.world_size
 
 
-def plan_epoch(config: TAFSGRPOConfig, world_size: int) -> EpochPlan:
+def plan_epoch(options: TrainingOptions, world_size: int) -> EpochPlan:
     """The sizes of an epoch, checked.
 
     Raises:
         ValueError: something doesn't divide; says the numbers, and which would.
     """
-    local = config.sample_batch_size * config.sample_num_batches_per_epoch
-    group_size = resolve_group_size(config.num_generations, local * world_size)
-    batch = config.train_batch_size
+    local = options.sample_batch_size * options.sample_num_batches_per_epoch
+    group_size = resolve_group_size(options.num_generations, local * world_size)
+    batch = options.train_batch_size
     if local % batch:
         fitting = [size for size in range(1, batch + 1) if local % size == 0]
         raise ValueError(
-            f"{local} images a process (sample_batch_size={config.sample_batch_size} x sample_num_batches_per_epoch="
-            f"{config.sample_num_batches_per_epoch}) don't divide into minibatches of train_batch_size={batch}; use "
+            f"{local} images a process (sample_batch_size={options.sample_batch_size} x sample_num_batches_per_epoch="
+            f"{options.sample_num_batches_per_epoch}) don't divide into minibatches of train_batch_size={batch}; use "
             f"train_batch_size={fitting[-1]}"
         )
     batches = local // batch
-    accumulation = config.train_gradient_accumulation_steps or batches
+    accumulation = options.train_gradient_accumulation_steps or batches
     if batches % accumulation:
         fitting = [size for size in range(1, accumulation + 1) if batches % size == 0]
         raise ValueError(
             f"{batches} minibatches an epoch don't divide into train_gradient_accumulation_steps={accumulation}; use "
             f"{fitting[-1]}, or None for one optimizer step"
         )
-    least, most = group_bounds(config, group_size, local * world_size, world_size)
+    least, most = group_bounds(options, group_size, local * world_size, world_size)
     return EpochPlan(
         world_size=world_size,
         local_images=local,
@@ -95,23 +92,23 @@ def plan_epoch(config: TAFSGRPOConfig, world_size: int) -> EpochPlan:
         num_groups=local * world_size // group_size,
         images_per_update=batch * accumulation,
         updates_per_inner_epoch=batches // accumulation,
-        micro_batches_per_update=accumulation * config.num_replayed_rows,
+        micro_batches_per_update=accumulation * options.num_replayed_rows,
         least_images=least,
         most_images=most,
     )
 
 
-def group_bounds(config: TAFSGRPOConfig, group_size: int, total: int, world_size: int) -> tuple[int, int]:
+def group_bounds(options: TrainingOptions, group_size: int, total: int, world_size: int) -> tuple[int, int]:
     """Least and most images of a prompt; both G where sizes are fixed.
 
     Raises:
         ValueError: G lies outside, or the first wave of streaming can't be whole batches on every process.
     """
-    if config.group_allocation == "fixed":
+    if options.group_allocation == "fixed":
         return group_size, group_size
-    least, most = config.min_generations or max(2, group_size // 4), config.max_generations or 4 * group_size
-    if config.group_allocation == "streaming":
-        least = _first_wave(config, group_size, total // group_size, world_size, least)
+    least, most = options.min_generations or max(2, group_size // 4), options.max_generations or 4 * group_size
+    if options.group_allocation == "streaming":
+        least = _first_wave(options, group_size, total // group_size, world_size, least)
     if not least <= group_size <= most:
         raise ValueError(
             f"num_generations is {group_size}, the mean of groups of {least} to {most} images; set min_generations and "
@@ -120,16 +117,16 @@ def group_bounds(config: TAFSGRPOConfig, group_size: int, total: int, world_size
     return least, most
 
 
-def _first_wave(config: TAFSGRPOConfig, group_size: int, num_groups: int, world_size: int, wanted: int) -> int:
+def _first_wave(options: TrainingOptions, group_size: int, num_groups: int, world_size: int, wanted: int) -> int:
     """Images of each prompt in streaming's first wave: what is asked for, or what fits near a default."""
-    batch = config.sample_batch_size * world_size
+    batch = options.sample_batch_size * world_size
     fitting = [size for size in range(2, group_size) if num_groups * size % batch == 0]
-    if config.min_generations is None and fitting:
+    if options.min_generations is None and fitting:
         return min(fitting, key=lambda size: abs(size - wanted))
     if wanted not in fitting:
         raise ValueError(
             f"a first wave of {num_groups} prompts x {wanted} images must be below num_generations={group_size} each, "
-            f"and divide into {world_size} x sample_batch_size={config.sample_batch_size}; use "
+            f"and divide into {world_size} x sample_batch_size={options.sample_batch_size}; use "
             + (f"min_generations={' or '.join(map(str, fitting))}" if fitting else "a smaller sample_batch_size")
         )
     return wanted

@@ -1,4 +1,4 @@
-"""The local log of a run, always written: JSON lines, and images beside them."""
+"""The local log of a run, which is always written, and the Accelerator with the trackers that were asked for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
 from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.output.pictures import as_images, save_png
+from trl_tafs.training.options import TrainingOptions
 
 
 class LocalTracker(GeneralTracker):
@@ -94,3 +97,28 @@ def _position(line: str) -> float:
         return math.inf
     evaluation = any(name.startswith("eval/") for name in values)
     return values.get("epoch", -1) - 0.5 * evaluation
+
+
+def make_accelerator(config: TrainingOptions) -> tuple[Accelerator, LocalTracker]:
+    """Make the `Accelerator` of a run, with the local log beside the trackers asked for."""
+    ours = ("automatic_checkpoint_naming", "total_limit")  # checkpoints are named and limited here
+    project = {k: v for k, v in config.project_kwargs.items() if k not in ours}
+    project = {"logging_dir": config.project_dir, **project, "project_dir": config.project_dir}
+    local = LocalTracker(config.project_dir)
+    accelerator = Accelerator(
+        log_with=[local] if config.log_with is None else [local, config.log_with],
+        mixed_precision=config.mixed_precision,
+        project_config=ProjectConfiguration(**project),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        **config.accelerator_kwargs,
+    )
+    return accelerator, local
+
+
+def start_trackers(accelerator: Accelerator, config: TrainingOptions, settings: dict[str, Any]) -> None:
+    """Start the trackers with the run's settings; wandb and trackio are told the run's name."""
+    options = {**config.tracker_kwargs}
+    for tracker in ("wandb", "trackio"):
+        if config.log_with in (tracker, "all"):
+            options.setdefault(tracker, {}).setdefault("name", config.run_name)
+    accelerator.init_trackers(config.tracker_project_name, config=settings, init_kwargs=options)

@@ -1,139 +1,148 @@
-"""Algorithm 1, lines 20 and 21: an epoch's rollouts and advantages into optimizer steps."""
+"""Algorithm 1, lines 20 and 21: an epoch's experience and advantages into optimizer steps."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.method.noise import SampleNoise, noise_seed
 from trl_tafs.method.objectives import Objective
-from trl_tafs.method.rollout import Velocity
-from trl_tafs.method.types import Conditioning, LossOutput, Rows
-from trl_tafs.policy.copies import AdapterAverage, OldPolicy
+from trl_tafs.method.types import Conditioning, LossOutput
+from trl_tafs.policy.policy import Policy
+from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
-from trl_tafs.training.collector import Part
-from trl_tafs.training.logs import MeanMetrics
+from trl_tafs.training.experience import Experience, ScoredBatch
+from trl_tafs.training.logs import MeanMetrics, Stopwatch
+from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step measured on this process."""
+
+    inner_epoch: int
+    values: dict[str, Tensor]  # means over the step's micro-batches, () each, on their device
 
 
 @dataclass
 class Updater:
-    """Owns what an optimizer step moves: parameters, optimizer, learning rate, average."""
+    """Turns an epoch's rollouts into optimizer steps of the policy."""
 
-    config: TAFSGRPOConfig
+    config: TrainingOptions
     plan: EpochPlan
-    accelerator: Accelerator
-    model: nn.Module  # prepared
-    parameters: list[nn.Parameter]
-    optimizer: Any
-    lr_scheduler: Any
-    average: AdapterAverage | None
-    old_policy: OldPolicy | None
+    policy: Policy
     objective: Objective
     encode: PromptEncoder
-    velocity: Velocity  # of the present policy
     loss: Callable[[Any, Conditioning], LossOutput]  # of one micro-batch
+    stopwatch: Stopwatch
 
-    def rows(self, parts: Sequence[Part], advantages: Tensor, epoch: int) -> Any:
-        """The objective's rows of all parts; advantages (B, S, M)."""
-        sizes = [len(part.batch) for part in parts]
-        rows, offset = [], 0
-        for part, advantage in zip(parts, advantages.split(sizes), strict=True):
-            noise = SampleNoise(
-                self.config.seed, epoch, tuple(part.batch.sample_ids.tolist()), part.rollout.final.device
-            )
-            item = self.objective.rows(part.rollout, advantage.to(part.rollout.final.device), noise)
-            rows.append(dataclasses.replace(item, sample=item.sample + offset).to(self.accelerator.device))
-            offset += len(part.batch)
-        return type(rows[0]).cat(rows)
+    def update(self, experience: Experience, advantages: Tensor, epoch: int) -> Iterator[StepMetrics]:
+        """Yield the metrics of each optimizer step, over all inner epochs.
 
-    def run(
-        self,
-        parts: Sequence[Part],
-        advantages: Tensor,
-        epoch: int,
-        on_step: Callable[[MeanMetrics, int], None],
-        progress: Callable[[], Any] = lambda: None,
-    ) -> None:
-        """All inner epochs over one epoch's experience; `on_step(metrics, inner_epoch)` after each optimizer step."""
+        Args:
+            experience: the epoch's.
+            advantages: (B, S, M) of the images of all processes.
+            epoch: the key of the shuffles.
+        """
+        accelerator, plan = self.policy.accelerator, self.plan
         # Accelerate shares this count between all accelerators of a process, and an interrupt leaves it in the middle.
-        self.accelerator.gradient_accumulation_steps = self.plan.micro_batches_per_update
-        self.accelerator.step = 0
-        for parameter in self.parameters:
-            parameter.grad = None
-        rows = self.rows(parts, advantages, epoch)
-        by_image = [prompt for part in parts for prompt in part.batch.prompts]
-        prompts = [by_image[image] for image in rows.sample.tolist()]  # a row's, looked up once and on the host
-        if self.old_policy is not None or self.config.train_num_inner_epochs * self.plan.updates_per_inner_epoch > 1:
-            rows = self._observe(rows, prompts)
-        metrics = MeanMetrics()
-        for inner_epoch in range(self.config.train_num_inner_epochs):
-            for index, idle in self.micro_batches(rows, epoch, inner_epoch):
-                with self.accelerator.accumulate(self.model):
-                    if not idle or self.accelerator.sync_gradients:
-                        self._backward(
-                            rows[index.to(rows.sample.device)], [prompts[i] for i in index.tolist()], metrics
-                        )
-                    self._step(metrics)
-                progress()
-                if self.accelerator.sync_gradients:
-                    on_step(metrics, inner_epoch)
+        accelerator.gradient_accumulation_steps = plan.micro_batches_per_update
+        accelerator.step = 0
+        inner_epochs = self.config.train_num_inner_epochs
+        total = inner_epochs * plan.updates_per_inner_epoch * plan.micro_batches_per_update
+        options = {"total": total, "desc": "update", "leave": False, "position": 1}
+        bar = progress_bar(accelerator, self.config.disable_tqdm, **options)
+        with bar, self.stopwatch("update"), self.policy.updating():
+            items = self.minibatch_items(experience.batches, experience.local(advantages), epoch)
+            by_image = [prompt for batch in experience.batches for prompt in batch.prompts.prompts]
+            prompts = [by_image[image] for image in items.sample.tolist()]  # an item's, looked up once and on the host
+            if self.policy.old is not None or inner_epochs * plan.updates_per_inner_epoch > 1:
+                items = self._with_old_policy(items, prompts)
+            metrics = MeanMetrics()
+            for inner_epoch in range(inner_epochs):
+                for index, still in self.micro_batches(items, epoch, inner_epoch):
+                    with accelerator.accumulate(self.policy.model):
+                        if not still or accelerator.sync_gradients:
+                            micro = items[index.to(items.sample.device)]
+                            self._backward(micro, [prompts[i] for i in index.tolist()], metrics)
+                        self._step(metrics)
+                    bar.update()
+                    if accelerator.sync_gradients:
+                        yield StepMetrics(inner_epoch, metrics.pop())
 
-    def _observe(self, rows: Any, prompts: Sequence[str]) -> Any:
-        """What the objective needs of the policy that sampled, before the first update moves the present one."""
-        size = self.config.train_batch_size
-        with nullcontext() if self.old_policy is None else self.old_policy.applied():
-            chunks = [
-                self.objective.observe(self.velocity, rows[i : i + size], self.encode(prompts[i : i + size]))
-                for i in range(0, len(rows), size)
-            ]
-        return type(rows).cat(chunks)
+    def minibatch_items(self, batches: Sequence[ScoredBatch], advantages: Tensor, epoch: int) -> Any:
+        """Return the objective's items of all batches; advantages (b, S, M).
 
-    def micro_batches(self, rows: Any, epoch: int, inner_epoch: int) -> Iterator[tuple[Tensor, bool]]:
-        """Row indices of each micro-batch, on the CPU, and whether nothing in it can move the policy.
+        Raises:
+            ValueError: the objective made another number of items an image than it says.
+        """
+        found, offset = [], 0
+        for batch, part in zip(batches, advantages.split([len(b.prompts) for b in batches]), strict=True):
+            device, ids = batch.rollout.final.device, tuple(batch.prompts.sample_ids.tolist())
+            noise = SampleNoise(self.config.seed, epoch, ids, device)
+            items = self.objective.items(batch.rollout, part.to(device), noise)
+            items = dataclasses.replace(items, sample=items.sample + offset)
+            found.append(items.to(self.policy.accelerator.device))
+            offset += len(batch.prompts)
+        items = type(found[0]).cat(found)
+        expected = self.config.rows_per_image
+        if len(items.sample) != offset * expected:
+            raise ValueError(
+                f"objective={self.config.objective!r} made {len(items.sample)} minibatch items of {offset} images, and "
+                f"says that it makes {expected} an image; correct its rows_per_image or its items"
+            )
+        return items
 
-        Images are shuffled, each with `train_timestep_fraction` of its rows. What carries no advantage (a group
-        without variance, no verdict) comes first in an optimizer step, where whole micro-batches of it are skipped.
+    def micro_batches(self, items: Any, epoch: int, inner_epoch: int) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the indices of each micro-batch's items, on the CPU, and whether none of them can move the policy.
+
+        Images are shuffled, each with `train_timestep_fraction` of its items. What carries no advantage (a group
+        without variance, no score) comes first in an optimizer step, where whole micro-batches of it are skipped.
         """
         config, count = self.config, self.config.rows_per_image
-        key = noise_seed(config.seed, epoch, self.accelerator.process_index, "shuffle", inner_epoch)
+        key = noise_seed(config.seed, epoch, self.policy.accelerator.process_index, "shuffle", inner_epoch)
         generator = torch.Generator().manual_seed(key)
         images = torch.randperm(self.plan.local_images, generator=generator)
         chosen = torch.rand(len(images), count, generator=generator).argsort(1)[:, : config.num_replayed_rows]
-        idle = self.objective.idle(rows).cpu()
+        still = self.objective.without_gradient(items).cpu()
         for update in images.split(self.plan.images_per_update):
             index = (update[:, None] * count + chosen[update]).flatten()
-            index = index[idle[index].int().argsort(descending=True, stable=True)]
+            index = index[still[index].int().argsort(descending=True, stable=True)]
             for micro in index.split(config.train_batch_size):
-                yield micro, bool(idle[micro].all())
+                yield micro, bool(still[micro].all())
 
-    def _backward(self, rows: Rows, prompts: Sequence[str], metrics: MeanMetrics) -> None:
-        output = self.loss(rows, self.encode(prompts))
-        self.accelerator.backward(output.loss)
+    def _with_old_policy(self, items: Any, prompts: Sequence[str]) -> Any:
+        """Add what the objective needs of the policy that sampled, before the first update moves the present one."""
+        size = self.config.train_batch_size
+        with self.policy.sampling():
+            chunks = [
+                self.objective.with_old_policy(
+                    self.policy.velocity, items[i : i + size], self.encode(prompts[i : i + size])
+                )
+                for i in range(0, len(items), size)
+            ]
+        return type(items).cat(chunks)
+
+    def _backward(self, items: Any, prompts: Sequence[str], metrics: MeanMetrics) -> None:
+        output = self.loss(items, self.encode(prompts))
+        self.policy.accelerator.backward(output.loss)
         metrics.add(output.metrics | {"loss": output.loss})
 
     def _step(self, metrics: MeanMetrics) -> None:
-        """An optimizer step where gradients are complete; Accelerate makes it nothing where they aren't."""
-        if self.accelerator.sync_gradients:
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.train_max_grad_norm)
-            norm = torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
+        """Take an optimizer step where gradients are complete and finite."""
+        accelerator, policy = self.policy.accelerator, self.policy
+        if accelerator.sync_gradients:
+            norm = policy.clip_gradients()
             metrics.last["grad_norm"] = norm
-            if self.accelerator.scaler is None and not torch.isfinite(norm):  # with fp16 the scaler sees to it
+            if accelerator.scaler is None and not torch.isfinite(norm):  # with fp16 the scaler sees to it
                 warnings.warn(f"the gradient's norm is {norm.item()}: this optimizer step is left out", stacklevel=2)
-                self.optimizer.zero_grad()
+                policy.optimizer.zero_grad()
                 return
-        self.optimizer.step()
-        if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
-            self.lr_scheduler.step()
-            if self.average is not None:
-                self.average.update()
-        self.optimizer.zero_grad()
+        policy.step()

@@ -13,10 +13,10 @@ PROMPTS = ["one", "two", "three", "four"]
 def test_the_card_s_pictures_are_the_base_s_and_the_policy_s(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, prompt_function=PROMPTS, num_epochs=3, train_learning_rate=3e-2)
     trainer.train()
-    prompts = trainer.report.card_prompts()
+    prompts = trainer.publisher.card_prompts()
     base, policy_ = (
         trainer.drawer(velocity).images(trainer.draw_spec("annealed", 4), prompts, range(len(prompts)))
-        for velocity in (trainer.reference_velocity, trainer.velocity)
+        for velocity in (trainer.policy.reference, trainer.policy.velocity)
     )
     for name, images in (("before", base), ("after", policy_)):
         for i, image in enumerate(images):
@@ -34,7 +34,7 @@ def test_what_is_published_is_sampled_as_it_was_trained(pipeline, tmp_path, kern
     assert scheduler["stochastic_sampling"] is anneals
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert ("scheduler anneals" in text, "solves the ODE" in text) == (anneals, not anneals)
-    prompts, sampler = trainer.report.card_prompts(), "annealed" if anneals else "ode"
+    prompts, sampler = trainer.publisher.card_prompts(), "annealed" if anneals else "ode"
     drawn = trainer.drawer(pipeline.velocity).images(trainer.draw_spec(sampler, 4), prompts, range(len(prompts)))
     shown = Image.open(tmp_path / "adapter" / "images" / "after_0.png").tobytes()
     assert shown == tensor_to_image(drawn[0]).tobytes(), "the card's pictures, too"

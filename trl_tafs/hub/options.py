@@ -1,0 +1,19 @@
+"""The options of publishing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trl_tafs.options import Options, option
+
+
+@dataclass
+class HubOptions(Options):
+    """Whether and where the adapter is pushed."""
+
+    title: ClassVar[str] = "Hub"
+
+    push_to_hub: bool = option(False, "Push the adapter when training ends.")
+    hub_model_id: str | None = option(None, "Repository to push to; None: `run_name` below your user name.")
+    hub_private_repo: bool | None = option(None, "Create it as a private one.")

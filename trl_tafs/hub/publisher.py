@@ -1,0 +1,148 @@
+"""What a run publishes: weights, model card and pictures, in a folder and on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.hub.card import write_model_card
+from trl_tafs.hub.facts import CardFacts, base_model_facts
+from trl_tafs.hub.push import prepare_repo, push_folder
+from trl_tafs.method.levels import uniform_levels
+from trl_tafs.method.rollout import Velocity
+from trl_tafs.output.pictures import save_png, tensor_to_image
+from trl_tafs.policy.policy import Policy
+from trl_tafs.rewards.scoring import RewardSet
+from trl_tafs.training.progress import Progress
+
+CARD_PICTURES = 4
+
+
+@dataclass
+class Publisher:
+    """Writes and pushes what was trained, with what a run is known by."""
+
+    policy: Policy
+    config: TAFSGRPOConfig
+    settings: dict[str, Any]  # resolved, for the card and training_settings.json
+    levels: Sequence[float]  # (N,) as the model sees them
+    rewards: RewardSet
+    progress: Progress
+    prompts: Callable[[], Sequence[str]]  # some of which are shown on the card
+    size: tuple[int, int]  # height and width, pixels
+    draw: Callable[[Velocity, Sequence[str]], Tensor]  # an image a prompt, (B, 3, H, W), by the trained sampler
+
+    def card_prompts(self) -> list[str]:
+        """Return the few prompts that the card shows."""
+        return list(dict.fromkeys(self.prompts()))[:CARD_PICTURES]
+
+    def save(self, folder: str | os.PathLike | None = None, repo_id: str | None = None) -> Path:
+        """Write the averaged weights as plain diffusers loads them, the scheduler, pictures and the card.
+
+        Every process calls it; the main one writes. By default to `<run>/adapter`.
+        """
+        folder = Path(folder or self.default_folder)
+        if self.policy.accelerator.is_main_process:
+            with self.policy.averaged():
+                self.policy.save(folder, fold_alpha=self.config.lora_fold_alpha)
+                self._draw_pictures(folder)
+            self.write_card(folder, repo_id)
+        self.policy.accelerator.wait_for_everyone()
+        return folder
+
+    def write_card(self, folder: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
+        """Write README.md and training_settings.json beside the weights, on the main process."""
+        if not self.policy.accelerator.is_main_process:
+            return None
+        folder = Path(folder or self.default_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_model_card(self.facts(folder, repo_id), folder)
+
+    def push(self, repo_id: str | None, token: str | None, private: bool | None, **options: Any) -> Any:
+        """Save, then push; `options` as `push_folder` takes them. None on all but the main process."""
+        repo_id = self.prepare_repo(repo_id, private, token)
+        folder = self.save(repo_id=repo_id)
+        if not self.policy.accelerator.is_main_process:
+            return None
+        return push_folder(folder, repo_id, private=private, token=token, **options)
+
+    def prepare_repo(self, repo_id: str | None, private: bool | None, token: str | None = None) -> str:
+        """Make the repository on the main process if it is missing, and return its whole name.
+
+        Raises:
+            PushError: there is no token, or none that may write there.
+        """
+        repo_id = repo_id or self.default_repo
+        if not self.policy.accelerator.is_main_process:
+            return repo_id
+        return prepare_repo(repo_id, private=private, token=token)
+
+    @property
+    def default_folder(self) -> Path:
+        """Where the adapter lies if nothing else is asked for."""
+        return Path(self.config.project_dir) / "adapter"
+
+    @property
+    def default_repo(self) -> str:
+        """The repository that the configuration names, or the run's name below the user's."""
+        return self.config.hub_model_id or self.config.run_name
+
+    @torch.no_grad()
+    def _draw_pictures(self, folder: Path) -> None:
+        """Draw `images/before_<i>.png` and `after_<i>.png`: the same prompts and noise by the base and the policy."""
+        pipeline, prompts = self.policy.pipeline, self.card_prompts()
+        for name, velocity in (("before", self.policy.reference), ("after", pipeline.velocity)):
+            images = self.draw(velocity, prompts)
+            for i, image in enumerate(images):
+                save_png(tensor_to_image(image), folder / "images" / f"{name}_{i}.png")
+
+    def facts(self, folder: str | os.PathLike, repo_id: str | None) -> CardFacts:
+        """Return everything that the model card says."""
+        config, pipeline, progress = self.config, self.policy.pipeline, self.progress
+        prompts = self.card_prompts()
+        pictures = [(p, f"images/before_{i}.png", f"images/after_{i}.png") for i, p in enumerate(prompts)]
+        first, last = (progress.evaluations[i] if progress.evaluations else {} for i in (0, -1))
+        metrics = {name: {"before": first[name], "after": last[name]} for name in last if name.startswith("eval/")}
+        length = config.max_sequence_length or pipeline.default_max_sequence_length()
+        return CardFacts(
+            pipeline_class=type(pipeline).stock_class().__name__,
+            num_steps=config.sample_num_steps,
+            levels_unshifted=uniform_levels(config.sample_num_steps).tolist(),
+            levels=list(self.levels),
+            height=self.size[0],
+            width=self.size[1],
+            guidance_scale=config.sample_guidance_scale,
+            call=pipeline.call_arguments(
+                config.sample_num_steps,
+                config.sample_guidance_scale,
+                config.negative_prompts,
+                config.sample_embedded_guidance_scale,
+            ),
+            card_tags=pipeline.card_tags,
+            denoiser_name=pipeline.denoiser_name,
+            renoises_from_generator=pipeline.renoises_from_generator,
+            whole_denoiser=type(pipeline.denoiser).__name__ if config.full_finetuning else None,
+            scheduler_class=type(pipeline.annealed_scheduler()).__name__,
+            drawn=config.kernel_class.description,
+            anneals=config.anneals,
+            moved=config.objective_class.description,
+            credited=config.credit_rule.description,
+            scores_every_step=not (config.credits_final_image or config.credit_rule.final_only),
+            max_sequence_length=None if length == pipeline.stock_max_sequence_length() else length,
+            torch_dtype=str(pipeline.model_dtype).removeprefix("torch."),
+            **base_model_facts(pipeline),
+            repo_id=repo_id,
+            prompts=prompts,
+            training={k: v for k, v in self.settings.items() if v not in ("", "null")},
+            rewards=dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
+            reward_curve=progress.reward_curve,
+            metrics=metrics,
+            pictures=[picture for picture in pictures if Path(folder, picture[2]).exists()],
+        )

@@ -1,0 +1,401 @@
+"""The options of the method: how it samples, who is credited, what is minimised; and what must hold between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trl_tafs.method.credit import CreditRule, credit_rule
+from trl_tafs.method.kernels import KERNELS, REDUCTIONS, Kernel
+from trl_tafs.method.losses import CLIP_RANGE
+from trl_tafs.method.objectives import OBJECTIVES, Objective
+from trl_tafs.options import (
+    Options,
+    check_at_least,
+    check_at_least_1_or_none,
+    check_choice,
+    check_positive,
+    decode_dict,
+    option,
+)
+
+
+@dataclass
+class SamplingOptions(Options):
+    """The sampler, what it explores, and how an epoch's images are shared among its prompts."""
+
+    title: ClassVar[str] = "Sampling"
+
+    sample_num_steps: int = option(4, "N, denoising steps of a rollout (paper: 4).")
+    sample_eta: float | None = option(
+        None,
+        "How much noise a step draws afresh; towards 0 every kernel is the Euler ODE. annealed, cps: in (0, 1], 1 is "
+        "annealing; flow_sde: Flow-GRPO's a; dance_sde: the diffusion itself. None: 1 for annealed, .8 for cps, .7 for "
+        "flow_sde, .3 for dance_sde, those of their authors.",
+    )
+    sample_guidance_scale: float = option(
+        1.0, "Classifier-free guidance in rollout and training alike; 1 (off): a few-step policy needs half the work."
+    )
+    sample_embedded_guidance_scale: float | None = option(
+        None,
+        "Guidance that a distilled model takes as an input (FLUX.1-dev, FLUX.2-dev, SanaSprint), which costs no second "
+        "evaluation. None: the stock pipeline's default; an error for a model that takes none.",
+    )
+    sample_batch_size: int = option(8, "Images a process draws at once.")
+    sample_num_batches_per_epoch: int = option(12, "Batches a process draws each epoch: 96 images, two groups of 48.")
+    sample_kernel: str = option(
+        "annealed",
+        "The sampler, and what an action is: annealed (the paper's; the next noisy state), clean (the explored clean "
+        "image), flow_sde (Flow-GRPO's), dance_sde (DanceGRPO's), cps (Flow-CPS: annealed with a part of the old "
+        "noise), or ode (no action: for the forward objectives).",
+    )
+    sample_window_size: int | None = option(
+        None, "Only so many steps in a row are explored and trained, the others are the ODE's (MixGRPO: 4). None: all."
+    )
+    sample_window_interval: int = option(25, "Epochs between two moves of the window (MixGRPO: 25).")
+    sample_window_order: str = option(
+        "progressive", "How the window moves: progressive, a step onwards, or random, the same place on all processes."
+    )
+    sample_window_range: int | None = option(
+        None, "The window stays within the first so many steps (Flow-GRPO-Fast: half of them). None: all that train."
+    )
+    sample_kappa: float = option(0.5, "Clean kernel: exploration of the clean image, std = kappa x level.")
+    num_perturbations: int = option(
+        1,
+        "M, actions of one state, each other's baseline. Clean kernel: explorations, which cost decodes and rewards "
+        "and no denoiser evaluation. Annealed kernel: re-noisings, which cost one evaluation each besides.",
+    )
+    antithetic_perturbations: bool = option(
+        False, "The second half of a state's actions has the noise of the first, negated; M must be even."
+    )
+    share_initial_noise: bool = option(
+        False, "All images of a group start from the same noise, so that only their actions tell them apart."
+    )
+    clean_baseline: str = option("state", "Clean kernel: state (the state's own value is the baseline) or group.")
+    num_generations: int | None = option(
+        None, "G, images of a prompt (paper: 48). None: 48, or the largest divisor of the epoch's images below it."
+    )
+    group_allocation: str = option(
+        "fixed",
+        "How an epoch's images are shared among its prompts: fixed, num_generations each; variance (SuperFlow), more "
+        "where a prompt's rewards varied before; streaming, min_generations each, then the rest where these varied.",
+    )
+    min_generations: int | None = option(
+        None, "Least images of a prompt, where group sizes vary. None: a quarter of num_generations, at least 2."
+    )
+    max_generations: int | None = option(None, "Most images of a prompt. None: four times num_generations.")
+    group_optimism: float = option(
+        0.5, "How much more a prompt is thought to vary that little is known of, in units of the mean deviation."
+    )
+    group_memory: float = option(0.9, "Share of what is known of a prompt that an epoch keeps.")
+    group_tracker_capacity: int = option(1_000_000, "Prompts that are remembered; the one seen longest ago goes first.")
+    sampler_kwargs: dict | str | None = option(
+        None, "Options of the kernel's own (JSON), for one that isn't of this package (docs/extending.md)."
+    )
+
+    @property
+    def kernel_class(self) -> type[Kernel]:
+        """The class of `sample_kernel`; raise ValueError if there is none."""
+        check_choice(self, "sample_kernel", KERNELS)
+        return KERNELS[self.sample_kernel]
+
+    @property
+    def anneals(self) -> bool:
+        """Whether what is trained is to be sampled by annealing; by the ODE otherwise, as SDE methods' authors do."""
+        return self.kernel_class.anneals
+
+    @property
+    def num_trained_steps(self) -> int:
+        """S, the steps of an image that carry an action: N - 1 for all kernels, or the window's."""
+        return self.sample_window_size or self.sample_num_steps - 1
+
+    def complete(self) -> None:
+        """Decode `sampler_kwargs`; give `sample_eta` the kernel's default, 1 where the kernel has none."""
+        self.sampler_kwargs = decode_dict("sampler_kwargs", self.sampler_kwargs)
+        if self.sample_eta is None:
+            default = self.kernel_class.default_eta()
+            self.sample_eta = 1.0 if default is None else default
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_choice(self, "clean_baseline", ("state", "group"))
+        check_choice(self, "group_allocation", ("fixed", "variance", "streaming"))
+        check_choice(self, "sample_window_order", ("progressive", "random"))
+        check_at_least(self, 2, "sample_num_steps")
+        check_at_least(self, 1, "sample_batch_size", "sample_num_batches_per_epoch", "num_perturbations")
+        check_at_least(self, 1, "sample_window_interval", "group_tracker_capacity")
+        check_at_least(self, 0, "sample_guidance_scale", "group_optimism")
+        check_at_least_1_or_none(self, "sample_window_size", "min_generations")
+        check_positive(self, "sample_kappa")
+        if not 0 < self.group_memory <= 1:
+            raise ValueError(f"group_memory is {self.group_memory}; it must lie in (0, 1]")
+        if self.group_allocation == "fixed" and (self.min_generations, self.max_generations) != (None, None):
+            raise ValueError("min_generations and max_generations need group_allocation='variance' or 'streaming'")
+        if self.min_generations == 1 and self.group_allocation == "streaming":
+            raise ValueError(
+                "group_allocation='streaming' looks at how the first draws vary; use min_generations=2 or more"
+            )
+        self._check_kernel()
+        self._check_window()
+
+    def _check_kernel(self) -> None:
+        kernel = self.kernel_class
+        if not 0 < self.sample_eta <= kernel.largest_eta:
+            raise ValueError(
+                f"sample_eta is {self.sample_eta}; with sample_kernel={self.sample_kernel!r} it must lie in "
+                f"(0, {kernel.largest_eta:g}] (at 0 the sampler is an ODE, without a density to train)"
+            )
+        if kernel.default_eta() is None and self.sample_eta != 1.0:
+            raise ValueError(
+                f"sample_eta={self.sample_eta} has no effect with sample_kernel={self.sample_kernel!r}; leave it out "
+                "(clean has sample_kappa)"
+            )
+        if self.antithetic_perturbations and self.num_perturbations % 2:
+            raise ValueError(
+                f"antithetic_perturbations needs an even num_perturbations, not {self.num_perturbations}; use "
+                f"{self.num_perturbations + 1}"
+            )
+        kernel.from_options(self)
+
+    def _check_window(self) -> None:
+        if self.sample_window_size is None:
+            if self.sample_window_range is not None:
+                raise ValueError(f"sample_window_range={self.sample_window_range} needs a sample_window_size")
+            return
+        covered = self.sample_num_steps - 1 if self.sample_window_range is None else self.sample_window_range
+        if not self.sample_window_size <= covered < self.sample_num_steps:
+            raise ValueError(
+                f"a window of sample_window_size={self.sample_window_size} steps doesn't lie within the first "
+                f"{covered} of {self.sample_num_steps}, the last of which never trains; use a range of "
+                f"{self.sample_window_size} to {self.sample_num_steps - 1}"
+            )
+        if not (self.kernel_class.has_density and self.kernel_class.action_is_state):
+            raise ValueError(
+                f"a window of explored steps needs a stochastic kernel, not {self.sample_kernel!r}: one with a "
+                "density, whose action is the next state"
+            )
+
+
+@dataclass
+class CreditOptions(Options):
+    """From rewards to advantages."""
+
+    title: ClassVar[str] = "Credit"
+
+    step_credit: str = option(
+        "step",
+        "Which rewards an action answers for, where every step is scored (objective=clipped or forward_images=every): "
+        "step (Eq. 10), sum (Alg. 1, line 18), reward_to_go, gain, trace (SuperFlow: increments, weighted in "
+        "continuous time), or terminal (w/o Step Adv.).",
+    )
+    credit_trace: float = option(
+        0.0, "trace: how fast later increments fade, per unit of level; 0: all count, a large one: gain."
+    )
+    credit_discount: float = option(0.0, "trace: how fast later value fades, per unit of level.")
+    num_advantage_steps: int | None = option(
+        None, "Only the last so many steps' rewards are used (Table 5), where every step is scored."
+    )
+    train_adv_clip_max: float = option(5.0, "Advantages are clipped to +- this.")
+    per_prompt_stat_tracking: bool = option(False, "DDPO's running statistics of a prompt instead of the group's.")
+    per_prompt_stat_tracking_buffer_size: int = option(16, "Rewards kept a prompt, or an epoch's if these are more.")
+    per_prompt_stat_tracking_min_count: int = option(16, "Rewards needed before a prompt's own statistics are used.")
+    credit_kwargs: dict | str | None = option(
+        None, "Options of the credit rule's own (JSON), for one that isn't of this package (docs/extending.md)."
+    )
+
+    @property
+    def credit_rule(self) -> CreditRule:
+        """The rule of `step_credit` with its options."""
+        return credit_rule(self)
+
+    def complete(self) -> None:
+        """Decode `credit_kwargs`."""
+        self.credit_kwargs = decode_dict("credit_kwargs", self.credit_kwargs)
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_at_least(self, 0, "credit_trace", "credit_discount")
+        check_positive(self, "train_adv_clip_max")
+        if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
+            raise ValueError(
+                f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is never reached with "
+                f"per_prompt_stat_tracking_buffer_size={self.per_prompt_stat_tracking_buffer_size}"
+            )
+        credit_rule(self)
+
+
+@dataclass
+class ObjectiveOptions(Options):
+    """What is minimised."""
+
+    title: ClassVar[str] = "Objective"
+
+    objective: str = option(
+        "forward",
+        "forward: DiffusionNFT's, which needs clean images and no likelihood, and learns where D is large; clipped: "
+        "GRPO's surrogate, the paper's Eq. 10; awm: advantage-weighted matching, forward's simpler sibling.",
+    )
+    forward_levels: str = option(
+        "trajectory",
+        "Forward objectives, states that an image is matched from: trajectory (those of its own rollout), sampler "
+        "(noised to the sampler's levels), or random (to random ones, as in DiffusionNFT).",
+    )
+    forward_num_levels: int = option(4, "Random levels of one image.")
+    forward_images: str = option(
+        "final", "Forward objectives: the final image only, or every scored step's with its own advantage."
+    )
+    nft_beta: float = option(
+        1.0, "Forward objective: how far the implicit positive and negative policies lie from the old one."
+    )
+
+    @property
+    def objective_class(self) -> type[Objective]:
+        """The class of `objective`; raise ValueError if there is none."""
+        check_choice(self, "objective", OBJECTIVES)
+        return OBJECTIVES[self.objective]
+
+    @property
+    def from_actions(self) -> bool:
+        """Whether the objective learns from actions, and so needs a kernel with a density."""
+        return self.objective_class.from_actions
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_choice(self, "forward_levels", ("sampler", "random", "trajectory"))
+        check_choice(self, "forward_images", ("final", "every"))
+        check_at_least(self, 1, "forward_num_levels")
+        check_positive(self, "nft_beta")
+
+
+@dataclass
+class LossOptions(Options):
+    """The terms of the loss."""
+
+    title: ClassVar[str] = "Loss"
+
+    train_clip_range: float | None = option(
+        None,
+        "Clip range of the ratio, in the units of train_log_prob_reduction. None: .025 in sqrt units at any "
+        "resolution (.2 in sum units at D = 64).",
+    )
+    train_log_prob_reduction: str = option(
+        "sqrt", "Log-probabilities are the mean over latent elements (DDPO), their sum, or the sum over sqrt(D)."
+    )
+    train_level_weighting: str | None = option(
+        None,
+        "clipped: balanced (default), every level moves the velocity equally; gaussian, the density as it is (Eq. 10); "
+        "uniform, without its 1/(2 sigma^2). forward, awm: adaptive (forward's default), velocity (awm's), or clean, "
+        "the error of the clean image.",
+    )
+    beta: float | None = option(
+        None,
+        "Weight of the KL to the base without the adapter; the forward objectives': half the squared distance of the "
+        "velocities. A mean over latent elements: beside a policy term in sqrt units (train_log_prob_reduction) it "
+        "weighs sqrt(D) times less than beside public code's mean. None: .2 for forward, which costs it a seventh of "
+        "the epochs and keeps what the reward doesn't see (docs/learning.md); 0 for the others (paper: none).",
+    )
+    objective_kwargs: dict | str | None = option(
+        None, "Options of the objective's own (JSON), for one that isn't of this package (docs/extending.md)."
+    )
+
+    def complete(self) -> None:
+        """Decode `objective_kwargs`."""
+        self.objective_kwargs = decode_dict("objective_kwargs", self.objective_kwargs)
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_choice(self, "train_log_prob_reduction", REDUCTIONS)
+        check_positive(self, "train_clip_range")
+
+
+@dataclass
+class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOptions):
+    """All that the parts of the method are made from, and what must hold between them."""
+
+    @property
+    def level_weighting(self) -> str | None:
+        """`train_level_weighting`, or the objective's default."""
+        return self.train_level_weighting or self.objective_class.default_weighting
+
+    @property
+    def rows_per_image(self) -> int:
+        """How many minibatch items the objective makes of one image."""
+        return self.objective_class.rows_per_image(self)
+
+    @property
+    def credits_final_image(self) -> bool:
+        """Whether only the final image is scored, whatever the credit."""
+        return self.objective_class.scores_final_image(self)
+
+    def complete(self) -> None:
+        """Give `beta` the objective's default."""
+        if self.beta is None:
+            self.beta = self.objective_class.default_beta
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work together."""
+        if self.beta < 0:
+            raise ValueError(f"beta is {self.beta}; the KL's weight can't be negative")
+        if self.num_advantage_steps is not None and not 1 <= self.num_advantage_steps <= self.num_trained_steps:
+            raise ValueError(
+                f"num_advantage_steps is {self.num_advantage_steps}; with sample_num_steps={self.sample_num_steps} "
+                f"it can be 1 to {self.num_trained_steps}"
+            )
+        if self.per_prompt_stat_tracking and self.group_allocation != "fixed":
+            raise ValueError(
+                f"per_prompt_stat_tracking replaces the groups' statistics, which group_allocation="
+                f"{self.group_allocation!r} is for; use one of them"
+            )
+        self._check_objective()
+        self._check_credit()
+
+    def _check_objective(self) -> None:
+        objective, kernel = self.objective_class, self.kernel_class.from_options(self)
+        if self.train_level_weighting is not None and self.train_level_weighting not in objective.weightings:
+            raise ValueError(
+                f"train_level_weighting is {self.train_level_weighting!r}; use one of "
+                f"{', '.join(objective.weightings)} with objective={self.objective!r}, or None for its default"
+            )
+        for field in (*dataclasses.fields(ObjectiveOptions), *dataclasses.fields(LossOptions)):
+            value, read = getattr(self, field.name), {"objective", "objective_kwargs", *objective.reads.values()}
+            if field.name not in read and value != field.default:
+                raise ValueError(
+                    f"{field.name}={value} has no effect with objective={self.objective!r}, which reads "
+                    f"{', '.join(objective.reads.values())}; leave it out"
+                )
+        if objective.from_actions and not kernel.has_density:
+            others = [name for name, other in KERNELS.items() if other.has_density]
+            raise ValueError(
+                f"sample_kernel={self.sample_kernel!r} has no density, and objective={self.objective!r} needs one; use "
+                f"one of {', '.join(others)}, or objective='forward'"
+            )
+        if not objective.from_actions and (kernel.reward_lag == 0 or kernel.num_actions > 1):
+            raise ValueError(
+                f"objective={self.objective!r} learns from images, not from actions; sample_kernel="
+                f"{self.sample_kernel!r} with num_perturbations={self.num_perturbations} needs objective='clipped'"
+            )
+        objective.from_options(self, kernel, self.train_clip_range or CLIP_RANGE)
+
+    def _check_credit(self) -> None:
+        rule, kernel = self.credit_rule, self.kernel_class.from_options(self)
+        said = f"step_credit={self.step_credit!r} with num_advantage_steps={self.num_advantage_steps}"
+        says_more = not (rule.own_step_only or rule.final_only) or self.num_advantage_steps not in (None, 1)
+        if self.credits_final_image and says_more:
+            raise ValueError(
+                f"{said}: objective={self.objective!r} with forward_images={self.forward_images!r} scores the final "
+                "image alone; use forward_images='every' or objective='clipped', or leave both out"
+            )
+        if not (kernel.num_actions > 1 or kernel.scores_mean):  # a state is no baseline of its own
+            return
+        if self.per_prompt_stat_tracking:
+            raise ValueError(
+                "per_prompt_stat_tracking replaces the baseline; use it with num_perturbations=1 and the annealed "
+                "kernel or clean_baseline='group'"
+            )
+        if not rule.own_step_only or self.num_advantage_steps not in (None, self.num_trained_steps):
+            raise ValueError(
+                f"{said}: a state's own baseline takes all that earlier actions did out of a reward, and leaves them "
+                "none; use step_credit='step' and num_advantage_steps=None, or clean_baseline='group' with "
+                "num_perturbations=1"
+            )

@@ -1,0 +1,95 @@
+"""The options of what is trained: a LoRA or the whole denoiser, and the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trl_tafs.method.options import SamplingOptions
+from trl_tafs.options import Options, RunOptions, check_at_least, check_positive, option
+from trl_tafs.pipelines.options import PipelineOptions
+
+
+@dataclass
+class OptimizerOptions(Options):
+    """AdamW and its learning rate."""
+
+    title: ClassVar[str] = "Optimizer"
+
+    train_learning_rate: float = option(3e-4, "AdamW's (paper: 3e-4).")
+    train_lr_scheduler_type: str = option("constant", "Any name of diffusers' or transformers' get_scheduler.")
+    train_lr_warmup_steps: int = option(0, "Optimizer steps of warm-up.")
+    train_adam_beta1: float = option(0.9, "AdamW's beta1.")
+    train_adam_beta2: float = option(0.999, "AdamW's beta2.")
+    train_adam_weight_decay: float = option(1e-4, "AdamW's weight decay (paper: 1e-4).")
+    train_adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    train_use_8bit_adam: bool = option(False, "bitsandbytes' 8-bit AdamW.")
+    train_max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_positive(self, "train_learning_rate", "train_max_grad_norm")
+
+
+@dataclass
+class AdapterOptions(Options):
+    """The weights that are trained."""
+
+    title: ClassVar[str] = "Policy"
+
+    train_gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
+    train_use_ema: bool = option(False, "Evaluate and save an exponential average of the adapter.")
+    train_ema_decay: float = option(0.99, "Its decay an optimizer step.")
+    full_finetuning: bool = option(
+        False,
+        "Train the whole denoiser in float32 instead of a LoRA on it; give it a far smaller train_learning_rate "
+        "(1e-5). It takes 20 bytes a parameter: weights, gradient, two moments, and the base for the KL.",
+    )
+    lora_rank: int = option(32, "Rank (paper: 32).")
+    lora_alpha: int = option(64, "Alpha (paper: 64).")
+    lora_target_modules: list[str] | None = option(None, "None: the family's attention projections.")
+    lora_fold_alpha: bool = option(
+        False,
+        "Publish the adapter with alpha / r multiplied into its weights and alpha = r: the same images in diffusers, "
+        "and the right strength in tools that ignore the file's metadata (ComfyUI).",
+    )
+    adapter_name_or_path: str | None = option(None, "A LoRA in diffusers' format, local or on the Hub, to continue.")
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_at_least(self, 1, "lora_rank", "lora_alpha")
+        if not 0 <= self.train_ema_decay < 1:
+            raise ValueError(f"train_ema_decay is {self.train_ema_decay}; it must lie in [0, 1)")
+
+
+@dataclass
+class OldPolicyOptions(Options):
+    """The lagging policy that draws the rollouts."""
+
+    title: ClassVar[str] = "Old policy"
+
+    old_policy_decay: float = option(
+        0.0, "Share of the old policy, which draws the rollouts, that an epoch keeps; 0: it is the present one."
+    )
+    old_policy_ramp: float = option(
+        0.001, "The decay grows by this an epoch up to old_policy_decay (DiffusionNFT: .001 up to .5)."
+    )
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        if not 0 <= self.old_policy_decay < 1:
+            raise ValueError(f"old_policy_decay is {self.old_policy_decay}; it must lie in [0, 1)")
+        if self.old_policy_decay and not self.old_policy_ramp > 0:
+            raise ValueError(f"old_policy_ramp is {self.old_policy_ramp}; it must be above 0 for old_policy_decay")
+
+
+@dataclass
+class PolicyOptions(AdapterOptions, OptimizerOptions, OldPolicyOptions, PipelineOptions, SamplingOptions, RunOptions):
+    """All that the policy is made from."""
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work together."""
+        if self.full_finetuning:
+            wrong = ("model_cpu_offload", "adapter_name_or_path", "lora_target_modules", "lora_fold_alpha")
+            if given := [name for name in wrong if getattr(self, name)]:
+                raise ValueError(f"full_finetuning trains no LoRA, and moves no weights; leave out {', '.join(given)}")

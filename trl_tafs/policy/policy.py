@@ -1,0 +1,175 @@
+"""`Policy`: what is trained, with its optimizer, its reference and its copies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trl_tafs.method.types import Conditioning
+from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.policy.adapter_file import check_adapter_fits, read_adapter, save_adapter
+from trl_tafs.policy.base import prepare_base, take_off_autocast
+from trl_tafs.policy.copies import AdapterAverage, HeldWeights, OldPolicy
+from trl_tafs.policy.denoiser_file import load_denoiser, save_denoiser
+from trl_tafs.policy.lora import adapter_disabled, attach_lora, free_denoiser, trainable_parameters
+from trl_tafs.policy.offload import DeviceSharing
+from trl_tafs.policy.optimizer import apply_settings, make_lr_scheduler, make_optimizer
+from trl_tafs.policy.options import PolicyOptions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Policy:
+    """A pipeline's denoiser with what is trained on it: a LoRA, or all of its weights.
+
+    Args:
+        pipeline: whose denoiser is trained; its modules are frozen, moved and cast.
+        config: the options of the adapter, the optimizer and the copies.
+        accelerator: prepares the denoiser (autocast, DDP) and the optimizer.
+        total_updates: optimizer steps of the whole run, for the learning-rate schedule.
+        lora_config: a LoRA of the user's instead of the default one.
+
+    Attributes:
+        model: the prepared denoiser, through which every evaluation goes.
+        parameters: the trained ones, in order.
+        average: the exponential moving average that is evaluated and saved, if there is one.
+        old: the lagging policy that draws the rollouts, if there is one.
+    """
+
+    def __init__(
+        self,
+        pipeline: TAFSPipelineMixin,
+        config: PolicyOptions,
+        accelerator: Accelerator,
+        total_updates: int,
+        lora_config: Any | None = None,
+    ) -> None:
+        self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
+        self.devices: DeviceSharing = prepare_base(pipeline, config, accelerator.device)
+        self.adapter_name: str | None = None
+        self.lora_config: Any | None = None
+        if config.full_finetuning:
+            free_denoiser(pipeline, lora_config)
+        else:
+            self.adapter_name, self.lora_config = attach_lora(pipeline, config, lora_config)
+        self.storage_dtype: torch.dtype = pipeline.storage_dtype
+        self.parameters = trainable_parameters(pipeline.denoiser)
+        optimizer = make_optimizer(self.parameters, config)
+        take_off_autocast(pipeline.denoiser)
+        self.lr_scheduler = make_lr_scheduler(optimizer, config, total_updates)
+        self.model, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
+        self.base = HeldWeights(self.parameters) if config.full_finetuning else None
+        self.average = AdapterAverage(self.parameters, config.train_ema_decay) if config.train_use_ema else None
+        self.old: OldPolicy | None = None
+        if config.old_policy_decay:
+            self.old = OldPolicy(self.parameters, config.old_policy_decay, config.old_policy_ramp)
+
+    # Evaluate -------------------------------------------------------------------------------------------------
+
+    def velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the present policy's velocity, (B, *) float32, in rollout and replay alike."""
+        return self.pipeline.velocity(x, level, conditioning, self.model)
+
+    def reference(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the velocity of the base without what was trained, (B, *) float32."""
+        with self.base.applied() if self.base else adapter_disabled(self.pipeline.denoiser):
+            return self.pipeline.velocity(x, level, conditioning)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the denoiser carries what is evaluated and saved: the average, where there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """Inside, the denoiser carries what draws the rollouts: the old policy, where there is one."""
+        return nullcontext() if self.old is None else self.old.applied()
+
+    # Update ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Inside, gradients start at none, and activations are recomputed if `train_gradient_checkpointing` is on.
+
+        Checkpointing is switched off again afterwards, unless it was on before.
+        """
+        for parameter in self.parameters:
+            parameter.grad = None
+        denoiser = self.pipeline.denoiser
+        switch = self.config.train_gradient_checkpointing and not denoiser.is_gradient_checkpointing
+        if switch:
+            denoiser.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            if switch:
+                denoiser.disable_gradient_checkpointing()
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients of a complete step and return their norm before it, () float32."""
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.train_max_grad_norm)
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
+
+    def step(self) -> None:
+        """Take an optimizer step where gradients are complete; Accelerate makes it nothing where they are not."""
+        self.optimizer.step()
+        if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+            if self.average is not None:
+                self.average.update()
+        self.optimizer.zero_grad()
+
+    def after_epoch(self) -> None:
+        """Let the old policy follow the present one."""
+        if self.old is not None:
+            self.old.update()
+
+    # Save and load --------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike, *, fold_alpha: bool = False) -> None:
+        """Write the trained weights in diffusers' format, and the scheduler that samples them.
+
+        Args:
+            folder: made if missing.
+            fold_alpha: multiply alpha / r into the LoRA's weights, for tools that ignore the file's header.
+        """
+        if self.config.full_finetuning:
+            save_denoiser(self.pipeline, folder, annealed=self.config.anneals)
+            return
+        save_adapter(
+            self.pipeline,
+            folder,
+            lora_config=self.lora_config,
+            adapter_name=self.adapter_name,
+            annealed=self.config.anneals,
+            fold_alpha=fold_alpha,
+        )
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Put the weights that `save` wrote into the denoiser.
+
+        Raises:
+            ValueError: they are of another model, or of other shapes.
+        """
+        from peft import set_peft_model_state_dict
+
+        if self.config.full_finetuning:
+            load_denoiser(self.pipeline, folder)
+            return
+        weights, _ = read_adapter(folder, denoiser=self.pipeline.denoiser_name)
+        check_adapter_fits(weights, self.pipeline.denoiser)
+        set_peft_model_state_dict(self.pipeline.denoiser, weights, adapter_name=self.adapter_name)
+
+    def states(self) -> dict[str, Any]:
+        """Return what moves besides the weights, by name: objects with `state_dict` and `load_state_dict`."""
+        found = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
+        optional = {"average": self.average, "old_policy": self.old, "scaler": self.accelerator.scaler}
+        return found | {name: item for name, item in optional.items() if item is not None}
+
+    def apply_settings(self) -> None:
+        """Make the configuration's optimizer settings hold after a resume, which restores the checkpoint's."""
+        apply_settings(self.optimizer, self.lr_scheduler, self.config)

@@ -1,0 +1,38 @@
+"""The options of the rewards: how several are combined, and what is done when one fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trl_tafs.options import Options, check_at_least, check_choice, option
+
+
+@dataclass
+class RewardOptions(Options):
+    """How images are scored."""
+
+    title: ClassVar[str] = "Rewards"
+
+    reward_weights: list[float] | None = option(None, "Weight of each reward; None: 1 each.")
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize", "sum_then_normalize, or normalize_then_sum (each reward by itself first; GDPO)."
+    )
+    scale_rewards: str = option(
+        "group", "Divide by the deviation of the group (paper, Eq. 9), of the whole batch, or by none."
+    )
+    async_reward_computation: bool = option(False, "Score in threads while the next batch is drawn.")
+    max_workers: int = option(2, "Threads of async_reward_computation.")
+    reward_max_retries: int = option(2, "How often a reward that raises is called again before the run stops.")
+    reward_retry_delay: float = option(1.0, "Seconds before the first retry; doubled each time.")
+    reward_on_failure: str = option(
+        "error", "When a reward still raises then: error (keep the rollouts, stop), or mask (no verdict on its images)."
+    )
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_choice(self, "multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))
+        check_choice(self, "scale_rewards", ("group", "batch", "none"))
+        check_choice(self, "reward_on_failure", ("error", "mask"))
+        check_at_least(self, 1, "max_workers")
+        check_at_least(self, 0, "reward_max_retries", "reward_retry_delay")

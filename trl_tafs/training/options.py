@@ -1,0 +1,113 @@
+"""The options of the training: the update, and what is looked at on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trl_tafs.method.options import CreditOptions, LossOptions, MethodOptions, ObjectiveOptions, SamplingOptions
+from trl_tafs.options import Options, RunOptions, check_at_least, check_at_least_1_or_none, option
+from trl_tafs.pipelines.options import PipelineOptions
+from trl_tafs.policy.options import AdapterOptions, OldPolicyOptions, OptimizerOptions, PolicyOptions
+from trl_tafs.rewards.options import RewardOptions
+
+
+@dataclass
+class UpdateOptions(Options):
+    """How an epoch's experience becomes optimizer steps."""
+
+    title: ClassVar[str] = "Update"
+
+    train_batch_size: int = option(
+        8, "Rows (image, step) of one forward and backward pass. It must divide a process's images."
+    )
+    train_gradient_accumulation_steps: int | None = option(
+        None,
+        "An optimizer step takes so many times train_batch_size images, with all their steps; None: all of the "
+        "epoch's, one optimizer step an inner epoch.",
+    )
+    train_num_inner_epochs: int = option(1, "Passes over an epoch's rollouts.")
+    train_timestep_fraction: float = option(1.0, "Share of the trained steps of each image, drawn at random.")
+    train_cfg: bool = option(False, "Guidance in training: must be on if and only if sample_guidance_scale > 1.")
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_at_least(self, 1, "train_batch_size", "train_num_inner_epochs")
+        check_at_least_1_or_none(self, "train_gradient_accumulation_steps")
+        if not 0 < self.train_timestep_fraction <= 1:
+            raise ValueError(f"train_timestep_fraction is {self.train_timestep_fraction}; it must lie in (0, 1]")
+
+
+@dataclass
+class EvaluationOptions(Options):
+    """Held-out evaluation, the best checkpoint, and pictures."""
+
+    title: ClassVar[str] = "Evaluation and pictures"
+
+    eval_freq: int = option(0, "Epochs between evaluations on the held-out prompts, and before the first; 0: none.")
+    eval_num_steps: list[int] = option([4, 8], "Step counts to evaluate.")
+    eval_samplers: list[str] = option(["annealed", "ode"], "Samplers to evaluate: annealed, ode.")
+    eval_images_per_prompt: int = option(1, "Images of each held-out prompt; their noise is the same each time.")
+    eval_batch_size: int | None = option(None, "Images drawn at once; None: sample_batch_size.")
+    metric_for_best_model: str | None = option(
+        None, "Evaluated metric by which the best checkpoint is kept, e.g. eval/annealed_4/pickscore."
+    )
+    greater_is_better: bool = option(True, "Direction of metric_for_best_model.")
+    early_stopping_patience: int | None = option(None, "Stop after so many evaluations without a better one.")
+    sample_grid_freq: int = option(10, "Epochs between sample grids (PNG: a row a prompt, a column a step); 0: none.")
+    sample_grid_rows: int = option(6, "Images in a sample grid.")
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_at_least(self, 0, "eval_freq", "sample_grid_freq")
+        check_at_least(self, 1, "eval_images_per_prompt", "sample_grid_rows")
+        check_at_least_1_or_none(self, "eval_batch_size", "early_stopping_patience")
+        for sampler in [self.eval_samplers] if isinstance(self.eval_samplers, str) else self.eval_samplers:
+            if isinstance(self.eval_samplers, str) or sampler not in ("annealed", "ode"):
+                raise ValueError(f"eval_samplers is {self.eval_samplers!r}; use a list of annealed and ode")
+        if not self.eval_num_steps or any(steps < 1 for steps in self.eval_num_steps):
+            raise ValueError(f"eval_num_steps is {self.eval_num_steps}; give step counts of at least 1")
+        if self.early_stopping_patience is not None and not (self.eval_freq and self.metric_for_best_model):
+            raise ValueError("early_stopping_patience needs eval_freq above 0 and a metric_for_best_model")
+        if self.metric_for_best_model is not None and not self.eval_freq:
+            raise ValueError("metric_for_best_model needs eval_freq above 0")
+
+
+@dataclass
+class TrainingOptions(
+    MethodOptions,
+    PolicyOptions,
+    # The groups, the last first: dataclasses put the fields of the last base in front.
+    EvaluationOptions,
+    AdapterOptions,
+    LossOptions,
+    OptimizerOptions,
+    UpdateOptions,
+    OldPolicyOptions,
+    ObjectiveOptions,
+    CreditOptions,
+    RewardOptions,
+    PipelineOptions,
+    SamplingOptions,
+    RunOptions,
+):
+    """All that an epoch and what surrounds it depend on."""
+
+    @property
+    def decode_size(self) -> int:
+        """Images that the VAE decodes at once."""
+        return self.decode_batch_size or self.sample_batch_size
+
+    @property
+    def num_replayed_rows(self) -> int:
+        """Of `rows_per_image`, how many are replayed: `train_timestep_fraction` of them, at least one."""
+        return max(1, int(self.rows_per_image * self.train_timestep_fraction + 1e-9))
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work together."""
+        if (self.sample_guidance_scale > 1) != self.train_cfg:
+            raise ValueError(
+                f"sample_guidance_scale={self.sample_guidance_scale} with train_cfg={self.train_cfg}: rollout and "
+                "training must use the same guidance, or the ratio isn't 1 on policy; use sample_guidance_scale=1 "
+                "with train_cfg=False, or a scale above 1 with train_cfg=True"
+            )

@@ -1,0 +1,62 @@
+"""How far a run is: its counters, its curve, its evaluations, its best one."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Counters and curves of a run; part of every checkpoint."""
+
+    epoch: int = 0  # epochs done
+    global_step: int = 0  # optimizer steps done
+    best_metric: float | None = None
+    evaluations_without_gain: int = 0
+    reward_curve: list[tuple[int, float]] = field(default_factory=list)  # (epoch, mean reward)
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # epoch and metrics
+
+    def add_evaluation(self, epoch: int, results: dict[str, float], metric: str | None, greater: bool) -> bool:
+        """Keep an evaluation, and return whether it is the best one so far by `metric`.
+
+        Args:
+            epoch: epochs done when it was made.
+            results: its metrics.
+            metric: the name of the one that decides; None: no evaluation is the best one.
+            greater: whether more of it is better.
+
+        Raises:
+            ValueError: there is no such metric among the results.
+        """
+        self.evaluations.append({"epoch": epoch} | results)
+        if metric is None:
+            return False
+        if metric not in results:
+            raise ValueError(f"metric_for_best_model is {metric!r}; evaluated are {', '.join(results)}")
+        value = results[metric]
+        if math.isnan(value):
+            warnings.warn(f"{metric} is NaN at epoch {epoch}, so no score; the best so far stays", stacklevel=3)
+            return False
+        sign = 1.0 if greater else -1.0
+        if self.best_metric is None or math.isnan(self.best_metric) or sign * value > sign * self.best_metric:
+            self.best_metric, self.evaluations_without_gain = value, 0
+            return True
+        self.evaluations_without_gain += 1
+        return False
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Return whether `patience` evaluations have passed without a better one."""
+        return patience is not None and self.evaluations_without_gain >= patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.reward_curve = [(int(epoch), float(reward)) for epoch, reward in self.reward_curve]

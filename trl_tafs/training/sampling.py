@@ -1,0 +1,220 @@
+"""One process's batches of an epoch: roll out, decode, score, one batch at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_tafs.algorithm import Algorithm
+from trl_tafs.method.noise import SampleNoise
+from trl_tafs.method.rollout import rollout
+from trl_tafs.method.types import PromptBatch, Rollout
+from trl_tafs.policy.policy import Policy
+from trl_tafs.prompts.encoder import PromptEncoder
+from trl_tafs.rewards.scoring import RewardSet, Scores
+from trl_tafs.training.experience import ScoredBatch
+from trl_tafs.training.logs import Stopwatch
+from trl_tafs.training.options import TrainingOptions
+
+
+@dataclass
+class Scoring:
+    """The scores of a batch on their way."""
+
+    futures: list[Future] = field(default_factory=list)  # of the `Scores` of each scored step
+    images: Tensor | None = None  # (B, 3, H, W) the latest step's of the first kind, where a hook wants images
+
+    @property
+    def done(self) -> bool:
+        """Whether all are there."""
+        return all(future.done() for future in self.futures)
+
+    @property
+    def fault(self) -> BaseException | None:
+        """The first error of those that are there."""
+        errors = (future.exception() for future in self.futures if future.done())
+        return next((error for error in errors if error is not None), None)
+
+
+@dataclass
+class RolloutSampler:
+    """Algorithm 1, lines 5 to 17, for the batches of one process."""
+
+    config: TrainingOptions
+    policy: Policy
+    algorithm: Algorithm
+    encode: PromptEncoder
+    rewards: RewardSet
+    keep_images: bool  # of the final step, for a hook
+    stopwatch: Stopwatch
+
+    def roll_out(
+        self, prompts: PromptBatch, epoch: int, on_scored: Callable[[Tensor], None] | None = None
+    ) -> ScoredBatch:
+        """Sample one batch of trajectories; `on_scored` is given each scored step's latents on the way."""
+        levels, shape = self.algorithm.levels, self.algorithm.latent_shape
+        needs, frequency = type(self.algorithm.objective).rollout_needs(self.config), self.config.sample_grid_freq
+        noise = SampleNoise(self.config.seed, epoch, tuple(prompts.sample_ids.tolist()), levels.device)
+        groups = SampleNoise(self.config.seed, epoch, tuple(prompts.group_ids.tolist()), levels.device)
+        trajectories = rollout(
+            self.policy.velocity,
+            self.algorithm.kernel_at(epoch),
+            self.encode(prompts.prompts),
+            levels,
+            groups("shared", 0, shape) if self.config.share_initial_noise else noise("initial", 0, shape),
+            noise,
+            storage_dtype=self.policy.storage_dtype,
+            reduction=self.config.train_log_prob_reduction,
+            scored_steps=self.algorithm.scored_steps_at(epoch),
+            on_scored=on_scored,
+            keep=needs | {"clean"} if frequency and epoch % frequency == 0 else needs,
+        )
+        if "clean" not in needs:  # a grid shows it, and no update reads it
+            trajectories = dataclasses.replace(trajectories, clean=trajectories.clean.cpu())
+        return ScoredBatch(prompts, trajectories)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, *) to images (B, 3, H, W) on the CPU, a few at a time."""
+        with self.policy.devices.decoding():
+            return self.policy.pipeline.decode_in_batches(latents, self.config.decode_size)
+
+    def score(
+        self, prompts: PromptBatch, latents: Tensor, scoring: Scoring, executor: ThreadPoolExecutor | None = None
+    ) -> None:
+        """Decode one step's clean latents (B, K, *) and have them scored: a future of their `Scores` is added."""
+        kinds = latents.shape[1]
+        with self.stopwatch("decode"):
+            images = self.decode(latents.flatten(0, 1))
+        if self.keep_images:
+            scoring.images = images[::kinds].clone()
+        texts = [prompt for prompt in prompts.prompts for _ in range(kinds)]
+        metadata = [entry for entry in prompts.metadata for _ in range(kinds)]
+        if executor is not None:
+            scoring.futures.append(executor.submit(self.rewards, images, texts, metadata))
+            return
+        future: Future = Future()
+        scoring.futures.append(future)
+        with self.stopwatch("reward"):
+            try:
+                future.set_result(self.rewards(images, texts, metadata))
+            except Exception as error:  # handed on through the future, as the executor does
+                future.set_exception(error)
+
+    def sample(
+        self,
+        batches: Sequence[PromptBatch],
+        epoch: int,
+        kept: Sequence[dict[str, Any]] = (),
+        progress: Callable[[str], None] = lambda stage: None,
+    ) -> tuple[list[ScoredBatch], BaseException | None]:
+        """Sample and score these batches.
+
+        Args:
+            batches: what to draw.
+            epoch: the key of their noise.
+            kept: payloads of an earlier try at this epoch, used instead of sampling and scoring again.
+            progress: told "rollout" or "reward" after each batch.
+
+        Returns:
+            The scored batches, and the first error of a reward: what came before it is among the batches.
+        """
+        done: list[ScoredBatch] = []
+        waiting: list[tuple[ScoredBatch, Scoring]] = []
+        fault: BaseException | None = None
+
+        def take_finished_scores() -> None:
+            """Attach the scores of the batches that have them, in order; their scored latents are free then."""
+            nonlocal fault
+            while waiting and waiting[0][1].done:
+                batch, scoring = waiting.pop(0)
+                fault = fault or scoring.fault
+                if scoring.futures and scoring.fault is None:
+                    self._attach(batch, [future.result() for future in scoring.futures])
+                progress("reward")
+
+        devices = self.policy.devices
+        threads = self.config.async_reward_computation  # else rewards are computed between the rollouts
+        with ThreadPoolExecutor(self.config.max_workers) if threads else nullcontext() as executor:
+            sampled = self._sampled_batches(batches, epoch, kept, progress, executor)
+            # Where models share the device, all is drawn before anything is scored: they are exchanged once an epoch.
+            sampled = list(sampled) if devices.shared else sampled
+            with devices.decoding() if devices.shared else nullcontext():
+                for batch, scoring in sampled:
+                    done.append(batch)
+                    self._score_steps(batch, scoring, executor)
+                    waiting.append((batch, scoring))
+                    take_finished_scores()
+                    if fault is not None or scoring.fault is not None:
+                        break
+            with self.stopwatch("reward"):  # what sampling didn't hide
+                wait([future for _, scoring in waiting for future in scoring.futures])
+        take_finished_scores()
+        return done, fault
+
+    def _sampled_batches(
+        self,
+        batches: Sequence[PromptBatch],
+        epoch: int,
+        kept: Sequence[dict[str, Any]],
+        progress: Callable[[str], None],
+        executor: ThreadPoolExecutor | None,
+    ) -> Iterator[tuple[ScoredBatch, Scoring]]:
+        """Yield the batches one after the other: restored where they were kept, or sampled.
+
+        With an executor a step's images are scored while the next step is sampled, and their futures are here; without
+        one they are scored later: the same calls with the same images, so that the rewards are the same.
+        """
+        for i, prompts in enumerate(batches):
+            scoring = Scoring()
+            if i < len(kept):
+                batch = self._restore(prompts, kept[i])
+            else:
+                with self.stopwatch("rollout"):
+                    batch = self.roll_out(prompts, epoch, self._scorer(prompts, scoring, executor))
+            progress("rollout")
+            yield batch, scoring
+
+    def _scorer(
+        self, prompts: PromptBatch, scoring: Scoring, executor: ThreadPoolExecutor | None
+    ) -> Callable[[Tensor], None] | None:
+        """Return what `rollout` hands a step's clean latents to."""
+        return None if executor is None else lambda latents: self.score(prompts, latents, scoring, executor)
+
+    def _score_steps(self, batch: ScoredBatch, scoring: Scoring, executor: ThreadPoolExecutor | None) -> None:
+        """Have each scored step scored, where that hasn't begun and scores aren't there; and the hook's images."""
+        if batch.scores is None and not scoring.futures:
+            for latents in batch.rollout.scored.unbind(1):
+                self.score(batch.prompts, latents, scoring, executor)
+                if executor is None and scoring.fault is not None:
+                    break
+        if self.keep_images:
+            batch.images = scoring.images if self._shows_result(batch, scoring) else None
+        if self.keep_images and batch.images is None:
+            with self.stopwatch("decode"):
+                batch.images = self.decode(batch.rollout.final)
+
+    def _shows_result(self, batch: ScoredBatch, scoring: Scoring) -> bool:
+        """Whether the last image that was scored is what the sampler returned, up to the storage dtype's rounding."""
+        if len(scoring.futures) != batch.rollout.scored.shape[1] or not len(batch.rollout.scored):
+            return False
+        storage = self.policy.storage_dtype
+        return torch.equal(batch.rollout.scored[:, -1, 0].to(storage), batch.rollout.final.to(storage))
+
+    def _attach(self, batch: ScoredBatch, scores: Sequence[Scores]) -> None:
+        size, _, kinds = batch.rollout.scored.shape[:3]
+        batch.scores = torch.stack([step.values.reshape(size, kinds, -1) for step in scores], dim=1)
+        batch.metadata = scores[-1].metadata  # of the images that the sampler returned
+        # no longer needed; an empty view would keep all of them
+        batch.rollout = dataclasses.replace(batch.rollout, scored=batch.rollout.scored[:0].clone())
+
+    def _restore(self, prompts: PromptBatch, payload: dict[str, Any]) -> ScoredBatch:
+        device = self.algorithm.levels.device
+        fields = {name: value.to(device) for name, value in payload["rollout"].items()}
+        return ScoredBatch(prompts, Rollout(**fields), scores=payload["scores"], metadata={})
