@@ -59,8 +59,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFu
 
 def evaluation_options(name: str) -> dict[str, Any]:
     """Return the options with which a reward is evaluated unless others are given: what its class says, or none."""
-    served = name.startswith(("http://", "https://"))
-    return {} if served else dict(getattr(_find(name), "evaluation_options", {}))
+    return {} if name.startswith(WEB) else dict(getattr(_find(name), "evaluation_options", {}))
 
 
 def _find(name: str) -> Any:
@@ -116,7 +115,7 @@ def split_weight(item: str) -> tuple[str, str]:
 
 
 def reward_label(item: str) -> str:
-    """What a reward of the command line, NAME or NAME=WEIGHT, is called in logs and options."""
+    """Return what a reward of the command line, NAME or NAME=WEIGHT, is called in logs and options."""
     name = split_weight(item)[0]
     if name.startswith(WEB):
         return parse_address(name.partition(",")[0]).label  # of a user's name and password nothing is shown
