@@ -28,7 +28,7 @@ from words_data import COLOURS, HELD_OUT_WORDS, LAYOUTS, TRAIN_WORDS, prompt_for
 from words_judges import ColourJudge, OCRJudge, OCRReward, PrintJudge
 
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline
-from trl_tafs.evaluation.drawing import Setting, sample_images
+from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.output.pictures import sample_grid, save_png
 from trl_tafs.presets import PRESETS
 from trl_tafs.prompts.encoder import PromptEncoder
@@ -52,25 +52,19 @@ class Panel:
 
     def __init__(self, size: str, images_per_word: int, seed: int) -> None:
         """Judge `images_per_word` images of each held-out word, their noise keyed by `seed`."""
-        layout = LAYOUTS[size]
+        self.layout, self.seed = LAYOUTS[size], seed
         self.prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(images_per_word)]
         self.images_per_word = images_per_word
         self.judges = {judge.__name__: judge for judge in (OCRReward(), OCRJudge(), ColourJudge(), PrintJudge())}
-        self.setting = Setting(layout.height, layout.width, 46, seed, torch.float32, torch.device("cpu"))
 
     def images(self, pipeline, sampler: str, num_steps: int, guidance: float = 1.0) -> torch.Tensor:
         """(B, 3, H, W) in [0, 1]."""
-        encode = PromptEncoder(pipeline, torch.device("cpu"), guidance_scale=guidance, max_sequence_length=MAX_LENGTH)
-        return sample_images(
-            pipeline,
-            encode,
-            pipeline.velocity,
-            self.setting,
-            self.prompts,
-            range(len(self.prompts)),
-            sampler=sampler,
-            num_steps=num_steps,
-        )
+        device, dtype = torch.device("cpu"), torch.float32
+        encode = PromptEncoder(pipeline, device, guidance_scale=guidance, max_sequence_length=MAX_LENGTH)
+        velocity, seed = pipeline.velocity, self.seed
+        drawer = Drawer(pipeline, encode, velocity, batch_size=46, seed=seed, device=device, storage_dtype=dtype)
+        spec = DrawSpec(sampler, num_steps, self.layout.height, self.layout.width, guidance)
+        return drawer.images(spec, self.prompts, range(len(self.prompts)))
 
     def row(self, pipeline, sampler: str, num_steps: int, guidance: float = 1.0) -> dict[str, float]:
         """Each judge's mean, and the standard error of the reward's, whose units are words."""
@@ -196,7 +190,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     pipeline, panel = load(args.size, TAFSStableDiffusion3Pipeline), Panel(args.size, args.images_per_word, seed=1000)
-    dimension = math.prod(pipeline.latent_shape(panel.setting.height, panel.setting.width))
+    dimension = math.prod(pipeline.latent_shape(panel.layout.height, panel.layout.width))
     print(f"D = {dimension:,}; judging the base on {len(HELD_OUT_WORDS)} held-out words ...", flush=True)
     before = judged_base(panel, pipeline, args.base)
     save_grid(panel, pipeline, folder / "grid_before.png", "before: 4 annealed steps, no guidance")

@@ -6,21 +6,15 @@ Names are imported on first use, so that `import trl_tafs` loads neither diffuse
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trl_tafs.pipelines.families import FAMILIES
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "TAFSGRPOConfig": "trl_tafs.config",
     "TAFSGRPOTrainer": "trl_tafs.trainer",
-    "TAFSStableDiffusion3Pipeline": "trl_tafs.pipelines.stable_diffusion_3",
     "AutoTAFSPipeline": "trl_tafs.pipelines.auto",
-    "TAFSFluxPipeline": "trl_tafs.pipelines.flux",
-    "TAFSFlux2Pipeline": "trl_tafs.pipelines.flux2",
-    "TAFSFlux2KleinPipeline": "trl_tafs.pipelines.flux2",
-    "TAFSQwenImagePipeline": "trl_tafs.pipelines.qwen_image",
-    "TAFSZImagePipeline": "trl_tafs.pipelines.z_image",
-    "TAFSSanaPipeline": "trl_tafs.pipelines.sana",
-    "TAFSSanaSprintPipeline": "trl_tafs.pipelines.sana",
-    "TAFSHiDreamPipeline": "trl_tafs.pipelines.hidream",
+    **FAMILIES,
     "AnnealedFlowMatchScheduler": "trl_tafs.pipelines.schedulers",
     "TAFSPipelineMixin": "trl_tafs.pipelines.base",
     "REWARDS": "trl_tafs.rewards",
@@ -34,16 +28,8 @@ if TYPE_CHECKING:
     from trl_tafs.evaluation.compare import evaluate as evaluate
     from trl_tafs.pipelines.auto import AutoTAFSPipeline as AutoTAFSPipeline
     from trl_tafs.pipelines.base import TAFSPipelineMixin as TAFSPipelineMixin
-    from trl_tafs.pipelines.flux import TAFSFluxPipeline as TAFSFluxPipeline
-    from trl_tafs.pipelines.flux2 import TAFSFlux2KleinPipeline as TAFSFlux2KleinPipeline
-    from trl_tafs.pipelines.flux2 import TAFSFlux2Pipeline as TAFSFlux2Pipeline
-    from trl_tafs.pipelines.hidream import TAFSHiDreamPipeline as TAFSHiDreamPipeline
-    from trl_tafs.pipelines.qwen_image import TAFSQwenImagePipeline as TAFSQwenImagePipeline
-    from trl_tafs.pipelines.sana import TAFSSanaPipeline as TAFSSanaPipeline
-    from trl_tafs.pipelines.sana import TAFSSanaSprintPipeline as TAFSSanaSprintPipeline
+    from trl_tafs.pipelines.families import *  # noqa: F403
     from trl_tafs.pipelines.schedulers import AnnealedFlowMatchScheduler as AnnealedFlowMatchScheduler
-    from trl_tafs.pipelines.stable_diffusion_3 import TAFSStableDiffusion3Pipeline as TAFSStableDiffusion3Pipeline
-    from trl_tafs.pipelines.z_image import TAFSZImagePipeline as TAFSZImagePipeline
     from trl_tafs.rewards import REWARDS as REWARDS
     from trl_tafs.trainer import TAFSGRPOTrainer as TAFSGRPOTrainer
 

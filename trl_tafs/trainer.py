@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trl_tafs.algorithm import build_algorithm
 from trl_tafs.config import TAFSGRPOConfig
-from trl_tafs.evaluation.drawing import Setting
+from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.evaluation.held_out import Evaluator
 from trl_tafs.hub.publisher import Publisher
 from trl_tafs.method.losses import clipped_surrogate
@@ -137,6 +137,16 @@ class TAFSGRPOTrainer:
             self.local_tracker,
             self.stopwatch,
         )
+        self.drawer = Drawer(
+            pipeline=self.sd_pipeline,
+            encode=self.encode,
+            velocity=policy.velocity,
+            batch_size=config.eval_batch_size or config.sample_batch_size,
+            seed=config.seed,
+            device=accelerator.device,
+            storage_dtype=policy.storage_dtype,
+            decode_batch_size=config.decode_size,
+        )
         self.publisher = Publisher(
             policy=policy,
             config=config,
@@ -145,8 +155,8 @@ class TAFSGRPOTrainer:
             rewards=self.rewards,
             progress=self.progress,
             prompts=self._card_prompts,
-            setting=self._setting(),
-            encode=self.encode,
+            drawer=self.drawer,
+            spec=self.draw_spec("annealed" if config.anneals else "ode", config.sample_num_steps),
         )
 
     def _card_prompts(self) -> list[str]:
@@ -238,26 +248,18 @@ class TAFSGRPOTrainer:
             raise ValueError("there are no eval_prompts to evaluate on; pass them to the trainer")
         config, progress = self.config, self.progress
         with self.checkpoints.saved_on_failure(), self.stopwatch("evaluate"), self.policy.averaged(), torch.no_grad():
-            results = self.evaluator(
-                self.sd_pipeline,
-                self.accelerator,
-                self.encode,
-                self.policy.velocity,
-                self._setting(),
-                config.eval_samplers,
-                config.eval_num_steps,
-            )
+            specs = [self.draw_spec(sampler, n) for sampler in config.eval_samplers for n in config.eval_num_steps]
+            results = self.evaluator(self.drawer, specs, self.accelerator)
         self.accelerator.log(results | {"epoch": epoch}, step=progress.global_step)
         metric = config.metric_for_best_model
         if progress.add_evaluation(epoch, results, metric, config.greater_is_better):
             self.checkpoints.save_best(epoch, metric, results[metric])
         return progress.out_of_patience(config.early_stopping_patience)
 
-    def _setting(self) -> Setting:
-        """How evaluation and card pictures are drawn."""
-        size = self.config.eval_batch_size or self.config.sample_batch_size
-        device, decode_size = self.accelerator.device, self.config.decode_size
-        return Setting(self.height, self.width, size, self.config.seed, self.policy.storage_dtype, device, decode_size)
+    def draw_spec(self, sampler: str, num_steps: int) -> DrawSpec:
+        """Return a way of drawing at the size and guidance of training."""
+        guidance, embedded = self.config.sample_guidance_scale, self.config.sample_embedded_guidance_scale
+        return DrawSpec(sampler, num_steps, self.height, self.width, guidance, embedded)
 
     def _preflight(self) -> None:
         """Try one prompt, one call of each reward and the right to push, before anything is spent."""

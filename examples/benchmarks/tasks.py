@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_tafs.evaluation.drawing import Setting, sample_images
+from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.prompts.encoder import PromptEncoder
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -50,13 +50,12 @@ class Task(ABC):
     def images(self, pipeline: Any, sampler: str, num_steps: int, guidance: float = 1.0) -> Tensor:
         """(B, 3, H, W) of `prompts`, with noise that is the same for every method."""
         device = torch.device("cpu")
-        setting = Setting(self.height, self.width, 100, 1000, torch.float32, device)
         length = self.options["max_sequence_length"]
         encode = PromptEncoder(pipeline, device, guidance_scale=guidance, max_sequence_length=length)
-        ids = range(len(self.prompts))
-        return sample_images(
-            pipeline, encode, pipeline.velocity, setting, self.prompts, ids, sampler=sampler, num_steps=num_steps
-        )
+        velocity, dtype = pipeline.velocity, torch.float32
+        drawer = Drawer(pipeline, encode, velocity, batch_size=100, seed=1000, device=device, storage_dtype=dtype)
+        spec = DrawSpec(sampler, num_steps, self.height, self.width, guidance)
+        return drawer.images(spec, self.prompts, range(len(self.prompts)))
 
 
 class Digits(Task):

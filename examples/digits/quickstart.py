@@ -28,7 +28,7 @@ from digits_judges import DigitReward, HeldOutJudge, OCRJudge, diversity, fideli
 from pretrain import train_flow
 
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline
-from trl_tafs.evaluation.drawing import Setting, sample_images
+from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.hub.card import usage_code
 from trl_tafs.method.kernels import Annealed
 from trl_tafs.method.noise import SampleNoise
@@ -51,15 +51,14 @@ class Panel:
         self.labels = torch.arange(10).repeat_interleave(images_per_digit)
         self.prompts = [PROMPTS[label] for label in self.labels]
         self.judges = {"reward": DigitReward(), "held_out": HeldOutJudge(), "ocr": OCRJudge()}
-        self.setting = Setting(8, 8, len(self.labels), seed, torch.float32, torch.device("cpu"))
+        self.seed = seed
 
     def row(self, pipeline, sampler: str, num_steps: int, guidance: float = 1.0) -> dict[str, float]:
         """Accuracy by each judge, Frechet distance and diversity of one sampler's images."""
-        encode = PromptEncoder(pipeline, torch.device("cpu"), guidance_scale=guidance)
-        ids = range(len(self.labels))
-        images = sample_images(
-            pipeline, encode, pipeline.velocity, self.setting, self.prompts, ids, sampler=sampler, num_steps=num_steps
-        )
+        encode, device = PromptEncoder(pipeline, torch.device("cpu"), guidance_scale=guidance), torch.device("cpu")
+        count, velocity = len(self.labels), pipeline.velocity
+        drawer = Drawer(pipeline, encode, velocity, count, self.seed, device, storage_dtype=torch.float32)
+        images = drawer.images(DrawSpec(sampler, num_steps, 8, 8, guidance), self.prompts, range(count))
         values = {name: judge.accuracy(images, self.prompts) for name, judge in self.judges.items()}
         values |= {"fidelity": fidelity(images, self.labels), "diversity": diversity(images, self.labels)}
         return {name: round(values[name], 4) for name in COLUMNS}

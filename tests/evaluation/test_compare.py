@@ -27,7 +27,7 @@ from trl_tafs.evaluation.scores import read_scores
 from trl_tafs.evaluation.tables import markdown
 from trl_tafs.hub.results import card_results
 from trl_tafs.policy.adapter_file import WEIGHT_NAME
-from trl_tafs.rewards import RewardError, loading
+from trl_tafs.rewards import RewardError, RewardSet, loading
 
 TAGS = {"one": "colors", "two": "colors", "three": "counting", "four": "counting", "five": "counting"}
 ROWS = [{"prompt": f"a handwritten {name}", "tag": tag} for name, tag in TAGS.items()]
@@ -38,13 +38,16 @@ def brightness(images, prompts, metadata):
 
 
 def geneval(images, prompts, metadata):
-    """A stand-in of the name: no verdict on the first prompt, then 1 for colors and 0 for counting."""
+    """A stand-in of the name: no score on the first prompt, then 1 for colors and 0 for counting."""
     return [None if "one" in p else float(row["tag"] == "colors") for p, row in zip(prompts, metadata, strict=True)]
 
 
 def judge(name, options, images, prompts, metadata):
     """What stands for a reward by its name, with the options that it was made with."""
     return images.mean((1, 2, 3))
+
+
+geneval.title = "GenEval"
 
 
 class Counting:
@@ -118,11 +121,22 @@ def test_differences_are_paired_and_against_the_first_model(results):
         assert d["estimate"].mean == pytest.approx(sum(pairs) / len(pairs))
 
 
+def test_a_reward_names_its_column_unless_two_share_the_name():
+    class Judge:
+        title = "Judge"
+
+        def __call__(self, images, prompts, metadata):
+            return images.mean((1, 2, 3))
+
+    assert RewardSet({"a": Judge(), "b": brightness}).titles == {"a": "Judge"}
+    assert RewardSet({"a": Judge(), "b": Judge()}).titles == {}
+
+
 def test_geneval_is_the_mean_of_its_tasks_whatever_their_sizes(results):
     row = results[0].rows[0]
     assert row.metrics["geneval"].mean == pytest.approx(0.5) and row.metrics["geneval"].count == 4
     assert row.metrics["geneval/colors"].mean == 1.0 and row.metrics["geneval/counting"].mean == 0.0
-    assert results[0].names[:3] == ("geneval", "geneval/colors", "geneval/counting")
+    assert results[0].names[:4] == ("brightness", "geneval", "geneval/colors", "geneval/counting")
 
 
 def test_correlations_of_steps_with_the_last(results):
@@ -135,7 +149,7 @@ def test_tables_plots_and_grids_are_written(results):
     found, folder = results
     text = (folder / "results.md").read_text()
     assert text == markdown(found)
-    assert "| Model | Sampler | Steps | Size | NFE | Images | GenEval | GenEval/colors" in text
+    assert "| Model | Sampler | Steps | Size | NFE | Images | brightness | GenEval | GenEval/colors" in text
     assert "Paired differences" in text and "R^3 with R^4" in text
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert len(rows) == 8 and float(rows[0]["brightness_low"]) <= float(rows[0]["brightness"])
@@ -234,7 +248,7 @@ def test_an_older_folder_that_says_less_is_refused(adapter, tmp_path):
 FINGERPRINT = """
 import sys
 from huggingface_hub import hf_hub_download
-from trl_tafs.evaluation.compare import fingerprint
+from trl_tafs.policy.fingerprint import fingerprint
 
 for line in sys.stdin:
     name, file = line.split()
@@ -352,9 +366,14 @@ def test_benchmarks_are_scored_as_the_papers_do_whatever_weight_is_given(weight,
         found = {name: reward.args[1] or {} for name, (reward, _) in arguments["rewards"].items()}
         expected = {"geneval": {"graded": False}, "clip_score": {"scale": scale}}
         assert found == expected | {"pickscore": {}} and arguments["reward_options"] == expected
-    (tmp_path / "mine.py").write_text("def geneval(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "mine.py").write_text(
+        "def geneval(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n\n"
+        "class Sharp:\n    title, evaluation_options = 'Sharpness', {'strict': True}\n"
+    )
     own = evaluate_command([*command, f"{tmp_path}/mine.py:geneval{weight}"]).args[1]
     assert own["reward_options"] == {}, "a reward of one's own of that name takes what it takes"
+    own = evaluate_command([*command, f"{tmp_path}/mine.py:Sharp{weight}"]).args[1]
+    assert own["reward_options"] == {"Sharp": {"strict": True}}, "and one that says how it is evaluated is made so"
 
 
 def test_the_command_compares_base_and_adapter(adapter, tmp_path, capsys):
@@ -375,15 +394,15 @@ def test_the_command_compares_base_and_adapter(adapter, tmp_path, capsys):
 
 PUSH = """
 import sys
-from trl_tafs.evaluation.scores import Sampling
+from trl_tafs.evaluation.drawing import DrawSpec
 from trl_tafs.evaluation.statistics import Estimate
-from trl_tafs.evaluation.results import Results, Row
+from trl_tafs.evaluation.results import ResultRow, Results
 from trl_tafs.hub.results import push
 
 def results(value):
-    row = Row("user/a", Sampling("annealed", 4, 8, 8, 1.0), 3, {"pickscore": Estimate(value, 20.0, 23.0, 3),
+    row = ResultRow("user/a", DrawSpec("annealed", 4, 8, 8), 3, {"pickscore": Estimate(value, 20.0, 23.0, 3),
               "sharpness": Estimate(1.0, 1.0, 1.0, 3)}, {})
-    return Results([row], [], [], ("pickscore", "sharpness"), {})
+    return Results([row], [], [], ("pickscore", "sharpness"), {}, titles={"pickscore": "PickScore"})
 
 for value in (21.0, 22.5):
     print(push(results(value), "user/a", "user/a", "geneval"))

@@ -24,7 +24,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict  # n
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from trl_tafs import AutoTAFSPipeline  # noqa: E402
-from trl_tafs.hub.card import CardFacts, base_model_facts, create_model_card, usage_code, write_model_card  # noqa: E402
+from trl_tafs.hub.card import create_model_card, usage_code, write_model_card  # noqa: E402
+from trl_tafs.hub.facts import CardFacts, base_model_facts  # noqa: E402
 from trl_tafs.hub.scrub import scrub  # noqa: E402
 from trl_tafs.method.credit import SumCredit  # noqa: E402
 from trl_tafs.method.kernels import FlowSde, Ode  # noqa: E402
@@ -343,6 +344,7 @@ def test_scrub_takes_names_from_homes_of_other_machines():
 def facts(**settings):
     usual = {
         "pipeline_class": "StableDiffusion3Pipeline",
+        "card_tags": ("sd3", "sd3-diffusers"),
         "num_steps": 4,
         "levels_unshifted": LEVELS,
         "levels": [1.0, 0.9, 0.75, 0.5],
@@ -479,6 +481,7 @@ from trl_tafs.hub.push import PushError, prepare_repo, push_folder
 import sys
 loaded = {"diffusers", "huggingface_hub", "peft", "transformers"} & sys.modules.keys()
 import json, os, time
+from trl_tafs.hub.push import PushError, prepare_repo, push_folder
 
 results = {"loaded": sorted(loaded), "repo": prepare_repo("digits-lora", private=True)}
 results["url"] = push_folder("adapter", "digits-lora").commit_url

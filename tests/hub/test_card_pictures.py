@@ -1,11 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from PIL import Image
 
-from trl_tafs.evaluation.drawing import sample_images
 from trl_tafs.output.pictures import tensor_to_image
 
 PROMPTS = ["one", "two", "three", "four"]
@@ -16,7 +16,9 @@ def test_the_card_s_pictures_are_the_base_s_and_the_policy_s(pipeline, tmp_path)
     trainer.train()
     prompts = trainer.publisher.card_prompts()
     base, policy_ = (
-        sample_images(pipeline, trainer.encode, velocity, trainer._setting(), prompts, range(len(prompts)))
+        replace(trainer.drawer, velocity=velocity).images(
+            trainer.draw_spec("annealed", 4), prompts, range(len(prompts))
+        )
         for velocity in (trainer.policy.reference, trainer.policy.velocity)
     )
     for name, images in (("before", base), ("after", policy_)):
@@ -36,8 +38,8 @@ def test_what_is_published_is_sampled_as_it_was_trained(pipeline, tmp_path, kern
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert ("scheduler anneals" in text, "solves the ODE" in text) == (anneals, not anneals)
     prompts, sampler = trainer.publisher.card_prompts(), "annealed" if anneals else "ode"
-    drawn = sample_images(
-        pipeline, trainer.encode, pipeline.velocity, trainer._setting(), prompts, range(len(prompts)), sampler=sampler
+    drawn = replace(trainer.drawer, velocity=pipeline.velocity).images(
+        trainer.draw_spec(sampler, 4), prompts, range(len(prompts))
     )
     shown = Image.open(tmp_path / "adapter" / "images" / "after_0.png").tobytes()
     assert shown == tensor_to_image(drawn[0]).tobytes(), "the card's pictures, too"

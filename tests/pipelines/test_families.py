@@ -20,7 +20,8 @@ from trl_tafs.cli.arguments import parse_arguments, quantization_config
 from trl_tafs.cli.main import main
 from trl_tafs.cli.sample import _draw
 from trl_tafs.cli.sample import sample as sample_command
-from trl_tafs.hub.card import CardFacts, base_model_facts, usage_code
+from trl_tafs.hub.card import usage_code
+from trl_tafs.hub.facts import CardFacts, base_model_facts
 from trl_tafs.method.kernels import Annealed, Ode
 from trl_tafs.method.objectives import ClippedObjective
 from trl_tafs.method.rollout import sample

@@ -3,7 +3,6 @@ import json
 import tiny
 import torch
 
-from trl_tafs.evaluation.drawing import sample_images
 from trl_tafs.policy.adapter_file import read_adapter
 from trl_tafs.policy.lora import adapter_state_dict
 
@@ -40,16 +39,7 @@ def test_the_average_is_what_is_evaluated_saved_and_kept_as_best(pipeline, tmp_p
     live = lora(trainer)
     with trainer.policy.averaged():
         average = lora(trainer)
-        images = sample_images(
-            pipeline,
-            trainer.encode,
-            trainer.policy.velocity,
-            trainer._setting(),
-            ["three"],
-            [0],
-            sampler="ode",
-            num_steps=2,
-        )
+        images = trainer.drawer.images(trainer.draw_spec("ode", 2), ["three"], [0])
     assert any(not torch.equal(average[k], live[k]) for k in live)
     assert any(average[k].abs().sum() > 0 for k in live if "lora_B" in k), "it follows the policy"
     assert torch.equal(seen[-1], images)

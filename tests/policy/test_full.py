@@ -1,5 +1,6 @@
 """The whole denoiser is trained, saved, resumed and loaded in plain diffusers, as a LoRA is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,9 @@ from peft import LoraConfig
 
 from trl_tafs import evaluate
 from trl_tafs.cli.main import main
-from trl_tafs.evaluation.compare import fingerprint
-from trl_tafs.evaluation.drawing import sample_images
 from trl_tafs.hub.card import usage_code
 from trl_tafs.policy.adapter_file import WEIGHT_NAME
+from trl_tafs.policy.fingerprint import fingerprint
 
 FULL = {"full_finetuning": True, "train_learning_rate": 1e-3, "beta": 0.1}
 
@@ -24,9 +24,8 @@ def weights(trainer):
 
 
 def drawn(trainer, velocity=None):
-    return sample_images(
-        trainer.sd_pipeline, trainer.encode, velocity or trainer.policy.velocity, trainer._setting(), ["two"], [0]
-    )
+    drawer = replace(trainer.drawer, velocity=velocity or trainer.policy.velocity)
+    return drawer.images(trainer.draw_spec("annealed", 4), ["two"], [0])
 
 
 @pytest.fixture

@@ -17,11 +17,9 @@ from trl_tafs.cli.arguments import (
 )
 from trl_tafs.prompts.sets import load_prompts
 
-EVALUATION_OPTIONS = {"geneval": {"graded": False}, "clip_score": {"scale": 100.0}}  # as the papers' tables have them
-
 
 def evaluate(argv: Sequence[str]) -> Callable[[], None]:
-    """Compare adapters and their base on a prompt set by any rewards: tables, grids, plots."""
+    """Compare adapters and their base model on a prompt set, by any rewards: tables, grids, plots."""
     options = evaluation_parser().parse_args(list(argv))
     check_repeated(argv, ("--reward", "--prompts", "--num_steps", "--sampler", "--size"))
     local = [name for name in options.adapters if Path(name).exists()]
@@ -33,7 +31,7 @@ def evaluate(argv: Sequence[str]) -> Callable[[], None]:
 
 
 def evaluation_parser() -> argparse.ArgumentParser:
-    """The options of `trl-tafs evaluate`."""
+    """Return the parser of `trl-tafs evaluate`."""
     parser = argparse.ArgumentParser(prog="trl-tafs evaluate", description=evaluate.__doc__)
     parser.add_argument("adapters", nargs="+", help="folders or repositories of adapters; `none` for the base model")
     add_model_options(parser, "their base model")
@@ -59,14 +57,14 @@ def evaluation_parser() -> argparse.ArgumentParser:
 
 
 def _evaluation_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """What `trl_tafs.evaluate` is given beside the models."""
+    """Return what `trl_tafs.evaluate` is given beside the models."""
     from trl_tafs.options import decode_dict
-    from trl_tafs.rewards.loading import parse_rewards
+    from trl_tafs.rewards.loading import evaluation_options, parse_rewards, reward_label, split_weight
 
     given = decode_dict("reward_options", options.reward_options)
-    named = {item.partition("=")[0] for item in options.reward}  # those of the package go by their whole name
-    defaults = {name: value for name, value in EVALUATION_OPTIONS.items() if name in named}
-    chosen = {name: defaults.get(name, {}) | given.get(name, {}) for name in defaults.keys() | given.keys()}
+    usual = {reward_label(item): evaluation_options(split_weight(item)[0]) for item in options.reward}
+    chosen = {name: usual.get(name, {}) | given.get(name, {}) for name in usual.keys() | given.keys()}
+    chosen = {name: value for name, value in chosen.items() if value}
     prompts = load_prompts(options.prompts)
     if options.max_prompts is not None:
         prompts = [prompts[i] for i in range(min(options.max_prompts, len(prompts)))]

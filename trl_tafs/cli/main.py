@@ -21,7 +21,7 @@ def _env() -> None:
 
     import torch
 
-    from trl_tafs.hub.card import library_versions
+    from trl_tafs.hub.facts import library_versions
 
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name, version in library_versions().items():

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import hashlib
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trl_tafs.evaluation.drawing import SAMPLERS, Setting, sample_step_images
+from trl_tafs.evaluation.drawing import SAMPLERS, Drawer, DrawSpec, draw_and_score
 from trl_tafs.evaluation.results import Results, collect
-from trl_tafs.evaluation.scores import Sampling, Task, read_scores
-from trl_tafs.evaluation.statistics import IMAGE_STATISTICS, thumbnails
+from trl_tafs.evaluation.scores import Task, read_scores, score_lines
 from trl_tafs.evaluation.tables import write
+from trl_tafs.output.files import write_whole
 from trl_tafs.output.pictures import save_png, tensor_to_image
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
-from trl_tafs.policy.adapter_file import SCHEDULER_FILE, WEIGHT_NAME
+from trl_tafs.pipelines.components import is_text_encoder
+from trl_tafs.pipelines.identity import base_identity
+from trl_tafs.pipelines.quantized import is_bitsandbytes
 from trl_tafs.policy.denoiser_file import applied
+from trl_tafs.policy.fingerprint import fingerprint
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.source import row_to_prompt
 from trl_tafs.rewards.scoring import RewardError, RewardSet
@@ -53,7 +51,7 @@ def evaluate(
     reward_options: Mapping[str, Any] | None = None,
     resamples: int = 2000,
 ) -> Results:
-    """Draw, score and compare; what is in `output_dir` already is not done again.
+    """Draw images by each model, score them and compare; images that are scored in `output_dir` are not drawn again.
 
     Image i of a prompt has the same noise for every model, so that models are compared pair by pair. Under `accelerate
     launch` the images are shared among the processes, which must see one `output_dir`; the main one writes the tables.
@@ -68,7 +66,7 @@ def evaluate(
         samplers: "annealed", "ode".
         sizes: (height, width) pairs; by default 512 pixels, or the model's own size where that is smaller.
         guidance_scale: above 1 with classifier-free guidance, at twice the evaluations.
-        embedded_guidance_scale: what a guidance-distilled denoiser is given; None for the family's default.
+        embedded_guidance_scale: the input of a guidance-distilled denoiser; None for the family's default.
         negative_prompt: with guidance.
         images_per_prompt: diversity needs two.
         batch_size: images at once; the last batch is padded.
@@ -76,16 +74,16 @@ def evaluate(
         step_rewards: score the clean estimate of every step, for the correlation with the result (Table 7).
         grid_prompts: prompts shown in the grids, and whose images are saved.
         max_sequence_length: tokens of a prompt.
-        offload_text_encoders: they are on the GPU only while they encode: all prompts, before the first image.
-        reward_options: what the rewards were made with, by name. They aren't made here: scores of other options are
-            another evaluation's, which can't be told from the rewards themselves.
+        offload_text_encoders: keep the text encoders on the GPU only while they encode all prompts, before any image.
+        reward_options: the options that the rewards were made with, by name. They are only recorded, so that scores
+            of other options aren't taken for this evaluation's.
         resamples: of the bootstrap.
 
     Returns:
-        A `tables.Results`, the same on every process.
+        The `Results`, the same on every process.
 
     Raises:
-        ValueError: settings can't work, or `output_dir` holds an evaluation of other settings.
+        ValueError: the settings can't work, or `output_dir` holds an evaluation of other settings.
         RewardError: a reward failed; what was scored before is kept.
     """
     from accelerate import PartialState
@@ -105,9 +103,10 @@ def evaluate(
         items, images_per_prompt, seed, batch_size, judges, step_rewards, grid_prompts, encoding, reward_options or {}
     )
     ways = {name: _samplings(pipeline, samplers, num_steps, sizes, encoding) for name, (pipeline, _) in named.items()}
-    _claim(folder, task.identity(), state)
+    _record_settings(folder, task.identity(), state)
     for name, (pipeline, adapter) in named.items():
-        _claim(folder / "scores" / _safe(name), {"adapter": fingerprint(adapter)} | base_identity(pipeline), state)
+        known = {"adapter": fingerprint(adapter)} | _base_settings(pipeline)
+        _record_settings(folder / "scores" / _safe(name), known, state)
     for name, (pipeline, adapter) in named.items():
         with applied(pipeline, adapter):
             _place(pipeline, state.device, offload_text_encoders)
@@ -115,8 +114,10 @@ def evaluate(
             shares = {sampling: _share(task, path, state) for sampling, path in folders.items()}
             state.wait_for_everyone()  # no process writes before all have read
             encode = _encoder(task, pipeline, {i for ids in shares.values() for i in ids}, state, offload_text_encoders)
+            storage = pipeline.storage_dtype
+            drawer = Drawer(pipeline, encode, pipeline.velocity, batch_size, seed, state.device, storage)
             for sampling, ids in shares.items():
-                _score_all(task, pipeline, encode, sampling, ids, folders[sampling], state)
+                _score_all(task, drawer, sampling, ids, folders[sampling], state)
     samplings = {sampling.label: sampling for sampling in itertools.chain.from_iterable(ways.values())}
     state.wait_for_everyone()
     results = collect(folder, {name: _safe(name) for name in named}, list(samplings.values()), task, resamples)
@@ -142,19 +143,19 @@ def _check(models: Mapping[str, Any], samplers: Any, num_steps: Any, images_per_
 
 
 def _safe(name: str) -> str:
-    """A model's name as a folder's."""
+    """Return a model's name as a folder's."""
     return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip(".") or "model"
 
 
 def _place(pipeline: Any, device: torch.device, offload_text_encoders: bool) -> None:
-    """The models on the device, text encoders off it where they wait there; bitsandbytes' stay where they are."""
+    """Move the models to the device, and text encoders that wait to the CPU; bitsandbytes' stay where they are."""
     for name, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module) and not is_bitsandbytes(module):
-            module.to("cpu" if offload_text_encoders and name.startswith("text_encoder") else device)
+            module.to("cpu" if offload_text_encoders and is_text_encoder(name) else device)
 
 
-def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, encoding: Mapping[str, Any]) -> list[Sampling]:
-    """All ways of drawing by a model, which must be able to."""
+def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, encoding: Mapping[str, Any]) -> list[DrawSpec]:
+    """Return all ways of drawing by a model; raise ValueError if it can't draw in one of them."""
     guidance, embedded = encoding["guidance_scale"], encoding["embedded_guidance_scale"]
     pipeline.check_guidance(guidance)
     pipeline.embedded_guidance(embedded)
@@ -163,79 +164,45 @@ def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, encodin
     for height, width in sizes:
         pipeline.check_size(height, width)
     return [
-        Sampling(sampler, steps, height, width, guidance, embedded)
+        DrawSpec(sampler, steps, height, width, guidance, embedded)
         for (height, width), sampler, steps in itertools.product(sizes, samplers, num_steps)
     ]
 
 
-def fingerprint(adapter: str | None) -> str | None:
-    """What an adapter is known by: the digest of its weights where it is local, else its commit on the Hub.
-
-    Without the Hub it is the commit in its cache, and the name where there is none.
-    """
-    if adapter is None:
-        return None
-    local = Path(adapter)
-    if not local.exists():
-        return _commit(str(adapter)) or str(adapter)
-    digest = hashlib.sha256()
-    files = [local] if local.is_file() else [*local.glob("*.safetensors"), *local.glob("*/*.safetensors")]
-    for path in sorted(files):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def _commit(repo_id: str) -> str | None:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    try:
-        return HfApi().model_info(repo_id).sha
-    except Exception:  # of whichever HTTP library the Hub's client has: what can't be asked is looked up in the cache
-        pass
-    for name in (WEIGHT_NAME, SCHEDULER_FILE, "transformer/config.json"):
-        with contextlib.suppress(ValueError):  # a name that no repository has
-            found = re.search(r"[/\\]snapshots[/\\](\w+)", str(try_to_load_from_cache(repo_id, name)))
-            if found:
-                return found[1]
-    return None
-
-
-def base_identity(pipeline: TAFSPipelineMixin) -> dict[str, Any]:
-    """What a model's base is known by, beside its weights: where it came from, and how it computes."""
-    source, denoiser = str(pipeline.config.get("_name_or_path") or ""), pipeline.denoiser
-    bits = next((bits for bits in ("4bit", "8bit") if getattr(denoiser, f"is_loaded_in_{bits}", False)), None)
+def _base_settings(pipeline: TAFSPipelineMixin) -> dict[str, Any]:
+    """Return what a model's base is known by, beside its weights: where it came from, and how it computes."""
+    base = base_identity(pipeline)
     return {
-        "pipeline": pipeline.stock_class().__name__,
-        "base": str(Path(source).resolve()) if Path(source).is_dir() and source else source,
-        "revision": pipeline.base_revision,
-        "dtype": str(pipeline.model_dtype).removeprefix("torch."),
-        "quantized": bits or is_quantized(denoiser),
+        "pipeline": base.pipeline_class,
+        "base": base.location,
+        "revision": base.revision,
+        "commit": base.commit,
+        "dtype": base.dtype,
+        "quantized": base.quantization,
     }
 
 
-def _claim(folder: Path, identity: dict[str, Any], state: Any) -> None:
-    """Mark a folder as this evaluation's, or this model's, or say what it is of instead."""
-    path, identity = folder / "evaluation.json", json.loads(json.dumps(identity, default=str))
+def _record_settings(folder: Path, settings: dict[str, Any], state: Any) -> None:
+    """Record the settings in the folder; raise ValueError if it already holds other settings."""
+    path, settings = folder / "evaluation.json", json.loads(json.dumps(settings, default=str))
     if state.is_main_process and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity, indent=1))
+        write_whole(path, json.dumps(settings, indent=1))
     state.wait_for_everyone()
     found = json.loads(path.read_text())
-    other = {key: found.get(key) for key in identity if found.get(key) != identity[key]}
+    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
     if other:
-        asked = {key: identity[key] for key in other}
+        asked = {key: settings[key] for key in other}
         raise ValueError(f"{folder} holds an evaluation with {other}, asked for is {asked}; choose another output_dir")
 
 
 def _share(task: Task, folder: Path, state: Any) -> list[int]:
-    """This process's share of the images that aren't there yet."""
+    """Return this process's share of the images that aren't there yet."""
     done = read_scores(folder)
     return [i for i in range(len(task)) if i not in done][state.process_index :: state.num_processes]
 
 
 def _encoder(task: Task, pipeline: TAFSPipelineMixin, ids: Set[int], state: Any, offload: bool) -> PromptEncoder:
-    """An encoder that has encoded the prompts of these images, and keeps them all."""
+    """Return an encoder that has encoded the prompts of these images, and keeps them all."""
     prompts = list(dict.fromkeys(task.prompts[i // task.images_per_prompt][0] for i in sorted(ids)))
     encode = PromptEncoder(pipeline, state.device, **task.encoding, offload=offload, cache_size=len(prompts))
     for start in range(0, len(prompts), ENCODED_AT_ONCE):
@@ -243,58 +210,34 @@ def _encoder(task: Task, pipeline: TAFSPipelineMixin, ids: Set[int], state: Any,
     return encode
 
 
-def _score_all(
-    task: Task, pipeline: Any, encode: Any, sampling: Sampling, mine: Sequence[int], folder: Path, state: Any
-) -> None:
-    """Draw and score these images, a line an image."""
+def _score_all(task: Task, drawer: Drawer, spec: DrawSpec, mine: Sequence[int], folder: Path, state: Any) -> None:
+    """Draw and score these images, a line an image.
+
+    Raises:
+        RewardError: a reward failed on any process; raised on all of them, the lines so far are kept.
+    """
     from accelerate.utils import gather_object
 
     fault: RewardError | None = None
     folder.mkdir(parents=True, exist_ok=True)
-    storage = pipeline.storage_dtype
-    setting = Setting(sampling.height, sampling.width, task.batch_size, task.seed, storage, state.device)
     path = folder / f"rank{state.process_index}.jsonl"
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        path.write_bytes(path.read_bytes() + b"\n")  # what a kill tore ends here
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a") as file:
+        file.write("\n" if torn else "")  # ends a line that a kill tore
         for start in range(0, len(mine), task.batch_size):
             ids = mine[start : start + task.batch_size]
+            items = [task.prompts[i // task.images_per_prompt] for i in ids]
             try:
-                rows = _score(task, pipeline, encode, sampling, setting, ids, folder)
+                images, values = draw_and_score(drawer, spec, task.rewards, items, ids, steps=task.step_rewards)
             except RewardError as error:  # the other processes wait below: stop together
                 fault = error
                 break
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            for sample, image in zip(ids, images[:, -1], strict=True):  # before their lines: what has one is done
+                prompt, number = divmod(sample, task.images_per_prompt)
+                if prompt < task.keep_prompts and number == 0:
+                    save_png(tensor_to_image(image), folder / f"{prompt}.png")
+            file.write("".join(json.dumps(line) + "\n" for line in score_lines(task, ids, images[:, -1], values)))
             file.flush()
     faults = [text for text in gather_object([str(fault or "")]) if text]
     if faults:
         raise RewardError(f"evaluation: {faults[0]}; what was scored is kept in {folder}") from fault
-
-
-def _score(
-    task: Task, pipeline: Any, encode: Any, sampling: Sampling, setting: Setting, ids: Sequence[int], folder: Path
-) -> list[dict[str, Any]]:
-    pairs = [task.prompts[i // task.images_per_prompt] for i in ids]
-    prompts, metadata = [prompt for prompt, _ in pairs], [row for _, row in pairs]
-    how = {"sampler": sampling.sampler, "num_steps": sampling.num_steps, "steps": task.step_rewards}
-    images = sample_step_images(pipeline, encode, pipeline.velocity, setting, prompts, ids, **how)
-    steps = [task.rewards(column, prompts, metadata).values for column in images.unbind(1)]  # N of (B, R)
-    final = images[:, -1]
-    statistics = {name: measure(final) for name, measure in IMAGE_STATISTICS.items()}
-    small = thumbnails(final)
-    rows = []
-    for b, sample in enumerate(ids):
-        row: dict[str, Any] = {"sample": sample, "prompt": sample // task.images_per_prompt}
-        row["rewards"] = dict(zip(task.rewards.names, _numbers(steps[-1][b]), strict=True))
-        row["statistics"] = {name: round(values[b].item(), 6) for name, values in statistics.items()}
-        row["thumbnail"] = base64.b64encode(small[b].numpy().tobytes()).decode("ascii")
-        if task.step_rewards:
-            row["steps"] = {name: _numbers([s[b, r] for s in steps]) for r, name in enumerate(task.rewards.names)}
-        if row["prompt"] < task.keep_prompts and sample % task.images_per_prompt == 0:
-            save_png(tensor_to_image(final[b]), folder / f"{row['prompt']}.png")
-        rows.append(row)
-    return rows
-
-
-def _numbers(values: Any) -> list[float | None]:
-    return [None if value != value else float(value) for value in values]

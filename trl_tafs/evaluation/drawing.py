@@ -2,128 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.kernels import Annealed, Kernel, Ode
 from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import Velocity, sample_steps
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.rewards.scoring import RewardSet
 
 SAMPLERS: dict[str, Kernel] = {"annealed": Annealed(), "ode": Ode()}
-
+EVAL_EPOCH = -1  # the key of evaluation's noise: no training epoch has it
 
 Encode = Callable[[Sequence[str]], Conditioning]
 
 
-EVAL_EPOCH = -1  # the key of evaluation's noise: no training epoch has it
+@dataclass(frozen=True)
+class DrawSpec:
+    """One way of drawing images.
+
+    The two guidance scales say what the prompts are encoded with: they are a name here, and act in the `Conditioning`.
+    """
+
+    sampler: str  # of `SAMPLERS`
+    num_steps: int
+    height: int
+    width: int
+    guidance_scale: float = 1.0
+    embedded_guidance_scale: float | None = None  # None: the family's default
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the denoiser an image: twice the steps with guidance."""
+        return self.num_steps * (2 if is_guided(self.guidance_scale) else 1)
+
+    @property
+    def label(self) -> str:
+        """The name of a folder of such images, `annealed_4_512x512`."""
+        guidance = f"_guidance{self.guidance_scale:g}" if is_guided(self.guidance_scale) else ""
+        embedded = "" if self.embedded_guidance_scale is None else f"_embedded{self.embedded_guidance_scale:g}"
+        return f"{self.sampler}_{self.num_steps}_{self.height}x{self.width}{guidance}{embedded}"
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings and the number of evaluations as plain values."""
+        return asdict(self) | {"nfe": self.nfe}
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How images are drawn for evaluation."""
+class Drawn:
+    """A batch of drawn latents, on the CPU."""
 
-    height: int
-    width: int
+    steps: list[Tensor]  # (batch_size, *) each: clean estimates by step, or none of them, and the result last
+    count: int  # rows that count; those after them pad the batch
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Draws images of prompts, by the same noise for the same sample number.
+
+    Batches have one shape, the last one padded, so that an image doesn't depend on how many others are drawn.
+    """
+
+    pipeline: TAFSPipelineMixin
+    encode: Encode
+    velocity: Velocity
     batch_size: int
-    seed: int
-    storage_dtype: torch.dtype
+    seed: int  # of the noise
     device: torch.device
+    storage_dtype: torch.dtype  # of states between steps
     decode_batch_size: int | None = None  # images that the VAE decodes at once; None: batch_size
 
+    def images(self, spec: DrawSpec, prompts: Sequence[str], sample_ids: Sequence[int]) -> Tensor:
+        """Return an image of each prompt, (B, 3, H, W) on the CPU, drawn from the noise of its sample number."""
+        return self.decode(self.latents(spec, prompts, sample_ids, steps=False))[:, 0]
 
-def sample_images(
-    pipeline: TAFSPipelineMixin,
-    encode: Encode,
-    velocity: Velocity,
-    setting: Setting,
-    prompts: Sequence[str],
+    def step_images(self, spec: DrawSpec, prompts: Sequence[str], sample_ids: Sequence[int]) -> Tensor:
+        """Return the decoded clean estimate of every step, (B, N, 3, H, W) on the CPU, the final image last."""
+        return self.decode(self.latents(spec, prompts, sample_ids, steps=True))
+
+    @torch.no_grad()
+    def latents(self, spec: DrawSpec, prompts: Sequence[str], sample_ids: Sequence[int], *, steps: bool) -> list[Drawn]:
+        """Draw batch by batch; with `steps` keep the clean estimate of every step beside the result."""
+        levels = self.pipeline.rollout_levels(spec.num_steps, spec.height, spec.width).to(self.device)
+        shape, kernel = self.pipeline.latent_shape(spec.height, spec.width), SAMPLERS[spec.sampler]
+        drawn = []
+        for start in range(0, len(sample_ids), self.batch_size):
+            rows = list(range(start, min(start + self.batch_size, len(sample_ids))))
+            padded = rows + [rows[-1]] * (self.batch_size - len(rows))
+            noise = SampleNoise(self.seed, EVAL_EPOCH, tuple(sample_ids[i] for i in padded), self.device)
+            conditioning, initial = self.encode([prompts[i] for i in padded]), noise("initial", 0, shape)
+            kept = []
+            for step in sample_steps(self.velocity, kernel, conditioning, levels, initial, noise, self.storage_dtype):
+                if step.index == spec.num_steps - 1:
+                    kept.append(step.next_state.cpu())
+                elif steps:
+                    kept.append(step.clean.cpu())
+            drawn.append(Drawn(kept, len(rows)))
+        return drawn
+
+    def decode(self, drawn: Sequence[Drawn]) -> Tensor:
+        """Return the images of drawn latents, (B, N, 3, H, W) on the CPU, N = 1 if steps weren't kept."""
+        size, images = self.decode_batch_size or self.batch_size, []
+        with self.pipeline.decoding():  # where models take turns on the GPU: one exchange
+            for batch in drawn:
+                decoded = [self.pipeline.decode_in_batches(latents.to(self.device), size) for latents in batch.steps]
+                images.append(torch.stack([step[: batch.count] for step in decoded], dim=1))
+        return torch.cat(images)
+
+
+def draw_and_score(
+    drawer: Drawer,
+    spec: DrawSpec,
+    rewards: RewardSet,
+    items: Sequence[tuple[str, Mapping[str, Any]]],
     sample_ids: Sequence[int],
     *,
-    sampler: str = "annealed",
-    num_steps: int = 4,
-) -> Tensor:
-    """Draw one image a prompt, (B, 3, H, W) on the CPU; image i's noise is keyed by `sample_ids[i]`.
+    steps: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Draw an image of each (prompt, metadata) and score it.
 
-    Batches have one shape, the last one padded, so that an image doesn't depend on its neighbours' number.
+    Args:
+        drawer: draws.
+        spec: the way of drawing.
+        rewards: R of them.
+        items: B (prompt, metadata) pairs.
+        sample_ids: B numbers that choose the noise.
+        steps: score the clean estimate of every step too.
+
+    Returns:
+        Images (B, N, 3, H, W) and rewards (B, N, R), on the CPU, the result last; N = 1 without `steps`.
+
+    Raises:
+        RewardError: a reward failed.
     """
-    return sample_step_images(
-        pipeline, encode, velocity, setting, prompts, sample_ids, sampler=sampler, num_steps=num_steps, steps=False
-    )[:, 0]
-
-
-def sample_step_images(
-    pipeline: TAFSPipelineMixin,
-    encode: Encode,
-    velocity: Velocity,
-    setting: Setting,
-    prompts: Sequence[str],
-    sample_ids: Sequence[int],
-    *,
-    sampler: str = "annealed",
-    num_steps: int = 4,
-    steps: bool = True,
-) -> Tensor:
-    """As `sample_images`, with the decoded clean estimate of every step: (B, N, 3, H, W), the result last.
-
-    With `steps=False` the result alone, (B, 1, 3, H, W).
-    """
-    how = {"sampler": sampler, "num_steps": num_steps, "steps": steps}
-    return decode_drawn(
-        pipeline, setting, draw_latents(pipeline, encode, velocity, setting, prompts, sample_ids, **how)
-    )
-
-
-@torch.no_grad()
-def draw_latents(
-    pipeline: TAFSPipelineMixin,
-    encode: Encode,
-    velocity: Velocity,
-    setting: Setting,
-    prompts: Sequence[str],
-    sample_ids: Sequence[int],
-    *,
-    sampler: str,
-    num_steps: int,
-    steps: bool,
-) -> list[tuple[list[Tensor], int]]:
-    """What `sample_step_images` decodes, batch by batch: each step's latents on the CPU, and how many rows count."""
-    device = setting.device
-    levels = pipeline.rollout_levels(num_steps, setting.height, setting.width).to(device)
-    shape = pipeline.latent_shape(setting.height, setting.width)
-    drawn = []
-    for start in range(0, len(sample_ids), setting.batch_size):
-        rows = list(range(start, min(start + setting.batch_size, len(sample_ids))))
-        padded = rows + [rows[-1]] * (setting.batch_size - len(rows))
-        noise = SampleNoise(setting.seed, EVAL_EPOCH, tuple(sample_ids[i] for i in padded), device)
-        conditioning, latents = encode([prompts[i] for i in padded]), []
-        walk = sample_steps(
-            velocity,
-            SAMPLERS[sampler],
-            conditioning,
-            levels,
-            noise("initial", 0, shape),
-            noise,
-            setting.storage_dtype,
-        )
-        for step in walk:
-            if step.index == num_steps - 1:
-                latents.append(step.next_state.cpu())
-            elif steps:
-                latents.append(step.clean.cpu())
-        drawn.append((latents, len(rows)))
-    return drawn
-
-
-def decode_drawn(pipeline: TAFSPipelineMixin, setting: Setting, drawn: list[tuple[list[Tensor], int]]) -> Tensor:
-    """`draw_latents`' images, (B, N, 3, H, W) on the CPU. Where models take turns, it is one exchange."""
-    size, images = setting.decode_batch_size or setting.batch_size, []
-    with pipeline.decoding():
-        for latents, number in drawn:
-            decoded = [pipeline.decode_in_batches(latent.to(setting.device), size)[:number] for latent in latents]
-            images.append(torch.stack(decoded, dim=1))
-    return torch.cat(images)
+    prompts, metadata = [prompt for prompt, _ in items], [dict(row) for _, row in items]
+    drawn = drawer.latents(spec, prompts, sample_ids, steps=steps)
+    with drawer.pipeline.decoding():  # where models take turns on the GPU, the rewards have the denoiser's place
+        images = drawer.decode(drawn)
+        scores = [rewards(column, prompts, metadata).values for column in images.unbind(1)]
+    return images, torch.stack(scores, dim=1)

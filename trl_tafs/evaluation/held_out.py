@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 
-from trl_tafs.evaluation.drawing import Encode, Setting, decode_drawn, draw_latents
-from trl_tafs.method.rollout import Velocity
-from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.evaluation.drawing import Drawer, DrawSpec, draw_and_score
 from trl_tafs.processes import any_process
 from trl_tafs.prompts.source import row_to_prompt
 from trl_tafs.rewards.scoring import RewardError, RewardSet
 
 
 class Evaluator:
-    """Held-out prompts and rewards, and how to run them on all processes together.
+    """Held-out prompts and rewards, drawn and scored by all processes together.
 
     Args:
         prompts: a sequence or dataset of prompts.
-        rewards: the judges.
+        rewards: that score the images.
         images_per_prompt: images of each prompt.
+
+    Raises:
+        ValueError: there are no prompts.
     """
 
     def __init__(self, prompts: Any, rewards: RewardSet, images_per_prompt: int = 1) -> None:
@@ -31,36 +32,25 @@ class Evaluator:
         self.items = [pair for pair in pairs for _ in range(images_per_prompt)]
         self.rewards = rewards
 
-    def __call__(
-        self,
-        pipeline: TAFSPipelineMixin,
-        accelerator: Any,
-        encode: Encode,
-        velocity: Velocity,
-        setting: Setting,
-        samplers: Sequence[str],
-        step_counts: Sequence[int],
-    ) -> dict[str, float]:
-        """`eval/<sampler>_<steps>/<reward>` for every combination: the means over all images with a verdict."""
+    def __call__(self, drawer: Drawer, specs: Sequence[DrawSpec], accelerator: Any) -> dict[str, float]:
+        """Return `eval/<sampler>_<steps>/<reward>` of each way of drawing: the mean over all images with a score.
+
+        Raises:
+            RewardError: a reward failed on any process; raised on all of them.
+        """
         world, rank = accelerator.num_processes, accelerator.process_index
         share = -(-len(self.items) // world)
         mine = [i % len(self.items) for i in range(rank * share, (rank + 1) * share)]  # padded: equal work everywhere
-        prompts, metadata = [self.items[i][0] for i in mine], [self.items[i][1] for i in mine]
-        results, fault = {}, None
-        for sampler in samplers:
-            for num_steps in step_counts:
-                how = {"sampler": sampler, "num_steps": num_steps, "steps": False}
-                drawn = draw_latents(pipeline, encode, velocity, setting, prompts, mine, **how)
-                with pipeline.decoding():  # where models take turns, the rewards have the denoiser's place
-                    images = decode_drawn(pipeline, setting, drawn)[:, 0]
-                    try:
-                        values = self.rewards(images, prompts, metadata).values.to(accelerator.device)
-                    except RewardError as error:  # the other processes wait in the gather: fail together, below
-                        fault = fault or error
-                        values = torch.full((len(mine), len(self.rewards.names)), torch.nan, device=accelerator.device)
-                everyone = accelerator.gather(values)[: len(self.items)]
-                for name, mean in zip(self.rewards.names, everyone.nanmean(dim=0).tolist(), strict=True):
-                    results[f"eval/{sampler}_{num_steps}/{name}"] = mean
+        items, results, fault = [self.items[i] for i in mine], {}, None
+        for spec in specs:
+            try:
+                values = draw_and_score(drawer, spec, self.rewards, items, mine)[1][:, 0].to(accelerator.device)
+            except RewardError as error:  # the other processes wait in the gather: fail together, below
+                fault = fault or error
+                values = torch.full((len(mine), len(self.rewards.names)), torch.nan, device=accelerator.device)
+            everyone = accelerator.gather(values)[: len(self.items)]
+            for name, mean in zip(self.rewards.names, everyone.nanmean(dim=0).tolist(), strict=True):
+                results[f"eval/{spec.sampler}_{spec.num_steps}/{name}"] = mean
         if any_process(accelerator, fault is not None):
             raise RewardError(f"evaluation: {fault or 'a reward failed on another process'}") from fault
         return results

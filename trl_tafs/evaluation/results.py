@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trl_tafs.evaluation.scores import Sampling, Task, read_scores, read_thumbnail
+from trl_tafs.evaluation.drawing import DrawSpec
+from trl_tafs.evaluation.scores import Task, read_scores, read_thumbnail
 from trl_tafs.evaluation.statistics import (
     IMAGE_STATISTICS,
     Estimate,
@@ -20,22 +21,13 @@ from trl_tafs.evaluation.statistics import (
     prompt_means,
 )
 
-PAPER = {  # the columns of the paper's tables, in its order
-    "geneval": "GenEval",
-    "pickscore": "PickScore",
-    "clip_score": "CLIP",
-    "hps_v2": "HPSv2.1",
-    "image_reward": "ImageReward",
-    "unified_reward": "UnifiedReward",
-}
-
 
 @dataclass(frozen=True)
-class Row:
-    """A model drawn in one way."""
+class ResultRow:
+    """One model, drawn in one way."""
 
     model: str
-    sampling: Sampling
+    sampling: DrawSpec
     images: int
     metrics: dict[str, Estimate]  # rewards by name, GenEval's tasks as geneval/<tag>, statistics of the images
     per_prompt: dict[str, dict[int, float]]  # the means behind them
@@ -45,18 +37,32 @@ class Row:
 class Results:
     """All of an evaluation."""
 
-    rows: list[Row]
+    rows: list[ResultRow]
     differences: list[dict[str, Any]]  # model, baseline, sampling, metric, estimate: model - baseline, paired
     correlations: list[dict[str, Any]]  # model, sampling, reward, step, r: with the last step's reward
     names: tuple[str, ...]  # of the metrics, in the tables' order
     grids: dict[str, Any]  # label to the models' folders of saved images
     prompts: tuple[str, ...] = ()  # of the evaluation, in order
+    titles: Mapping[str, str] = field(default_factory=dict)  # of the rewards that have one, by name
+
+    def title(self, metric: str) -> str:
+        """Return a metric's column name: its reward's title, with GenEval's task behind it."""
+        name, slash, rest = metric.partition("/")
+        return self.titles.get(name, name) + slash + rest
 
 
 def collect(
-    folder: Path, models: Mapping[str, str], samplings: Sequence[Sampling], task: Task, resamples: int = 2000
+    folder: Path, models: Mapping[str, str], samplings: Sequence[DrawSpec], task: Task, resamples: int = 2000
 ) -> Results:
-    """Read what all processes scored; `models` are names and their folders' names."""
+    """Read what all processes scored, and compare.
+
+    Args:
+        folder: of the evaluation.
+        models: name to the name of its folder; the first one is what the others are compared with.
+        samplings: the ways of drawing.
+        task: what was evaluated.
+        resamples: of the bootstrap.
+    """
     rows, correlations, grids = [], [], {}
     for sampling in samplings:
         paths = {name: folder / "scores" / safe / sampling.label for name, safe in models.items()}
@@ -65,7 +71,7 @@ def collect(
             scores = [row for i, row in sorted(read_scores(path).items()) if i < len(task)]
             rows.append(_row(name, sampling, scores, task, resamples))
             correlations += _correlations(name, sampling, scores, task)
-    names = _order({metric for row in rows for metric in row.metrics})
+    names = _order({metric for row in rows for metric in row.metrics}, task.rewards.names)
     return Results(
         rows,
         _differences(rows, names, resamples),
@@ -73,10 +79,11 @@ def collect(
         names,
         grids,
         tuple(prompt for prompt, _ in task.prompts),
+        task.rewards.titles,
     )
 
 
-def _row(name: str, sampling: Sampling, scores: list[dict[str, Any]], task: Task, resamples: int) -> Row:
+def _row(name: str, sampling: DrawSpec, scores: list[dict[str, Any]], task: Task, resamples: int) -> ResultRow:
     numbers = [row["prompt"] for row in scores]
     per_prompt = {}
     for reward in task.rewards.names:
@@ -98,7 +105,7 @@ def _row(name: str, sampling: Sampling, scores: list[dict[str, Any]], task: Task
             for tag, part in tasks.items():
                 per_prompt[f"{metric}/{tag}"] = part
                 metrics[f"{metric}/{tag}"] = bootstrap(list(part.values()), resamples=resamples)
-    return Row(name, sampling, len(scores), {k: v for k, v in metrics.items() if v.count}, per_prompt)
+    return ResultRow(name, sampling, len(scores), {k: v for k, v in metrics.items() if v.count}, per_prompt)
 
 
 def _by_tag(means: Mapping[int, float], task: Task) -> dict[str, dict[int, float]]:
@@ -109,8 +116,14 @@ def _by_tag(means: Mapping[int, float], task: Task) -> dict[str, dict[int, float
 
 
 def stratified(tasks: Mapping[str, Mapping[int, float]], resamples: int = 2000, seed: int = 0) -> Estimate:
-    """GenEval's overall score: the mean of its tasks' means, however many prompts each has; prompts are resampled
-    within their task.
+    """Return GenEval's overall score: the mean of its tasks' means, however many prompts each task has.
+
+    The bootstrap resamples prompts within their task.
+
+    Args:
+        tasks: task to the means of its prompts.
+        resamples: of the bootstrap.
+        seed: of its draws.
     """
     import numpy as np
 
@@ -124,21 +137,14 @@ def stratified(tasks: Mapping[str, Mapping[int, float]], resamples: int = 2000, 
     return Estimate(mean, float(low), float(high), sum(map(len, groups)))
 
 
-def _order(names: set[str]) -> tuple[str, ...]:
-    """The paper's columns first, GenEval's tasks behind it, then other rewards, then the images' statistics."""
-    last = (*IMAGE_STATISTICS, "diversity")
-
-    def place(name: str) -> tuple[int, int, str]:
-        base = name.partition("/")[0]
-        if base in PAPER:
-            return 0, list(PAPER).index(base), name
-        return (2, last.index(name), "") if name in last else (1, 0, name)
-
-    return tuple(sorted(names, key=place))
+def _order(names: set[str], rewards: Sequence[str]) -> tuple[str, ...]:
+    """Sort metrics: rewards as they were given, GenEval's tasks behind it, then the images' statistics."""
+    columns = [*rewards, *IMAGE_STATISTICS, "diversity"]
+    return tuple(sorted(names, key=lambda name: (columns.index(name.partition("/")[0]), name)))
 
 
-def _differences(rows: Sequence[Row], names: Sequence[str], resamples: int) -> list[dict[str, Any]]:
-    """Every model against the first one, drawn in the same way from the same noise."""
+def _differences(rows: Sequence[ResultRow], names: Sequence[str], resamples: int) -> list[dict[str, Any]]:
+    """Compare every model with the first one, drawn in the same way from the same noise."""
     found = []
     baselines = {row.sampling.label: row for row in reversed(rows) if row.model == rows[0].model}
     for row in rows:
@@ -153,8 +159,8 @@ def _differences(rows: Sequence[Row], names: Sequence[str], resamples: int) -> l
     return found
 
 
-def _correlations(name: str, sampling: Sampling, scores: Sequence[Any], task: Task) -> list[dict[str, Any]]:
-    """Pearson's r of each step's rewards with the last step's, over the images (Table 7); steps from 1."""
+def _correlations(name: str, sampling: DrawSpec, scores: Sequence[Any], task: Task) -> list[dict[str, Any]]:
+    """Return Pearson's r of each step's rewards with the last step's, over the images (Table 7); steps from 1."""
     found = []
     for reward in task.rewards.names if task.step_rewards else ():
         steps = [[row["steps"][reward][n] for row in scores] for n in range(sampling.num_steps)]

@@ -1,4 +1,4 @@
-"""What an evaluation's numbers are worth: intervals, paired differences, correlations; and images' own statistics."""
+"""Statistics of an evaluation: intervals, paired differences, correlations; and statistics of the images themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Estimate:
 
 
 def prompt_means(values: Sequence[float | None], prompts: Sequence[int]) -> dict[int, float]:
-    """The mean of each prompt's images, those with a verdict alone; prompts without any are left out."""
+    """Return the mean over each prompt's images that have a score; prompts without any are left out."""
     groups: dict[int, list[float]] = {}
     for value, prompt in zip(values, prompts, strict=True):
         if value is not None and value == value:
@@ -33,7 +33,7 @@ def prompt_means(values: Sequence[float | None], prompts: Sequence[int]) -> dict
 
 
 def bootstrap(means: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """The mean over prompts and its percentile interval, prompts being drawn with replacement (Efron 1979).
+    """Return the mean over prompts and its percentile interval, by drawing prompts with replacement (Efron 1979).
 
     Args:
         means: one number a prompt, n of them; with fewer than two the interval is NaN.
@@ -50,13 +50,13 @@ def bootstrap(means: Sequence[float], *, level: float = 0.95, resamples: int = 2
 
 
 def paired_difference(first: dict[int, float], second: dict[int, float], **options) -> Estimate:
-    """`second - first` over the prompts that both have, bootstrapped as pairs: what is the prompts' own cancels."""
+    """Return `second - first` over the prompts that both have, bootstrapped as pairs: the prompts' part cancels."""
     shared = sorted(first.keys() & second.keys())
     return bootstrap([second[prompt] - first[prompt] for prompt in shared], **options)
 
 
 def pearson(first: Sequence[float], second: Sequence[float]) -> float:
-    """Pearson's correlation; NaN with fewer than two pairs or without variance."""
+    """Return Pearson's correlation; NaN with fewer than two pairs or without variance."""
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     valid = ~(np.isnan(x) | np.isnan(y))
     x, y = x[valid], y[valid]
@@ -66,20 +66,20 @@ def pearson(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def saturation(images: Tensor) -> Tensor:
-    """Mean HSV saturation, (max - min) / max of the channels, of images (B, 3, H, W): (B,) in [0, 1]."""
+    """Return the mean HSV saturation, (max - min) / max of the channels, of images (B, 3, H, W): (B,) in [0, 1]."""
     high, low = images.amax(1), images.amin(1)
     return ((high - low) / high.clamp(min=1e-6)).mean((1, 2))
 
 
 def sharpness(images: Tensor) -> Tensor:
-    """Deviation of the Laplacian of the grey image (B, 3, H, W): (B,); near 0 for blur, large for noise and halos."""
+    """Return the deviation of the Laplacian of the grey image (B, 3, H, W): (B,), near 0 for blur, large for halos."""
     gray = images.mean(1, keepdim=True)
     kernel = gray.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
     return F.conv2d(gray, kernel).flatten(1).std(1)
 
 
 def colour_entropy(images: Tensor, bins: int = 8) -> Tensor:
-    """Shannon entropy of the colour histogram, `bins` a channel, of images (B, 3, H, W): (B,) bits.
+    """Return the Shannon entropy of the colour histogram, `bins` a channel, of images (B, 3, H, W): (B,) bits.
 
     At most 3 log2(bins); it collapses where a policy paints everything in few colours.
     """
@@ -91,13 +91,13 @@ def colour_entropy(images: Tensor, bins: int = 8) -> Tensor:
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in small, (B, 3, 16, 16) uint8."""
+    """Return images (B, 3, H, W) reduced to (B, 3, 16, 16) uint8."""
     small = F.interpolate(images, size=(THUMBNAIL, THUMBNAIL), mode="area")
     return (small.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def diversity(small: Tensor) -> float:
-    """Mean distance, root mean square in [0, 1], between the images of one prompt (n, 3, h, w) uint8; NaN for n < 2."""
+    """Return the mean distance, root mean square in [0, 1], of a prompt's images (n, 3, h, w) uint8; NaN for n < 2."""
     flat = small.flatten(1).float() / 255
     if len(flat) < 2:
         return float("nan")

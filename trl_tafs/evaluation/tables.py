@@ -13,62 +13,52 @@ from typing import Any
 
 import torch
 
-from trl_tafs.evaluation.results import PAPER, Results, Row
-from trl_tafs.evaluation.scores import describe
+from trl_tafs.evaluation.results import ResultRow, Results
 from trl_tafs.evaluation.statistics import IMAGE_STATISTICS, Estimate
+from trl_tafs.output.files import tolerating_disk_faults, write_whole
+from trl_tafs.output.markdown import table
 from trl_tafs.output.pictures import sample_grid, save_png
 
 
-def title(metric: str) -> str:
-    """A column's name, as the paper has it where it does."""
-    base, slash, rest = metric.partition("/")
-    return PAPER.get(base, base) + slash + rest
-
-
 def shown(estimate: Estimate | None, sign: str = "") -> str:
-    """`mean [low, high]`."""
+    """Return an estimate as `mean [low, high]`; "" for none."""
     if estimate is None or estimate.mean != estimate.mean:
         return ""
     interval = "" if estimate.low != estimate.low else f" [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
     return f"{estimate.mean:{sign}.3f}{interval}"
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
-
-
 def markdown(results: Results) -> str:
-    """All tables: means with 95% bootstrap intervals over prompts, paired differences, correlations."""
-    header = ["Model", "Sampler", "Steps", "Size", "NFE", "Images", *map(title, results.names)]
+    """Return all tables: means with 95% bootstrap intervals over prompts, paired differences, correlations."""
+    header = ["Model", "Sampler", "Steps", "Size", "NFE", "Images", *map(results.title, results.names)]
     body = []
     for row in results.rows:
         s = row.sampling
         cells = [row.model, s.sampler, s.num_steps, f"{s.height} x {s.width}", s.nfe, row.images]
         body.append([*cells, *(shown(row.metrics.get(name)) for name in results.names)])
-    parts = ["## Means, with 95% bootstrap intervals over prompts", _markdown_table(header, body)]
+    parts = ["## Means, with 95% bootstrap intervals over prompts", table(header, body)]
     if results.differences:
         labels = dict.fromkeys((d["model"], d["baseline"], d["sampling"]) for d in results.differences)
         found = {(d["model"], d["baseline"], d["sampling"], d["metric"]): d["estimate"] for d in results.differences}
         body = [[*label, *(shown(found.get((*label, name)), "+") for name in results.names)] for label in labels]
-        header = ["Model", "minus", "Sampling", *map(title, results.names)]
-        parts += ["## Paired differences, on the same prompts and noise", _markdown_table(header, body)]
+        header = ["Model", "minus", "Sampling", *map(results.title, results.names)]
+        parts += ["## Paired differences, on the same prompts and noise", table(header, body)]
     if results.correlations:
         body = [
-            [c["model"], c["sampling"], title(c["reward"]), f"R^{c['step']} with R^{c['of']}", f"{c['r']:.2f}"]
+            [c["model"], c["sampling"], results.title(c["reward"]), f"R^{c['step']} with R^{c['of']}", f"{c['r']:.2f}"]
             for c in results.correlations
         ]
         parts += [
             "## Correlation of a step's reward with the last step's",
-            _markdown_table(["Model", "Sampling", "Reward", "Steps", "r"], body),
+            table(["Model", "Sampling", "Reward", "Steps", "r"], body),
         ]
     return "\n\n".join(parts) + "\n"
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """Plain values."""
+    """Return the results as plain values."""
     rows = [
-        {"model": row.model, **describe(row.sampling), "images": row.images}
+        {"model": row.model, **row.sampling.described(), "images": row.images}
         | {"metrics": {name: asdict(estimate) for name, estimate in row.metrics.items()}}
         for row in results.rows
     ]
@@ -77,7 +67,7 @@ def as_json(results: Results) -> dict[str, Any]:
 
 
 def as_csv(results: Results) -> str:
-    """A line a model and sampling, three columns a metric."""
+    """Return the means as CSV: a line a model and sampling, three columns a metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}{part}" for name in results.names for part in ("", "_low", "_high")]
@@ -92,10 +82,10 @@ def as_csv(results: Results) -> str:
 
 
 def write(results: Results, folder: Path) -> None:
-    """`results.md`, `.json`, `.csv`, a grid for each sampling, and `steps.png` where there are several step counts."""
-    (folder / "results.md").write_text(markdown(results), encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(as_json(results), indent=1), encoding="utf-8")
-    (folder / "results.csv").write_text(as_csv(results), encoding="utf-8")
+    """Write `results.md`, `.json`, `.csv`, a grid for each sampling, and `steps.png` if step counts differ."""
+    write_whole(folder / "results.md", markdown(results))
+    write_whole(folder / "results.json", json.dumps(as_json(results), indent=1))
+    write_whole(folder / "results.csv", as_csv(results))
     for label, paths in results.grids.items():
         picture = side_by_side(label, paths, results.prompts)
         if picture is not None:
@@ -105,7 +95,7 @@ def write(results: Results, folder: Path) -> None:
 
 
 def side_by_side(label: str, paths: Mapping[str, Path], prompts: Sequence[str]) -> Any:
-    """The saved images of the first prompts, a column a model, from the same noise."""
+    """Return a picture of the saved images: a row a prompt, a column a model; None where there are no images."""
     import numpy as np
     from PIL import Image
 
@@ -125,7 +115,7 @@ def side_by_side(label: str, paths: Mapping[str, Path], prompts: Sequence[str]) 
 
 
 def plot_steps(results: Results, path: Path) -> None:
-    """Each reward over the step counts, a line a model and sampler (Figure 4), its interval shaded."""
+    """Plot each reward over the step counts, a line a model and sampler (Figure 4), its interval shaded."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -133,7 +123,7 @@ def plot_steps(results: Results, path: Path) -> None:
         return
     names = [name for name in results.names if name not in IMAGE_STATISTICS and "/" not in name]
     figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
-    lines: dict[tuple, list[Row]] = {}
+    lines: dict[tuple, list[ResultRow]] = {}
     for row in results.rows:
         lines.setdefault((row.model, row.sampling.sampler, row.sampling.height, row.sampling.width), []).append(row)
     sized = len({key[2:] for key in lines}) > 1
@@ -144,6 +134,7 @@ def plot_steps(results: Results, path: Path) -> None:
             label = f"{key[0]}, {key[1]}" + (f", {key[2]} x {key[3]}" if sized else "")
             axes.plot(steps, [e.mean for e in found], marker="o", label=label)
             axes.fill_between(steps, [e.low for e in found], [e.high for e in found], alpha=0.2)
-        axes.set(xlabel="sampling steps", title=title(name))
+        axes.set(xlabel="sampling steps", title=results.title(name))
     figure.axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    with tolerating_disk_faults(path):
+        write_whole(path, lambda beside: figure.savefig(beside, format="png", dpi=120))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 
 from trl_tafs.config import TAFSGRPOConfig
-from trl_tafs.evaluation.drawing import Encode, Setting, sample_images
-from trl_tafs.hub.card import CardFacts, base_model_facts, write_model_card
+from trl_tafs.evaluation.drawing import Drawer, DrawSpec
+from trl_tafs.hub.card import write_model_card
+from trl_tafs.hub.facts import CardFacts, base_model_facts
 from trl_tafs.hub.push import prepare_repo, push_folder
 from trl_tafs.method.levels import uniform_levels
 from trl_tafs.output.pictures import save_png, tensor_to_image
@@ -34,8 +36,8 @@ class Publisher:
     rewards: RewardSet
     progress: Progress
     prompts: Callable[[], Sequence[str]]  # some of which are shown on the card
-    setting: Setting  # how its pictures are drawn
-    encode: Encode
+    drawer: Drawer  # of its pictures
+    spec: DrawSpec  # how they are drawn, and the adapter is to be
 
     def card_prompts(self) -> list[str]:
         """Return the few prompts that the card shows."""
@@ -75,16 +77,8 @@ class Publisher:
         """Draw `images/before_<i>.png` and `after_<i>.png`: the same prompts and noise by the base and the policy."""
         pipeline, prompts = self.policy.pipeline, self.card_prompts()
         for name, velocity in (("before", self.policy.reference), ("after", pipeline.velocity)):
-            images = sample_images(
-                pipeline,
-                self.encode,
-                velocity,
-                self.setting,
-                prompts,
-                range(len(prompts)),
-                num_steps=self.config.sample_num_steps,
-                sampler="annealed" if self.config.anneals else "ode",
-            )
+            drawer = dataclasses.replace(self.drawer, velocity=velocity)
+            images = drawer.images(self.spec, prompts, range(len(prompts)))
             for i, image in enumerate(images):
                 save_png(tensor_to_image(image), folder / "images" / f"{name}_{i}.png")
 
@@ -101,8 +95,8 @@ class Publisher:
             num_steps=config.sample_num_steps,
             levels_unshifted=uniform_levels(config.sample_num_steps).tolist(),
             levels=list(self.levels),
-            height=self.setting.height,
-            width=self.setting.width,
+            height=self.spec.height,
+            width=self.spec.width,
             guidance_scale=config.sample_guidance_scale,
             call=pipeline.call_arguments(
                 config.sample_num_steps,
@@ -110,6 +104,9 @@ class Publisher:
                 config.negative_prompts,
                 config.sample_embedded_guidance_scale,
             ),
+            card_tags=pipeline.card_tags,
+            denoiser_name=pipeline.denoiser_name,
+            renoises_from_generator=pipeline.renoises_from_generator,
             whole_denoiser=type(pipeline.denoiser).__name__ if config.full_finetuning else None,
             scheduler_class=type(pipeline.annealed_scheduler()).__name__,
             drawn=config.kernel_class.description,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_tafs.output.files import _first_line
+from trl_tafs.output.errors import first_line
 from trl_tafs.policy.adapter_file import SCHEDULER_FILE, WEIGHT_NAME
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ class PushError(RuntimeError):
 
 
 def prepare_repo(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Make the repository if it is missing; its whole name, 'user/name', which the card's code needs.
+    """Make the repository if it is missing, and return its whole name, 'user/name', which the card's code needs.
 
-    Called before training, it tells in time (by a `PushError`) that no token is there or may write there.
+    Raises:
+        PushError: there is no token, or it may not write there. Call it before training, to learn that in time.
     """
     api = _api(repo_id, token)
     with _push_errors(repo_id):
@@ -42,19 +43,19 @@ def push_folder(
     commit_message: str = "Upload a TAFS-GRPO adapter",
     revision: str | None = None,
 ) -> CommitInfo:
-    """Push what `save_adapter` and `write_model_card` wrote (`PUSHED`, nothing else); the folder stays.
+    """Push what `save_adapter` and `write_model_card` wrote, the files of `PUSHED` alone; the folder is left as it is.
 
     Args:
         folder: where the adapter lies.
         repo_id: 'user/name', or 'name' for the token's owner; made if missing.
         private: of a repository that is made; None is the owner's default.
         token: one with the right to write; the stored one if None.
-        commit_message: what the commit says.
+        commit_message: of the commit.
         revision: a branch instead of main, made if missing.
 
     Raises:
         FileNotFoundError: no adapter in the folder.
-        PushError: no token, or whatever else the Hub or the way to it answers.
+        PushError: there is no token, or the Hub or the network refuses.
     """
     folder = Path(folder)
     if not (folder / WEIGHT_NAME).is_file() and not (folder / "transformer").is_dir():
@@ -93,9 +94,9 @@ def _push_errors(repo_id: str, kept: str = "") -> Iterator[None]:
         cause = _cause(error)
         status = getattr(getattr(cause, "response", None), "status_code", None)
         remedy = _REMEDIES.get(status, "the push can be made again")
-        raise PushError(f"no push to {repo_id!r}: {_first_line(cause)}; {remedy}{kept}") from error
+        raise PushError(f"no push to {repo_id!r}: {first_line(cause)}; {remedy}{kept}") from error
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The answer of the Hub behind an error, which LFS uploads wrap in a RuntimeError."""
+    """Return the answer of the Hub behind an error, which LFS uploads wrap in a RuntimeError."""
     return error if error.__cause__ is None or hasattr(error, "response") else _cause(error.__cause__)

@@ -6,11 +6,10 @@ from typing import Any
 
 from trl_tafs.evaluation.results import Results
 from trl_tafs.evaluation.statistics import IMAGE_STATISTICS
-from trl_tafs.evaluation.tables import title
 
 
 def card_results(results: Results, model: str, dataset: str) -> list[Any]:
-    """A model's means as the Hub's `EvalResult`s, one a metric and sampling."""
+    """Return a model's means as the Hub's `EvalResult`s, one a metric and sampling."""
     from huggingface_hub import EvalResult
 
     found = []
@@ -28,7 +27,7 @@ def card_results(results: Results, model: str, dataset: str) -> list[Any]:
                     dataset_type=dataset.replace(" ", "_"),
                     dataset_name=dataset,
                     metric_type=name,
-                    metric_name=f"{title(name)} ({how})",
+                    metric_name=f"{results.title(name)} ({how})",
                     metric_value=round(estimate.mean, 6),
                     dataset_config=s.label,
                 )
@@ -37,7 +36,11 @@ def card_results(results: Results, model: str, dataset: str) -> list[Any]:
 
 
 def push(results: Results, model: str, repo_id: str, dataset: str, token: str | None = None) -> str:
-    """Add a model's results to the card of its repository, those of the same metric and sampling replaced; its URL."""
+    """Add a model's results to the card of its repository, replacing those of the same metric and sampling.
+
+    Returns:
+        The URL of the commit.
+    """
     from huggingface_hub import ModelCard, metadata_update
     from huggingface_hub.repocard_data import eval_results_to_model_index
 

@@ -14,51 +14,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# What `scrub` leaves out by key, and takes out of values.
+# Words that make a key private: the key is left out, and in text what is assigned to it is removed.
 _PRIVATE = (
     r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|private|secret)_?key|auth\w*"
     r"|user(?:_?name)?|entity|e?mail|host(?:_?name)?)"
 )
-
-
+# A key that has such a word as one of its parts: `hub_token`, `wandb_entity`, not `tokens`.
 _PRIVATE_KEY = re.compile(rf"(?:^|_){_PRIVATE}(?:$|_)")
-
-
+# In text: `token=...`, `"password": ...`, `--hub_token ...`.
 _ASSIGNED = re.compile(
     rf"(?:(?<![^\W_]){_PRIVATE}['\"]?\s*[:=]|--[\w-]*{_PRIVATE}[ =])\s*['\"]?[^\s'\",;]+", re.IGNORECASE
 )
-
-
+# Secrets by their form: tokens of the Hub, GitHub, OpenAI, AWS and W&B, JSON web tokens, bearer headers, the user and
+# password of an address (`https://user:password@host`), e-mail addresses.
 _SECRET = re.compile(
     r"\b(?:hf|api_org)_\w{8,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bsk-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b"
     r"|\bwandb_v\d_\w+|\beyJ[\w-]+\.[\w-]+\.[\w-]+|(?i:\bbearer) \S+|(?<=://)[^/\s@]+@|\b[\w.+-]+@[\w-]+\.[\w.]+"
 )
-
-
 _HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # a W&B key, or the hash of a commit
-
-
+# The user in a path of a home directory: `/home/NAME`, `/Users/NAME`, `\Users\NAME`, `~NAME`.
 _HOME = re.compile(r"(?:/home/|/Users/|\\Users\\|~)([\w.-]+)")
-
-
+# A value that is an absolute path as a whole, spaces included: `/a b/c`, `~/c`, `C:\c`, `\\server\c`, `file:...`.
 _PATH_ALONE = re.compile(r"(?:file:|~|/|\\\\|[A-Za-z]:[\\/])\S*.*", re.DOTALL)
-
-
+# An absolute path within a text, up to a space or a bracket; not the path of an address (`https://host/path`).
 _PATH = re.compile(
     r"(?:file:/*|(?<![\w/.:~\\])[A-Za-z]:(?=\\)|(?<!\w)~\w*|(?<![\w/.~\\]))[/\\](?!/)[^\s'\",;()\[\]{}<>|]+"
 )
-
-
+# Names of users and machines that tell nobody apart.
 _NOBODY = {"root", "user", "users", "home", "admin", "ubuntu", "nobody", "localhost", "runner"}
-
-
 _REMOVED = "[removed]"
 
 
 def scrub(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they may be published: JSON values without secrets, absolute paths, user and host names.
+    """Return settings as they may be published: JSON values without secrets, absolute paths, user and host names.
 
-    Keys that speak of secrets or people are dropped. In strings, at any depth, secrets (also those in
+    Keys that name secrets or people are dropped. In strings, at any depth, secrets (also those in
     environment variables of such names), this machine's name, its user and those of any home directory become
     "[removed]", and a path becomes its last component.
     """
@@ -80,7 +70,7 @@ def _identities() -> set[str]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON has it; what JSON hasn't becomes its name."""
+    """Return `value` as JSON has it; an object that JSON has no form for becomes its name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, enum.Enum):

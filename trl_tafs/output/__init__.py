@@ -1,1 +1,1 @@
-"""What is written: files, pictures, Markdown. Knows nothing of training."""
+"""Files, pictures and Markdown tables; knows nothing of training."""

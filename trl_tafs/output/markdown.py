@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-def _table(header: Sequence[Any], rows) -> str:
-    """Markdown, "" without rows; a cell's own bars and line breaks don't break it."""
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table in Markdown, or "" without rows.
 
-    def shown(cell):
+    Floats are shown with four significant digits. Line breaks within a cell become spaces, and its bars are escaped.
+
+    Args:
+        header: the columns' names.
+        rows: cells of any type, as many a row as there are columns.
+    """
+
+    def shown(cell: Any) -> str:
         text = f"{cell:.4g}" if isinstance(cell, float) else str(cell)
         return re.sub(r"\s+", " ", text).replace("|", "\\|")
 

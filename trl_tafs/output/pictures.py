@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from trl_tafs.output.files import tolerating_disk_faults, write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
 def as_images(value: Any) -> list[Image.Image]:
-    """PIL images, arrays, tensors, batches and lists of them as PIL images in RGB."""
+    """Return PIL images in RGB of a PIL image, an array, a tensor, a batch, or a list of these.
+
+    Raises:
+        ValueError: the shape isn't an image's; it is named.
+    """
     from PIL import Image
 
     if isinstance(value, Image.Image):
@@ -40,7 +44,7 @@ def as_images(value: Any) -> list[Image.Image]:
 
 
 def tensor_to_image(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to a PIL image; below 64 pixels it is enlarged, pixel by pixel."""
+    """Return an image (3, H, W) in [0, 1] as a PIL image; one below 64 pixels is enlarged, pixel by pixel."""
     from PIL import Image
 
     factor = max(1, math.ceil(64 / max(image.shape[-2:])))
@@ -50,13 +54,13 @@ def tensor_to_image(image: Tensor) -> Image.Image:
 
 
 def sample_grid(images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str = "") -> Image.Image:
-    """A labelled picture: one row a prompt, one column a step, so that the annealing can be seen.
+    """Return a labelled picture with a row for each prompt and a column for each step.
 
     Args:
         images: (P, C, 3, H, W) in [0, 1].
         rows: P labels, at the left.
         columns: C labels, on top.
-        title: above all.
+        title: a line above the grid.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -78,9 +82,6 @@ def sample_grid(images: Tensor, rows: Sequence[str], columns: Sequence[str], tit
 
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> None:
-    """Write a PNG, making its folder; a full disk costs the picture and a warning."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-    except OSError as error:
-        warnings.warn(f"{path} could not be written ({error}); the run goes on without it", stacklevel=2)
+    """Write a PNG and make its folder; where the disk fails, warn and go on without the picture."""
+    with tolerating_disk_faults(path):
+        write_whole(path, lambda beside: image.save(beside, format="PNG"))

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from trl_tafs.pipelines import families
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.pipelines.flux import TAFSFluxPipeline
-from trl_tafs.pipelines.flux2 import TAFSFlux2KleinPipeline, TAFSFlux2Pipeline
-from trl_tafs.pipelines.hidream import TAFSHiDreamPipeline
-from trl_tafs.pipelines.qwen_image import TAFSQwenImagePipeline
-from trl_tafs.pipelines.sana import TAFSSanaPipeline, TAFSSanaSprintPipeline
-from trl_tafs.pipelines.stable_diffusion_3 import TAFSStableDiffusion3Pipeline
-from trl_tafs.pipelines.z_image import TAFSZImagePipeline
 
-FAMILIES: dict[str, type[TAFSPipelineMixin]] = {
-    family.stock_class().__name__: family
-    for family in (
-        TAFSStableDiffusion3Pipeline,
-        TAFSFluxPipeline,
-        TAFSFlux2Pipeline,
-        TAFSFlux2KleinPipeline,
-        TAFSQwenImagePipeline,
-        TAFSZImagePipeline,
-        TAFSSanaPipeline,
-        TAFSSanaSprintPipeline,
-        TAFSHiDreamPipeline,
-    )
-}
+_CLASSES = [getattr(import_module(module), name) for name, module in families.FAMILIES.items()]
+FAMILIES: dict[str, type[TAFSPipelineMixin]] = {family.stock_class().__name__: family for family in _CLASSES}
 _HUB_OPTIONS = (
     *("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "local_dir"),
     "local_dir_use_symlinks",
@@ -45,7 +29,7 @@ def _refusal(found: str) -> str:
 
 
 class AutoTAFSPipeline:
-    """Makes the TAFS pipeline of a model, whichever family it is; it has no instances of its own."""
+    """Make the TAFS pipeline of a model, of whichever family it is; the class has no instances."""
 
     def __init__(self) -> None:
         raise TypeError("AutoTAFSPipeline has no instances; use from_pretrained(...) or from_pipe(...)")
@@ -86,3 +70,17 @@ class AutoTAFSPipeline:
         made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
         made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return made
+
+
+def guess_family(keys: Iterable[str]) -> str | None:
+    """Return the families that a LoRA's keys look like, in words, by the mark that fewest families have."""
+    text = "\n".join(keys)
+    found: dict[str, dict[str, None]] = {}
+    for family in FAMILIES.values():
+        for mark in family.lora_key_marks:
+            if mark in text:
+                found.setdefault(mark, {})[family.lora_family] = None
+    if not found:
+        return None
+    mark = min(found, key=lambda mark: (len(found[mark]), -len(mark)))
+    return " or ".join(found[mark])

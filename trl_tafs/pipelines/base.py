@@ -23,11 +23,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
+from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.kernels import Annealed, Kernel
 from trl_tafs.method.levels import level_to_timestep, uniform_levels
 from trl_tafs.method.noise import Noise, SequentialNoise
 from trl_tafs.method.rollout import replay, rollout
 from trl_tafs.method.types import Conditioning, Embeddings, Rollout, Transitions
+from trl_tafs.pipelines.components import base_dtype, is_text_encoder
 from trl_tafs.pipelines.schedulers import AnnealedFlowMatchScheduler, flow_match_config
 
 
@@ -48,6 +50,12 @@ class TAFSPipelineMixin(ABC):
     # The scale that a guidance-distilled denoiser is given where none is asked for; None: it takes none.
     default_embedded_guidance: float | None = None
     stock_sequence_limit: int | None = None  # tokens of a prompt that the stock pipeline takes at most; None: any
+    card_tags: tuple[str, ...] = ()  # the Hub's tags of this family on an adapter's card
+    # Parts of a LoRA's keys that this family has and few others have, and what such a LoRA is called in an error.
+    lora_key_marks: tuple[str, ...] = ()
+    lora_family = "this family"
+    # Whether the stock pipeline hands its generator to the scheduler, so that the annealed sampler's noise follows it.
+    renoises_from_generator = False
     base_revision: str | None = None  # the branch, tag or commit that `from_pretrained` was asked for
 
     @classmethod
@@ -61,6 +69,14 @@ class TAFSPipelineMixin(ABC):
     def denoiser(self) -> nn.Module:
         """The network that is trained."""
         return getattr(self, self.denoiser_name)
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Return the text encoders that are loaded, by their components' names."""
+        return {n: module for n, module in self.components.items() if is_text_encoder(n) and module is not None}
+
+    def missing_text_encoders(self) -> list[str]:
+        """Return the names of the text encoders that the pipeline was loaded without."""
+        return [name for name, module in self.components.items() if is_text_encoder(name) and module is None]
 
     # What a family provides -----------------------------------------------------------------------------------
 
@@ -116,7 +132,7 @@ class TAFSPipelineMixin(ABC):
 
     def guidance_arguments(self, guidance_scale: float = 1.0, negative_prompt: str | None = None) -> dict[str, Any]:
         """The stock `__call__`'s arguments for classifier-free guidance of `guidance_scale` (1: off)."""
-        negative = {"negative_prompt": negative_prompt or ""} if guidance_scale > 1.0 else {}
+        negative = {"negative_prompt": negative_prompt or ""} if is_guided(guidance_scale) else {}
         return {self.guidance_argument: float(guidance_scale)} | negative
 
     def call_arguments(
@@ -151,7 +167,7 @@ class TAFSPipelineMixin(ABC):
         return inspect.signature(cls.stock_class().__call__).parameters["max_sequence_length"].default
 
     def check_sequence_length(self, max_sequence_length: int | None) -> None:
-        """An error for more tokens of a prompt than the stock pipeline takes; None, the default, fits."""
+        """Raise ValueError if the stock pipeline doesn't take so many tokens of a prompt; None, the default, fits."""
         limit = self.stock_sequence_limit
         if limit is not None and max_sequence_length is not None and max_sequence_length > limit:
             raise ValueError(
@@ -180,8 +196,8 @@ class TAFSPipelineMixin(ABC):
         return self.encoding_device or super()._execution_device
 
     def check_guidance(self, guidance_scale: float) -> None:
-        """An error where the stock pipeline has no classifier-free guidance and `guidance_scale` asks for it."""
-        if guidance_scale > 1.0 and not self.has_guidance:
+        """Raise ValueError if `guidance_scale` asks for classifier-free guidance and the stock pipeline has none."""
+        if is_guided(guidance_scale) and not self.has_guidance:
             raise ValueError(
                 f"guidance_scale is {guidance_scale}, and {self.stock_class().__name__} has no classifier-free "
                 "guidance for this model, so that what is trained couldn't be sampled; use guidance_scale=1"
@@ -211,7 +227,7 @@ class TAFSPipelineMixin(ABC):
         self.check_guidance(guidance_scale)
         scale = self.embedded_guidance(embedded_guidance_scale)
         positive, negative = self.embed(list(prompts), length), None
-        if guidance_scale > 1.0:
+        if is_guided(guidance_scale):
             one_for_all = negative_prompts is None or isinstance(negative_prompts, str)
             texts = [negative_prompts or ""] * len(prompts) if one_for_all else list(negative_prompts)
             negative = self.embed(texts, length, negative=True)
@@ -364,8 +380,7 @@ class TAFSPipelineMixin(ABC):
     @property
     def model_dtype(self) -> torch.dtype:
         """The dtype in which the denoiser computes: that of its base weights, whatever the LoRA's."""
-        names = ((name, p) for name, p in self.denoiser.named_parameters() if "lora_" not in name)
-        return next(p.dtype for _, p in names if p.dtype.is_floating_point)
+        return base_dtype(self.denoiser)
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -378,7 +393,7 @@ class TAFSPipelineMixin(ABC):
         return self.vae_scale_factor * getattr(self, "patch_size", 1)
 
     def check_size(self, height: int, width: int) -> None:
-        """An error that names sizes that fit, where these don't divide into patches."""
+        """Raise ValueError, naming a size that fits, if height or width don't divide into patches."""
         multiple = self.size_multiple
         if height % multiple or width % multiple:
             near = [max(multiple, round(size / multiple) * multiple) for size in (height, width)]

@@ -31,6 +31,8 @@ class TAFSFluxPipeline(PackedLatents, TAFSPipelineMixin, FluxPipeline):
     guidance_argument = "true_cfg_scale"
     default_embedded_guidance = 3.5
     stock_sequence_limit = 512
+    card_tags = ("flux", "flux-diffusers")
+    lora_key_marks, lora_family = ("single_transformer_blocks.",), "FLUX.1"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by T5, text (B, L, C), and CLIP, pooled (B, P)."""

@@ -9,6 +9,7 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
+from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.types import Embeddings
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.packed import PackedLatents
@@ -29,6 +30,8 @@ class Flux2Mixin(PackedLatents, TAFSPipelineMixin):
         "attn.to_qkv_mlp_proj",  # of the single-stream blocks, attention and feed-forward in one
     )
     guidance_batch = None
+    card_tags = ("flux2", "flux2-diffusers")
+    lora_key_marks, lora_family = ("to_qkv_mlp_proj", "single_transformer_blocks."), "FLUX.2"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by three layers of a language model: text (B, L, 3C)."""
@@ -96,7 +99,7 @@ class TAFSFlux2KleinPipeline(Flux2Mixin, Flux2KleinPipeline):
     def _check_negative(self, prompt: str | None) -> None:
         if prompt:
             raise ValueError(
-                f"the negative prompt is {prompt!r}, and Flux2KleinPipeline knows the empty one alone; leave it out"
+                f"the negative prompt is {prompt!r}, and Flux2KleinPipeline takes only the empty one; leave it out"
             )
 
     @property
@@ -106,6 +109,6 @@ class TAFSFlux2KleinPipeline(Flux2Mixin, Flux2KleinPipeline):
 
     def guidance_arguments(self, guidance_scale: float = 1.0, negative_prompt: str | None = None) -> dict[str, Any]:
         """`guidance_scale` alone."""
-        if guidance_scale > 1.0:
+        if is_guided(guidance_scale):
             self._check_negative(negative_prompt)
         return {"guidance_scale": float(guidance_scale)}

@@ -28,6 +28,8 @@ class TAFSHiDreamPipeline(TAFSPipelineMixin, HiDreamImagePipeline):
         *("attn1.to_k_t", "attn1.to_out_t", "attn1.to_q_t", "attn1.to_v_t"),
     )
     patch_size = 2
+    card_tags = ("hidream", "hidream-diffusers")
+    lora_key_marks, lora_family = ("double_stream_blocks.",), "HiDream"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by T5, text (B, L, C), every layer of Llama, (B, K, L, C), and both CLIPs, pooled (B, P)."""

@@ -32,6 +32,8 @@ class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline)
     guidance_argument = "true_cfg_scale"
     text_multiple = 64
     stock_sequence_limit = 1024
+    card_tags = ("qwen-image", "qwen-image-diffusers")
+    lora_key_marks, lora_family = ("img_mlp.", "attn.add_q_proj"), "Qwen-Image"
 
     @property
     def lora_excluded_modules(self) -> list[str]:

@@ -23,6 +23,9 @@ class SanaMixin(TAFSPipelineMixin):
         *("attn2.to_k", "attn2.to_out.0", "attn2.to_q", "attn2.to_v"),
     )
     latent_dtype = torch.float32
+    card_tags = ("sana", "sana-diffusers")
+    lora_key_marks, lora_family = ("attn1.to_",), "Sana or PixArt"
+    renoises_from_generator = True
     encoding_options: dict[str, Any] = {}
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:

@@ -27,6 +27,8 @@ class TAFSStableDiffusion3Pipeline(TAFSPipelineMixin, StableDiffusion3Pipeline):
         "attn.to_v",
     )
     stock_sequence_limit = 512
+    card_tags = ("sd3", "sd3-diffusers")
+    lora_key_marks, lora_family = ("attn.add_q_proj",), "SD3"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by the two CLIP encoders and T5: text (B, L, C), pooled (B, P)."""

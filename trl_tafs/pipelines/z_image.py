@@ -23,6 +23,8 @@ class TAFSZImagePipeline(TAFSPipelineMixin, ZImagePipeline):
     guidance_batch = ("positive", "negative")
     latent_dtype = torch.float32
     patch_size = 2
+    card_tags = ("z-image", "z-image-diffusers")
+    lora_key_marks, lora_family = ("noise_refiner.",), "Z-Image"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Qwen3: text (B, L, C) as long as the longest prompt, and its mask."""

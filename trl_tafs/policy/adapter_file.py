@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_tafs.output.files import _first_line
+from trl_tafs.output.errors import first_line
+from trl_tafs.output.files import write_whole
+from trl_tafs.pipelines.components import denoiser_name, is_text_encoder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -117,25 +119,19 @@ def save_adapter(
     Raises:
         ValueError: no such adapter, weights of other names, or a LoRA that the format cannot hold.
     """
-    denoiser = getattr(pipeline, "denoiser_name", "transformer")
+    denoiser = denoiser_name(pipeline)
     layers = _adapter_layers(getattr(pipeline, denoiser), adapter_name, state_dict)
     if fold_alpha:
         layers, lora_config = folded_alpha(layers, lora_config)
     metadata = lora_metadata(lora_config)
-    folder = Path(folder)
-    (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
-        _scheduler(pipeline, scheduler_config, annealed).save_pretrained(Path(beside, "scheduler"))
-        type(pipeline).save_lora_weights(
-            beside,
-            weight_name=WEIGHT_NAME,
-            **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": metadata},
-        )
-        for name in (SCHEDULER_FILE, WEIGHT_NAME):  # the weights last: where they are, all is there
-            with open(Path(beside, name), "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(Path(beside, name), folder / name)
-    return folder
+    given = {f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": metadata}
+
+    def write_weights(path: Path) -> None:
+        type(pipeline).save_lora_weights(path.parent, weight_name=path.name, **given)
+
+    write_scheduler(pipeline, folder, scheduler_config, annealed)
+    write_whole(Path(folder, WEIGHT_NAME), write_weights)  # last: where the weights are, everything is
+    return Path(folder)
 
 
 def _adapter_layers(denoiser, adapter_name, state_dict):
@@ -172,14 +168,22 @@ def folded_alpha(layers: dict[str, torch.Tensor], config: LoraConfig) -> tuple[d
     return folded, type(config)(**(lora_metadata(config) | settings))
 
 
-def _scheduler(pipeline, scheduler_config, annealed):
+def write_scheduler(
+    pipeline: DiffusionPipeline,
+    folder: str | os.PathLike,
+    scheduler_config: Mapping[str, Any] | None = None,
+    annealed: bool = True,
+) -> None:
+    """Write `scheduler/scheduler_config.json`, the sampler: of `scheduler_config`, or of the pipeline's own one."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     if scheduler_config is None and hasattr(pipeline, "annealed_scheduler"):
-        return pipeline.annealed_scheduler() if annealed else pipeline.euler_scheduler()
-    config = pipeline.scheduler.config if scheduler_config is None else scheduler_config
-    config = {name: value for name, value in config.items() if not name.startswith("_")}  # no _name_or_path
-    return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=annealed)
+        scheduler = pipeline.annealed_scheduler() if annealed else pipeline.euler_scheduler()
+    else:
+        config = pipeline.scheduler.config if scheduler_config is None else scheduler_config
+        config = {name: value for name, value in config.items() if not name.startswith("_")}  # no _name_or_path
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=annealed)
+    write_whole(Path(folder, SCHEDULER_FILE), scheduler.to_json_string())
 
 
 def read_adapter(
@@ -238,7 +242,7 @@ def _adapter_file(source, weight_name, revision, token) -> tuple[str, str]:
     except (OSError, HFValidationError) as error:  # every answer of the Hub but the file is an OSError
         raise FileNotFoundError(
             f"no adapter at {str(source)!r}: it is no file or folder here, and the Hub gave no {weight_name} "
-            f"({_first_line(error)}); give a folder or a repository that does, and a token if it is private"
+            f"({first_line(error)}); give a folder or a repository that does, and a token if it is private"
         ) from error
     return file, f"{source}/{weight_name}"
 
@@ -252,7 +256,7 @@ def _read_safetensors(path: str, name: str) -> tuple[dict[str, torch.Tensor], di
             header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(
-            f"{name} ({os.path.getsize(path)} bytes) is torn, or no safetensors file: {_first_line(error)}; "
+            f"{name} ({os.path.getsize(path)} bytes) is torn, or no safetensors file: {first_line(error)}; "
             "copy or download it again, or give an earlier checkpoint's"
         ) from error
     return weights, header
@@ -269,7 +273,7 @@ def _wrong_format(name: str, weights: dict[str, torch.Tensor], prefix: str) -> s
             "'base_model.model.' off its keys and write it by save_lora_weights(transformer_lora_layers=..., "
             "transformer_lora_adapter_metadata=...), the metadata from its adapter_config.json"
         )
-    if key.startswith("text_encoder"):
+    if is_text_encoder(key):
         return f"{name} also adapts a text encoder ({key!r}), which isn't trained here; save it without"
     return (
         f"{name} holds {key!r}, as {guess_family(weights)} has; {expected}. A LoRA for this model in another "
@@ -298,25 +302,21 @@ def _lora_config(name, layers, header, prefix) -> LoraConfig:
         raise ValueError(f"{name}: this PEFT cannot read its LoraConfig ({error}); upgrade peft") from error
 
 
-# A part of a key that only one family has, the particular before the general.
-_FAMILIES = (
-    ("lora_unet_", "a UNet in kohya's format (SD 1.5 or SDXL)"),
-    ("unet.", "a UNet (SD 1.5 or SDXL)"),
-    ("to_qkv_mlp_proj", "FLUX.2"),
-    ("single_transformer_blocks.", "FLUX.1 or FLUX.2"),
-    ("double_stream_blocks.", "HiDream"),
-    ("noise_refiner.", "Z-Image"),
-    ("img_mlp.", "Qwen-Image"),
-    ("attn1.to_", "Sana or PixArt"),
-    ("attn.add_q_proj", "SD3 or Qwen-Image"),
-    ("transformer_blocks.", "a diffusers transformer"),
-)
+# Parts of keys that no family of the package has.
+_FOREIGN = {
+    "lora_unet_": "a UNet in kohya's format (SD 1.5 or SDXL)",
+    "unet.": "a UNet (SD 1.5 or SDXL)",
+}
 
 
-def guess_family(keys) -> str:
-    """The model family that a LoRA's keys look like, in words."""
-    keys = "\n".join(keys)
-    return next((family for part, family in _FAMILIES if part in keys), "an unknown family")
+def guess_family(keys: Iterable[str]) -> str:
+    """Return the model family that a LoRA's keys look like, in words."""
+    from trl_tafs.pipelines import auto
+
+    text = "\n".join(keys)
+    foreign = next((family for part, family in _FOREIGN.items() if part in text), None)
+    other = "a diffusers transformer" if "transformer_blocks." in text else "an unknown family"
+    return foreign or auto.guess_family([text]) or other
 
 
 def check_adapter_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.components import is_text_encoder
 from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.options import PolicyOptions
@@ -40,7 +41,7 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
         module.requires_grad_(False)
         module.eval()  # rollout and replay alike: no dropout anywhere
         waits = config.model_cpu_offload and module is not pipeline.denoiser
-        waits = waits or (config.offload_text_encoders and name.startswith("text_encoder"))
+        waits = waits or (config.offload_text_encoders and is_text_encoder(name))
         if not is_bitsandbytes(module):
             module.to("cpu" if waits else device)
         trained = config.full_finetuning and module is pipeline.denoiser
@@ -49,8 +50,7 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
     tiled = pipeline.vae if config.vae_tiling else None
     if not config.model_cpu_offload:
         return DeviceSharing(pipeline.denoiser, device, tiled=tiled)
-    encoders = [module for name, module in modules.items() if name.startswith("text_encoder")]
-    moved = [module for module in encoders if not is_bitsandbytes(module)]
+    moved = [module for module in pipeline.text_encoders().values() if not is_bitsandbytes(module)]
     return DeviceSharing(pipeline.denoiser, device, moved, [pipeline.vae], tiled)
 
 

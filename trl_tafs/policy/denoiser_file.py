@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trl_tafs.policy.adapter_file import SCHEDULER_FILE, _scheduler
+from trl_tafs.output.files import write_folder_whole
+from trl_tafs.pipelines.components import denoiser_name
+from trl_tafs.pipelines.quantized import is_quantized
+from trl_tafs.policy.adapter_file import write_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,21 +21,15 @@ if TYPE_CHECKING:
 
 def save_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike, *, annealed: bool = True) -> Path:
     """Write the whole denoiser in diffusers' format, in a folder of its name, and the scheduler that samples it."""
-    name, folder = getattr(pipeline, "denoiser_name", "transformer"), Path(folder)
-    (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
-        _scheduler(pipeline, None, annealed).save_pretrained(Path(beside, "scheduler"))
-        getattr(pipeline, name).save_pretrained(Path(beside, name))
-        os.replace(Path(beside, SCHEDULER_FILE), folder / SCHEDULER_FILE)
-        if (folder / name).exists():
-            os.replace(folder / name, Path(beside, "replaced"))
-        os.replace(Path(beside, name), folder / name)
-    return folder
+    name = denoiser_name(pipeline)
+    write_scheduler(pipeline, folder, annealed=annealed)
+    write_folder_whole(Path(folder, name), getattr(pipeline, name).save_pretrained)
+    return Path(folder)
 
 
 def load_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
     """Put the weights that `save_denoiser` wrote into the pipeline's denoiser."""
-    name = getattr(pipeline, "denoiser_name", "transformer")
+    name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
     saved = type(denoiser).from_pretrained(Path(folder, name), torch_dtype=torch.float32)
     denoiser.load_state_dict(saved.state_dict())
@@ -64,7 +60,7 @@ def applied(pipeline: DiffusionPipeline, source: str | os.PathLike | None) -> It
     if source is None:
         yield
         return
-    folder = whole_denoiser(source, getattr(pipeline, "denoiser_name", "transformer"))
+    folder = whole_denoiser(source, denoiser_name(pipeline))
     if folder is None:
         pipeline.load_lora_weights(source)
         try:
@@ -72,8 +68,8 @@ def applied(pipeline: DiffusionPipeline, source: str | os.PathLike | None) -> It
         finally:
             pipeline.unload_lora_weights()
         return
-    denoiser = getattr(pipeline, getattr(pipeline, "denoiser_name", "transformer"))
-    if getattr(denoiser, "hf_quantizer", None) is not None:
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if is_quantized(denoiser):
         raise ValueError(f"{source} holds a whole {type(denoiser).__name__}; load its base without quantization")
     base = {name: weight.to("cpu", copy=True) for name, weight in denoiser.state_dict().items()}
     load_denoiser(pipeline, folder)

@@ -1,4 +1,4 @@
-"""Encoding prompts once each, and keeping what was encoded, in memory and on disk."""
+"""Encode each prompt once, and keep what was encoded in memory and on disk."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
-import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,30 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from trl_tafs.method.types import Conditioning, Embeddings
+from trl_tafs.output.files import write_whole
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.identity import base_identity
 from trl_tafs.pipelines.quantized import is_bitsandbytes
 
 
 class PromptEncoder:
-    """Prompts to a `Conditioning` on the training device, by a bounded cache on the CPU and one without bound on disk.
+    """Encode prompts, each once, and return them as a `Conditioning` on the training device.
 
+    Encoded prompts are kept in memory on the CPU, up to a limit, and without limit in `cache_dir`, if one is given.
     Each prompt is encoded by itself, so that its embedding doesn't depend on its neighbours.
 
     Args:
-        pipeline: that encodes.
+        pipeline: whose text encoders encode.
         device: where the conditioning is needed.
         guidance_scale: above 1 the negative prompt is encoded too.
-        embedded_guidance_scale: what a guidance-distilled denoiser is given; None for the family's default.
-        negative_prompt: for all prompts.
-        max_sequence_length: tokens; None for the family's default.
-        offload: the text encoders stay on the CPU except while they encode.
-        cache_size: prompts kept, the least recently used goes first.
-        cache_bytes: what they may weigh.
-        cache_dir: a folder in which encoded prompts of one base model are kept; what is found there needs no text
-            encoder, which may then be missing from the pipeline. None: no such folder.
+        embedded_guidance_scale: the input of a guidance-distilled denoiser; None for the family's default.
+        negative_prompt: one for all prompts.
+        max_sequence_length: tokens of a prompt; None for the family's default.
+        offload: keep the text encoders on the CPU except while they encode.
+        cache_size: most prompts in memory; the least recently used one goes first.
+        cache_bytes: most bytes in memory.
+        cache_dir: a folder for the encoded prompts of one base model. Prompts that are found there need no text
+            encoder, so the pipeline may be loaded without.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class PromptEncoder:
             "max_sequence_length": max_sequence_length,
         }
         self.cache: OrderedDict[str, Conditioning] = OrderedDict()
+        self._bytes = 0  # of all in the cache
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
 
     @classmethod
@@ -82,7 +85,11 @@ class PromptEncoder:
         )
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """B prompts to B rows, on the device."""
+        """Return the conditioning of B prompts, B rows on the device.
+
+        Raises:
+            ValueError: a prompt isn't encoded yet, and the pipeline was loaded without text encoders.
+        """
         unique = list(dict.fromkeys(prompts))
         self._find([prompt for prompt in unique if prompt not in self.cache])
         for prompt in unique:
@@ -93,7 +100,7 @@ class PromptEncoder:
         return rows[torch.tensor([index[prompt] for prompt in prompts], device=self.device)]
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode a fixed set of prompts into the folder at once, each process its share; nothing without a folder."""
+        """Encode a fixed set of prompts into `cache_dir`, each process its share; without a folder do nothing."""
         if self.cache_dir is None:
             return
         processes = PartialState()
@@ -102,38 +109,49 @@ class PromptEncoder:
         processes.wait_for_everyone()
 
     def _shrink(self) -> None:
-        weight = sum(_weight(conditioning) for conditioning in self.cache.values())
-        while self.cache and (len(self.cache) > self.cache_size or weight > self.cache_bytes):
-            weight -= _weight(self.cache.popitem(last=False)[1])
+        while self.cache and (len(self.cache) > self.cache_size or self._bytes > self.cache_bytes):
+            self._bytes -= _weight(self.cache.popitem(last=False)[1])
+
+    def _keep(self, prompt: str, conditioning: Conditioning) -> None:
+        self.cache[prompt] = conditioning
+        self._bytes += _weight(conditioning)
 
     def _find(self, prompts: Sequence[str]) -> None:
-        """Prompts from the folder, or else by the text encoders."""
+        """Read prompts that aren't in memory from the folder, or else encode them."""
         stored = [] if self.cache_dir is None else [prompt for prompt in prompts if self._file(prompt).exists()]
         for prompt in stored:
-            self.cache[prompt] = _load(self._file(prompt), self.arguments["guidance_scale"])
+            self._keep(prompt, _load(self._file(prompt), self.arguments["guidance_scale"]))
         self._encode([prompt for prompt in prompts if prompt not in stored])
 
     def _encode(self, prompts: Sequence[str], keep: bool = True) -> None:
         if not prompts:
             return
-        encoders = [m for n, m in self.pipeline.components.items() if n.startswith("text_encoder") and m is not None]
+        encoders = list(self.pipeline.text_encoders().values())
         if not encoders:
             raise ValueError(
                 f"the prompt {prompts[0]!r} isn't encoded yet, and the pipeline has no text encoder; load it with one"
                 + ("" if self.cache_dir is None else f", or give the folder that has the prompt, not {self.cache_dir}")
             )
-        with self.pipeline.encoding():
-            self._move(encoders, self.device)
-            self.pipeline.encoding_device = self.device
+        with self.pipeline.encoding(), self._encoding(encoders):
             for prompt in prompts:
                 conditioning = self.pipeline.encode_conditioning([prompt], **self.arguments).to("cpu")
                 if self.pipeline.text_multiple is not None:
                     conditioning = conditioning.padded_to_multiple(self.pipeline.text_multiple)
                 if keep:
-                    self.cache[prompt] = conditioning
+                    self._keep(prompt, conditioning)
                 if self.cache_dir is not None:
                     _save(conditioning, self._file(prompt))
-            self.pipeline.encoding_device = None
+
+    @contextmanager
+    def _encoding(self, encoders: Sequence[nn.Module]) -> Iterator[None]:
+        """The text encoders on the device inside; whatever happens there, the pipeline is left as it was found."""
+        before = self.pipeline.encoding_device
+        try:
+            self._move(encoders, self.device)
+            self.pipeline.encoding_device = self.device
+            yield
+        finally:
+            self.pipeline.encoding_device = before
             self._move(encoders, torch.device("cpu"))
 
     def _move(self, encoders: Sequence[nn.Module], device: torch.device) -> None:
@@ -143,36 +161,28 @@ class PromptEncoder:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the embeddings by this pipeline's text encoders lie: those that it lacks make another embedding.
-
-        That is `cache_dir`, or `cache_dir/without_text_encoder_3` where that one is missing. A pipeline without any
-        takes `cache_dir`, unless nothing was encoded there and there is one such folder alone.
+        """Folder of the embeddings: `cache_dir`, or below it, for a pipeline that lacks a text encoder and so embeds
+        otherwise, `cache_dir/without_text_encoder_3`. A pipeline without any text encoder reads the one that was
+        written: `cache_dir`, unless it is empty but for a single such folder.
         """
-        encoders = {n: m for n, m in self.pipeline.components.items() if n.startswith("text_encoder")}
-        missing = [name for name, module in encoders.items() if module is None]
+        missing = self.pipeline.missing_text_encoders()
         if not missing:
             return self.cache_dir
-        if len(missing) < len(encoders):
+        if self.pipeline.text_encoders():
             return self.cache_dir / f"without_{'_and_'.join(missing)}"
         partial = list(self.cache_dir.glob("without_*"))
         return partial[0] if len(partial) == 1 and not any(self.cache_dir.glob("*.safetensors")) else self.cache_dir
 
     def _file(self, prompt: str) -> Path:
-        """Named by all that the embedding depends on: the base model, the arguments, the dtype, the prompt."""
-        base = [self.pipeline.stock_class().__name__, str(self.pipeline.config.get("_name_or_path"))]
-        base += _revision(self.pipeline)
-        key = json.dumps([*base, str(self.pipeline.model_dtype), self.arguments, prompt], sort_keys=True)
+        """The file's name is a digest of all that the embedding depends on: base, dtype, arguments, prompt."""
+        base = base_identity(self.pipeline)
+        known = [base.pipeline_class, base.source, *([base.commit] if base.commit else []), f"torch.{base.dtype}"]
+        key = json.dumps([*known, self.arguments, prompt], sort_keys=True)
         return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 
 
-def _revision(pipeline: TAFSPipelineMixin) -> list[str]:
-    """The base's commit where the Hub's cache tells it, by the VAE, which no pipeline lacks; else nothing."""
-    found = re.search(r"snapshots[/\\]([0-9a-f]{40})", str(pipeline.vae.config.get("_name_or_path")))
-    return [found[1]] if found else []
-
-
 def _weight(conditioning: Conditioning) -> int:
-    """Bytes of its tensors."""
+    """Return the bytes of its tensors."""
     halves = (half for half in (conditioning.positive, conditioning.negative) if half is not None)
     values = [getattr(half, field.name) for half in halves for field in dataclasses.fields(half)]
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
@@ -189,10 +199,7 @@ def _save(conditioning: Conditioning, path: Path) -> None:
         for field in dataclasses.fields(half)
         if isinstance(value := getattr(half, field.name), Tensor)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{uuid.uuid4().hex}.part")  # others may write it, too, on other machines
-    save_file(tensors, beside)
-    os.replace(beside, path)
+    write_whole(path, lambda beside: save_file(tensors, beside))  # others may write it, too, on other machines
 
 
 def _load(path: Path, guidance_scale: float) -> Conditioning:

@@ -44,6 +44,9 @@ class ClipScore(ModelReward):
         options: see `ModelReward`.
     """
 
+    title = "CLIP"
+    evaluation_options = {"scale": 100.0}  # as the papers' tables have it
+
     def __init__(
         self, model_name: str = "ViT-L-14", pretrained: str | None = "openai", scale: float = 1.0, **options: Any
     ) -> None:

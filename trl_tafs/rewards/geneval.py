@@ -70,6 +70,9 @@ class GenEval(ModelReward):
         options: see `ModelReward`.
     """
 
+    title = "GenEval"
+    evaluation_options = {"graded": False}  # the benchmark's own score
+
     def __init__(
         self,
         graded: bool = True,

@@ -28,12 +28,15 @@ class HPSv2(ModelReward):
         options: see `ModelReward`.
     """
 
+    title = "HPSv2.1"  # of the version
+
     def __init__(
         self, version: str = "v2.1", checkpoint: str = HPS_V2, model_name: str = "ViT-H-14", **options: Any
     ) -> None:
         if version not in CHECKPOINTS:
             raise ValueError(f"hps_v2's version is {version!r}; use one of {', '.join(CHECKPOINTS)}")
         super().__init__(**options)
+        self.title = f"HPS{version}"
         import open_clip
 
         model = load_open_clip(model_name, None)

@@ -78,6 +78,8 @@ class ImageReward(ModelReward):
         options: see `ModelReward`.
     """
 
+    title = "ImageReward"
+
     def __init__(
         self,
         checkpoint: str = IMAGE_REWARD,

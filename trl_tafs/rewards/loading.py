@@ -57,6 +57,11 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFu
     return made(**options)
 
 
+def evaluation_options(name: str) -> dict[str, Any]:
+    """Return the options with which a reward is evaluated unless others are given: what its class says, or none."""
+    return {} if name.startswith(WEB) else dict(getattr(_find(name), "evaluation_options", {}))
+
+
 def _find(name: str) -> Any:
     path = REWARDS.get(name, name)
     module_name, colon, attribute = path.rpartition(":" if ":" in path else ".")
@@ -101,7 +106,8 @@ def _options_of(made: type) -> set[str] | None:
     return None
 
 
-def _split(item: str) -> tuple[str, str]:
+def split_weight(item: str) -> tuple[str, str]:
+    """Return NAME and WEIGHT of NAME=WEIGHT; "" for no weight."""
     if item.startswith(WEB) and "@" in item.rpartition("=")[2]:  # the equals sign is one of a password
         return item, ""
     name, equals, weight = item.rpartition("=")
@@ -109,8 +115,8 @@ def _split(item: str) -> tuple[str, str]:
 
 
 def reward_label(item: str) -> str:
-    """What a reward of the command line, NAME or NAME=WEIGHT, is called in logs and options."""
-    name = _split(item)[0]
+    """Return what a reward of the command line, NAME or NAME=WEIGHT, is called in logs and options."""
+    name = split_weight(item)[0]
     if name.startswith(WEB):
         return parse_address(name.partition(",")[0]).label  # of a user's name and password nothing is shown
     return name.rpartition(":" if ":" in name else ".")[2]
@@ -127,7 +133,7 @@ def parse_rewards(
     """
     chosen = {}
     for item in [specifications] if isinstance(specifications, str) else specifications:
-        name, weight = _split(item)
+        name, weight = split_weight(item)
         shown = without_userinfo(item)
         try:
             value = float(weight) if weight else 1.0

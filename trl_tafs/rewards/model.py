@@ -1,4 +1,4 @@
-"""What rewards that are networks share: device, dtype, batches, the CPU between uses, rows that they don't judge."""
+"""What rewards that are networks share: device, dtype, batches, the CPU between uses, prompts that don't apply."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
 def process_device() -> str:
-    """This process's CUDA device where there is one (before Accelerate has set it), else the CPU."""
+    """Return this process's CUDA device where there is one (before Accelerate has set it), else the CPU."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A dtype, or its name as the command line gives it."""
+    """Return a dtype, given itself or its name as on the command line."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; use float32, bfloat16 or float16")
@@ -28,10 +28,12 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 class ModelReward(ABC):
-    """A reward whose verdict is a network's.
+    """A reward whose score is a network's.
 
-    A subclass makes its modules, hands them to `adopt`, and implements `score`; where it judges only some prompts,
-    `applies`. It can be called from several threads: while `offload` moves the weights, one at a time.
+    A subclass makes its modules, hands them to `adopt`, and implements `score`, and `applies` if it scores only some
+    prompts. It may say a `title`, its column in an evaluation's tables, and `evaluation_options`, with which
+    `trl-tafs evaluate` makes it unless told otherwise. It can be called from several threads: while `offload` moves the
+    weights, one at a time.
 
     Args:
         device: by default this process's CUDA device where there is one, else the CPU.
@@ -39,6 +41,9 @@ class ModelReward(ABC):
         batch_size: images at once.
         offload: keep the weights on the CPU between calls.
     """
+
+    title: str | None = None
+    evaluation_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -55,7 +60,7 @@ class ModelReward(ABC):
         self._lock = threading.Lock()
 
     def adopt(self, module: nn.Module) -> nn.Module:
-        """The module frozen, in eval mode, in the reward's dtype and where it is kept."""
+        """Freeze a module, and move it to where it is kept, in eval mode and the reward's dtype."""
         module = module.eval().requires_grad_(False)
         self.modules.append(module.to("cpu" if self.offload else self.device, self.dtype))
         return module
@@ -76,16 +81,16 @@ class ModelReward(ABC):
                     module.to("cpu")
 
     def applies(self, prompt: str, metadata: Mapping[str, Any]) -> bool:
-        """Whether this reward has a verdict on images of this prompt."""
+        """Return whether this reward scores images of this prompt."""
         return True
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,) of images (B, 3, H, W) float32 in [0, 1] on the device."""
+        """Return the scores (B,) of images (B, 3, H, W), float32 in [0, 1] on the device."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,) float32 on the CPU; NaN where the reward doesn't apply to the prompt."""
+        """Return the scores (B,), float32 on the CPU; NaN where the reward doesn't apply to the prompt."""
         rows = [i for i, (prompt, row) in enumerate(zip(prompts, metadata, strict=True)) if self.applies(prompt, row)]
         scores = torch.full((len(prompts),), torch.nan)
         if not rows:
@@ -100,7 +105,7 @@ class ModelReward(ABC):
 
 
 def hub_file(source: str, filename: str) -> str:
-    """The path of a file: `source` itself, within the folder `source`, or from the Hub's repository of that name."""
+    """Return the path of a file: `source` itself, in the folder `source`, or from the Hub's repository of that name."""
     path = Path(source)
     if path.is_file():
         return str(path)
@@ -114,7 +119,7 @@ def hub_file(source: str, filename: str) -> str:
 
 
 def load_open_clip(model_name: str, pretrained: str | None, device: torch.device | str = "cpu") -> nn.Module:
-    """open_clip's model with its weights (a tag or a local file; None: random), quick GELU where they need it."""
+    """Return open_clip's model with its weights (a tag or a file; None: random), quick GELU where they need it."""
     import open_clip
 
     tag = (open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained else None) or {}

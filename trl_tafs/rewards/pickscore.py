@@ -25,6 +25,8 @@ class PickScore(ModelReward):
         options: see `ModelReward`.
     """
 
+    title = "PickScore"
+
     def __init__(
         self, model: str = PICKSCORE, tokenizer: str | None = None, logit_scale: bool = True, **options: Any
     ) -> None:

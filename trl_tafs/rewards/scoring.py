@@ -6,6 +6,7 @@ import copy
 import reprlib
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,10 @@ class RewardSet:
         named = _named(rewards)
         self.names = tuple(named)
         self.functions = tuple(function for function, _ in named.values())
+        titles = {name: getattr(function, "title", None) for name, (function, _) in named.items()}
+        shared = Counter(titles.values())
+        # Names of tables' columns, of the rewards that have one, and no two the same.
+        self.titles = {name: title for name, title in titles.items() if title is not None and shared[title] == 1}
         if weights is not None and len(weights) != len(named):
             raise ValueError(
                 f"{len(weights)} reward_weights for {len(named)} rewards ({', '.join(named)}); give one each"

@@ -55,6 +55,7 @@ class UnifiedReward:
     """
 
     __name__ = "unified_reward"
+    title = "UnifiedReward"
 
     def __init__(
         self,

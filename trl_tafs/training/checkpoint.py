@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from trl_tafs.output.files import is_disk_fault
+from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.policy.policy import Policy
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training import checkpoint_files as files
@@ -111,11 +111,7 @@ class Checkpoints:
         if not self.accelerator.is_main_process:
             return
         folder = Path(self.config.project_dir) / "best"
-        try:
+        with tolerating_disk_faults(f"the best adapter, {folder},"):
             with self.policy.averaged():
                 self.policy.save(folder)
-            (folder / "best.json").write_text(json.dumps({"epoch": epoch, "metric": name, "value": value}))
-        except Exception as error:  # the disk's fault costs the copy and a warning; any other is raised
-            if not is_disk_fault(error):
-                raise
-            warnings.warn(f"the best adapter could not be written to {folder} ({error})", stacklevel=2)
+            write_whole(folder / "best.json", json.dumps({"epoch": epoch, "metric": name, "value": value}))

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from trl_tafs.output.files import is_disk_fault
+from trl_tafs.output.files import is_disk_fault, replace_folder, write_whole
 from trl_tafs.processes import any_process
 
 MANIFEST = "manifest.json"
@@ -93,9 +93,7 @@ def write_checkpoint(
             shutil.rmtree(beside, ignore_errors=True)
         return None
     if accelerator.is_main_process:
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(beside, final)
+        replace_folder(beside, final)
         for old in checkpoints(folder)[: -limit if limit else None]:
             if limit:
                 shutil.rmtree(old, ignore_errors=True)
@@ -143,10 +141,7 @@ def _move_aside(folder: Path, names: list[Path]) -> Path | None:
 
 def _write_manifest(folder: Path) -> None:
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    with open(folder / MANIFEST, "w") as file:
-        json.dump(sizes, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(folder / MANIFEST, json.dumps(sizes, indent=1))
 
 
 def find_checkpoint(resume_from: str, folder: str | os.PathLike) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.options import CreditOptions, LossOptions, MethodOptions, ObjectiveOptions, SamplingOptions
 from trl_tafs.options import Options, RunOptions, check_at_least, check_at_least_1_or_none, option
 from trl_tafs.pipelines.options import PipelineOptions
@@ -105,7 +106,7 @@ class TrainingOptions(
 
     def check(self) -> None:
         """Raise ValueError for what can't work together."""
-        if (self.sample_guidance_scale > 1) != self.train_cfg:
+        if is_guided(self.sample_guidance_scale) != self.train_cfg:
             raise ValueError(
                 f"sample_guidance_scale={self.sample_guidance_scale} with train_cfg={self.train_cfg}: rollout and "
                 "training must use the same guidance, or the ratio isn't 1 on policy; use sample_guidance_scale=1 "

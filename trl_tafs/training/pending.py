@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trl_tafs.output.files import write_whole
 from trl_tafs.training.experience import ScoredBatch
 
 
@@ -30,11 +31,8 @@ class PendingRollouts:
         """Keep an epoch's draws, each with its key; return a sentence that says where, or why not."""
         path = self.path(epoch)
         payload = [{"key": key, "batches": [batch.payload() for batch in batches]} for key, batches in draws]
-        beside = path.with_suffix(".part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(payload, beside)
-            os.replace(beside, path)
+            write_whole(path, lambda beside: torch.save(payload, beside))
         except Exception as error:  # the error of the reward matters more, and the other processes wait
             return f"The epoch's rollouts could not be kept ({error}); resume_from='latest' draws them again"
         number = len(payload[-1]["batches"])

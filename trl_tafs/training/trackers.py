@@ -16,6 +16,7 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
+from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.output.pictures import as_images, save_png
 from trl_tafs.training.options import TrainingOptions
 
@@ -79,15 +80,14 @@ class LocalTracker(GeneralTracker):
         if self.tracker.exists():
             lines = self.tracker.read_text().splitlines()
             kept = [line for line in lines if _position(line) < epoch]
-            self._write(self.tracker, "".join(line + "\n" for line in kept), "w")
+            with tolerating_disk_faults(self.tracker):
+                write_whole(self.tracker, "".join(line + "\n" for line in kept))
 
     def _write(self, path: Path, text: str, mode: str) -> None:
-        try:
+        with tolerating_disk_faults(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open(mode) as file:
                 file.write(text)
-        except OSError as error:
-            warnings.warn(f"{path} could not be written ({error}); the run goes on without it", stacklevel=3)
 
 
 def _position(line: str) -> float:

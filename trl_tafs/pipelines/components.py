@@ -1,0 +1,24 @@
+"""A pipeline's components: which one is trained and in which dtype it computes, and which ones encode prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """Return the name of the component that is trained: a TAFS pipeline says it, plain diffusers' is `transformer`."""
+    return getattr(pipeline, "denoiser_name", "transformer")
+
+
+def is_text_encoder(name: str) -> bool:
+    """Return whether a component of that name is a text encoder: `text_encoder`, `text_encoder_2`, ..."""
+    return name.startswith("text_encoder")
+
+
+def base_dtype(denoiser: nn.Module) -> torch.dtype:
+    """Return the dtype in which a denoiser computes: that of its base weights, whatever the LoRA's."""
+    names = ((name, p) for name, p in denoiser.named_parameters() if "lora_" not in name)
+    return next(p.dtype for _, p in names if p.dtype.is_floating_point)
