@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trl_tafs.method.advantages import Advantages, AdvantageTable, PerPromptStatTracker
@@ -18,7 +17,6 @@ from trl_tafs.method.losses import clip_range_for
 from trl_tafs.method.objectives import Objective
 from trl_tafs.method.rollout import default_scored_steps
 from trl_tafs.method.types import PromptBatch, RewardTable
-from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 
@@ -60,11 +58,17 @@ class Algorithm:
 
 
 def build_algorithm(
-    config: TrainingOptions, plan: EpochPlan, pipeline: TAFSPipelineMixin, height: int, width: int, device: torch.device
+    config: TrainingOptions, plan: EpochPlan, levels: Tensor, latent_shape: tuple[int, ...]
 ) -> Algorithm:
-    """The algorithm that `config` asks for, at one image size."""
+    """Make the algorithm that `config` asks for.
+
+    Args:
+        config: what is chosen.
+        plan: the sizes of groups.
+        levels: (N + 1,) of the sampler, on the training device.
+        latent_shape: of one image.
+    """
     kernel = config.kernel_class.from_options(config)
-    latent_shape = pipeline.latent_shape(height, width)
     buffer, least = config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
     tracker = PerPromptStatTracker(buffer, least) if config.per_prompt_stat_tracking else None
     prompt_tracker = build_prompt_tracker(config)
@@ -72,7 +76,7 @@ def build_algorithm(
     return Algorithm(
         kernel=kernel,
         window=build_window(config),
-        levels=pipeline.rollout_levels(config.sample_num_steps, height, width).to(device),
+        levels=levels,
         latent_shape=latent_shape,
         groups=build_groups(config, plan, prompt_tracker),
         prompt_tracker=prompt_tracker,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.evaluation.held_out import Evaluator
 from trl_tafs.hub.publisher import Publisher
 from trl_tafs.method.losses import clipped_surrogate
-from trl_tafs.method.rollout import Velocity
 from trl_tafs.method.types import Conditioning, LossOutput
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.policy.base import image_size
 from trl_tafs.policy.policy import Policy
 from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
@@ -72,10 +71,11 @@ class TAFSGRPOTrainer:
         eval_reward_function: Any | None = None,
     ) -> None:
         self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
-        self.height, self.width = _image_size(sd_pipeline, config)
+        self.height, self.width = image_size(sd_pipeline, config)
         self.prompts = PromptSource(prompt_function, config.seed)
-        self.rewards = self._reward_set(reward_function, config.reward_weights)
-        self.evaluator = self._make_evaluator(eval_prompts, eval_reward_function)
+        self.rewards = RewardSet.of(config, reward_function, config.reward_weights)
+        judges = self.rewards if eval_reward_function is None else RewardSet.of(config, eval_reward_function)
+        self.evaluator = Evaluator.of(config, eval_prompts, judges)
         self.accelerator, self.local_tracker = make_accelerator(config)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
         set_seed(config.seed, device_specific=True)
@@ -83,9 +83,9 @@ class TAFSGRPOTrainer:
             torch.backends.cuda.matmul.allow_tf32 = True
         updates = config.num_epochs * config.train_num_inner_epochs * self.plan.updates_per_inner_epoch
         self.policy = Policy(sd_pipeline, config, self.accelerator, updates, peft_config)
-        self.algorithm = build_algorithm(
-            config, self.plan, sd_pipeline, self.height, self.width, self.accelerator.device
-        )
+        levels = sd_pipeline.rollout_levels(config.sample_num_steps, self.height, self.width)
+        latent_shape = sd_pipeline.latent_shape(self.height, self.width)
+        self.algorithm = build_algorithm(config, self.plan, levels.to(self.accelerator.device), latent_shape)
         self.encode = PromptEncoder.of(sd_pipeline, config, self.policy.devices)
         self.settings = resolved_settings(config, self.plan, self.algorithm, self.height, self.width)
         self.progress, self.stopwatch = Progress(), Stopwatch()
@@ -94,19 +94,6 @@ class TAFSGRPOTrainer:
         self.checkpoints.begin()
 
     # Making the parts -----------------------------------------------------------------------------------------
-
-    def _reward_set(self, rewards: Any, weights: Sequence[float] | None = None) -> RewardSet:
-        retries, delay = self.config.reward_max_retries, self.config.reward_retry_delay
-        failure = self.config.reward_on_failure
-        return RewardSet(rewards, weights, max_retries=retries, retry_delay=delay, on_failure=failure)
-
-    def _make_evaluator(self, prompts: Any, rewards: Any) -> Evaluator | None:
-        if prompts is None:
-            if self.config.eval_freq:
-                raise ValueError(f"eval_freq is {self.config.eval_freq}, and there are no eval_prompts to evaluate on")
-            return None
-        judges = self.rewards if rewards is None else self._reward_set(rewards)
-        return Evaluator(prompts, judges, self.config.eval_images_per_prompt)
 
     def _make_stages(self) -> None:
         """Make what acts in an epoch: collection, update, logs, pictures, checkpoints, publication."""
@@ -138,9 +125,11 @@ class TAFSGRPOTrainer:
             self.local_tracker,
             self.stopwatch,
         )
-        levels, size = algorithm.levels[:-1].tolist(), (self.height, self.width)
+        self.drawer = Drawer.of(config, policy, self.encode)
+        spec = self.draw_spec("annealed" if config.anneals else "ode", config.sample_num_steps)
+        levels, prompts = algorithm.levels[:-1].tolist(), self._card_prompts
         self.publisher = Publisher(
-            policy, config, self.settings, levels, self.rewards, self.progress, self._card_prompts, size, self._drawn
+            policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec
         )
 
     def _card_prompts(self) -> list[str]:
@@ -200,15 +189,7 @@ class TAFSGRPOTrainer:
 
         Rewards are the weighted sum of all reward functions, (B,).
         """
-
-        def score(pair: tuple) -> tuple[Tensor, Any]:
-            scores = self.rewards(*pair[:3])
-            return (scores.values * self.rewards.weights).sum(1), scores.metadata
-
-        if is_async:
-            with ThreadPoolExecutor(self.config.max_workers) as executor:
-                return list(executor.map(score, prompt_image_pairs))
-        return [score(pair) for pair in prompt_image_pairs]
+        return self.rewards.combined(prompt_image_pairs, self.config.max_workers if is_async else 1)
 
     def compute_loss(self, items: Any, conditioning: Conditioning) -> LossOutput:
         """Return the objective's loss on one micro-batch."""
@@ -233,37 +214,17 @@ class TAFSGRPOTrainer:
         config, progress = self.config, self.progress
         with self.checkpoints.saved_on_failure(), self.stopwatch("evaluate"), self.policy.averaged(), torch.no_grad():
             specs = [self.draw_spec(name, steps) for name in config.eval_samplers for steps in config.eval_num_steps]
-            results = self.evaluator(self.drawer(self.policy.velocity), specs, self.accelerator)
+            results = self.evaluator(self.drawer, specs, self.accelerator)
         self.accelerator.log(results | {"epoch": epoch}, step=progress.global_step)
         metric = config.metric_for_best_model
         if progress.add_evaluation(epoch, results, metric, config.greater_is_better):
             self.checkpoints.save_best(epoch, metric, results[metric])
         return progress.out_of_patience(config.early_stopping_patience)
 
-    def drawer(self, velocity: Velocity) -> Drawer:
-        """Return what draws images for evaluation and card, by this velocity."""
-        config = self.config
-        return Drawer(
-            self.sd_pipeline,
-            self.encode,
-            velocity,
-            config.eval_batch_size or config.sample_batch_size,
-            config.seed,
-            self.accelerator.device,
-            self.policy.storage_dtype,
-            config.decode_size,
-            self.policy.devices.decoding,
-        )
-
     def draw_spec(self, sampler: str, num_steps: int) -> DrawSpec:
         """Return a way of drawing at the size and guidance of training."""
         guidance, embedded = self.config.sample_guidance_scale, self.config.sample_embedded_guidance_scale
         return DrawSpec(sampler, num_steps, self.height, self.width, guidance, embedded)
-
-    def _drawn(self, velocity: Velocity, prompts: Sequence[str]) -> Tensor:
-        """Draw an image of each prompt, (B, 3, H, W), by the sampler that was trained."""
-        spec = self.draw_spec("annealed" if self.config.anneals else "ode", self.config.sample_num_steps)
-        return self.drawer(velocity).images(spec, prompts, range(len(prompts)))
 
     def _preflight(self) -> None:
         """Try one prompt, one call of each reward and the right to push, before anything is spent."""
@@ -326,24 +287,3 @@ class TAFSGRPOTrainer:
         if self.config.push_to_hub:
             self.push_to_hub()
         self.accelerator.wait_for_everyone()
-
-
-def _image_size(pipeline: TAFSPipelineMixin, config: TAFSGRPOConfig) -> tuple[int, int]:
-    """Return height and width, and check all that the pipeline must be able to do.
-
-    Raises:
-        TypeError: it is no TAFS pipeline.
-        ValueError: it can't draw in that size, with that guidance, or prompts of that length.
-    """
-    if not isinstance(pipeline, TAFSPipelineMixin):
-        raise TypeError(
-            f"sd_pipeline is a {type(pipeline).__name__}, without rollout hooks; load it as a TAFS pipeline, "
-            "such as TAFSStableDiffusion3Pipeline.from_pretrained(...)"
-        )
-    default_height, default_width = pipeline.default_size()
-    height, width = config.height or default_height, config.width or default_width
-    pipeline.check_size(height, width)
-    pipeline.check_guidance(config.sample_guidance_scale)
-    pipeline.check_sequence_length(config.max_sequence_length)
-    pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
-    return height, width

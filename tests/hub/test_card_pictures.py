@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -15,7 +16,9 @@ def test_the_card_s_pictures_are_the_base_s_and_the_policy_s(pipeline, tmp_path)
     trainer.train()
     prompts = trainer.publisher.card_prompts()
     base, policy_ = (
-        trainer.drawer(velocity).images(trainer.draw_spec("annealed", 4), prompts, range(len(prompts)))
+        replace(trainer.drawer, velocity=velocity).images(
+            trainer.draw_spec("annealed", 4), prompts, range(len(prompts))
+        )
         for velocity in (trainer.policy.reference, trainer.policy.velocity)
     )
     for name, images in (("before", base), ("after", policy_)):
@@ -35,6 +38,8 @@ def test_what_is_published_is_sampled_as_it_was_trained(pipeline, tmp_path, kern
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert ("scheduler anneals" in text, "solves the ODE" in text) == (anneals, not anneals)
     prompts, sampler = trainer.publisher.card_prompts(), "annealed" if anneals else "ode"
-    drawn = trainer.drawer(pipeline.velocity).images(trainer.draw_spec(sampler, 4), prompts, range(len(prompts)))
+    drawn = replace(trainer.drawer, velocity=pipeline.velocity).images(
+        trainer.draw_spec(sampler, 4), prompts, range(len(prompts))
+    )
     shown = Image.open(tmp_path / "adapter" / "images" / "after_0.png").tobytes()
     assert shown == tensor_to_image(drawn[0]).tobytes(), "the card's pictures, too"

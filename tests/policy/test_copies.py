@@ -39,7 +39,7 @@ def test_the_average_is_what_is_evaluated_saved_and_kept_as_best(pipeline, tmp_p
     live = lora(trainer)
     with trainer.policy.averaged():
         average = lora(trainer)
-        images = trainer.drawer(trainer.policy.velocity).images(trainer.draw_spec("ode", 2), ["three"], [0])
+        images = trainer.drawer.images(trainer.draw_spec("ode", 2), ["three"], [0])
     assert any(not torch.equal(average[k], live[k]) for k in live)
     assert any(average[k].abs().sum() > 0 for k in live if "lora_B" in k), "it follows the policy"
     assert torch.equal(seen[-1], images)

@@ -1,5 +1,6 @@
 """The whole denoiser is trained, saved, resumed and loaded in plain diffusers, as a LoRA is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def weights(trainer):
 
 
 def drawn(trainer, velocity=None):
-    return trainer.drawer(velocity or trainer.policy.velocity).images(trainer.draw_spec("annealed", 4), ["two"], [0])
+    drawer = replace(trainer.drawer, velocity=velocity or trainer.policy.velocity)
+    return drawer.images(trainer.draw_spec("annealed", 4), ["two"], [0])
 
 
 @pytest.fixture

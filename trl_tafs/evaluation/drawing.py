@@ -16,6 +16,7 @@ from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import Velocity, sample_steps
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.policy.policy import Policy
 from trl_tafs.rewards.scoring import RewardSet
 
 SAMPLERS: dict[str, Kernel] = {"annealed": Annealed(), "ode": Ode()}
@@ -79,6 +80,21 @@ class Drawer:
     storage_dtype: torch.dtype  # of states between steps
     decode_batch_size: int | None = None  # images that the VAE decodes at once; None: batch_size
     decoding: Callable[[], AbstractContextManager] = nullcontext  # inside, the VAE is where it decodes
+
+    @classmethod
+    def of(cls, config: Any, policy: Policy, encode: Encode) -> Drawer:
+        """Make what draws by a policy in training, as its configuration asks."""
+        return cls(
+            policy.pipeline,
+            encode,
+            policy.velocity,
+            config.eval_batch_size or config.sample_batch_size,
+            config.seed,
+            policy.accelerator.device,
+            policy.storage_dtype,
+            config.decode_size,
+            policy.devices.decoding,
+        )
 
     def images(self, spec: DrawSpec, prompts: Sequence[str], sample_ids: Sequence[int]) -> Tensor:
         """Return an image of each prompt, (B, 3, H, W) on the CPU, drawn from the noise of its sample number."""

@@ -32,6 +32,19 @@ class Evaluator:
         self.items = [pair for pair in pairs for _ in range(images_per_prompt)]
         self.rewards = rewards
 
+    @classmethod
+    def of(cls, config: Any, prompts: Any | None, rewards: RewardSet) -> Evaluator | None:
+        """Make the evaluator that a training configuration asks for; None without prompts.
+
+        Raises:
+            ValueError: `eval_freq` asks for evaluations, and there are no prompts.
+        """
+        if prompts is not None:
+            return cls(prompts, rewards, config.eval_images_per_prompt)
+        if config.eval_freq:
+            raise ValueError(f"eval_freq is {config.eval_freq}, and there are no eval_prompts to evaluate on")
+        return None
+
     def __call__(self, drawer: Drawer, specs: Sequence[DrawSpec], accelerator: Any) -> dict[str, float]:
         """Return `eval/<sampler>_<steps>/<reward>` of each way of drawing: the mean over all images with a score.
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.hub.card import write_model_card
 from trl_tafs.hub.facts import CardFacts, base_model_facts
 from trl_tafs.hub.push import prepare_repo, push_folder
 from trl_tafs.method.levels import uniform_levels
-from trl_tafs.method.rollout import Velocity
 from trl_tafs.output.pictures import save_png, tensor_to_image
 from trl_tafs.policy.policy import Policy
 from trl_tafs.rewards.scoring import RewardSet
@@ -36,8 +35,8 @@ class Publisher:
     rewards: RewardSet
     progress: Progress
     prompts: Callable[[], Sequence[str]]  # some of which are shown on the card
-    size: tuple[int, int]  # height and width, pixels
-    draw: Callable[[Velocity, Sequence[str]], Tensor]  # an image a prompt, (B, 3, H, W), by the trained sampler
+    drawer: Drawer
+    spec: DrawSpec  # how its pictures are drawn
 
     def card_prompts(self) -> list[str]:
         """Return the few prompts that the card shows."""
@@ -99,7 +98,7 @@ class Publisher:
         """Draw `images/before_<i>.png` and `after_<i>.png`: the same prompts and noise by the base and the policy."""
         pipeline, prompts = self.policy.pipeline, self.card_prompts()
         for name, velocity in (("before", self.policy.reference), ("after", pipeline.velocity)):
-            images = self.draw(velocity, prompts)
+            images = replace(self.drawer, velocity=velocity).images(self.spec, prompts, range(len(prompts)))
             for i, image in enumerate(images):
                 save_png(tensor_to_image(image), folder / "images" / f"{name}_{i}.png")
 
@@ -116,8 +115,8 @@ class Publisher:
             num_steps=config.sample_num_steps,
             levels_unshifted=uniform_levels(config.sample_num_steps).tolist(),
             levels=list(self.levels),
-            height=self.size[0],
-            width=self.size[1],
+            height=self.spec.height,
+            width=self.spec.width,
             guidance_scale=config.sample_guidance_scale,
             call=pipeline.call_arguments(
                 config.sample_num_steps,

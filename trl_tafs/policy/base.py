@@ -16,6 +16,27 @@ from trl_tafs.policy.options import PolicyOptions
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> tuple[int, int]:
+    """Return height and width, and check all that the pipeline must be able to do.
+
+    Raises:
+        TypeError: it is no TAFS pipeline.
+        ValueError: it can't draw in that size, with that guidance, or prompts of that length.
+    """
+    if not isinstance(pipeline, TAFSPipelineMixin):
+        raise TypeError(
+            f"sd_pipeline is a {type(pipeline).__name__}, without rollout hooks; load it as a TAFS pipeline, "
+            "such as TAFSStableDiffusion3Pipeline.from_pretrained(...)"
+        )
+    default_height, default_width = pipeline.default_size()
+    height, width = config.height or default_height, config.width or default_width
+    pipeline.check_size(height, width)
+    pipeline.check_guidance(config.sample_guidance_scale)
+    pipeline.check_sequence_length(config.max_sequence_length)
+    pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
+    return height, width
+
+
 def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: torch.device) -> DeviceSharing:
     """Freeze the base, put it on the device, cast it to the dtype of `mixed_precision`, and say how models share it.
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.options import SamplingOptions
-from trl_tafs.options import Options, RunOptions, check_at_least, check_positive, option
+from trl_tafs.options import Options, RunOptions, check_at_least, check_choice, check_positive, option
 from trl_tafs.pipelines.options import PipelineOptions
+
+# Those of diffusers' get_scheduler that need a number of steps and no more, and are a factor on the rate.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
 @dataclass
@@ -17,7 +20,9 @@ class OptimizerOptions(Options):
     title: ClassVar[str] = "Optimizer"
 
     train_learning_rate: float = option(3e-4, "AdamW's (paper: 3e-4).")
-    train_lr_scheduler_type: str = option("constant", "Any name of diffusers' or transformers' get_scheduler.")
+    train_lr_scheduler_type: str = option(
+        "constant", f"The learning rate's course over the run: {', '.join(LR_SCHEDULERS)} (diffusers' get_scheduler)."
+    )
     train_lr_warmup_steps: int = option(0, "Optimizer steps of warm-up.")
     train_adam_beta1: float = option(0.9, "AdamW's beta1.")
     train_adam_beta2: float = option(0.999, "AdamW's beta2.")
@@ -28,6 +33,7 @@ class OptimizerOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
+        check_choice(self, "train_lr_scheduler_type", LR_SCHEDULERS)
         check_positive(self, "train_learning_rate", "train_max_grad_norm")
 
 

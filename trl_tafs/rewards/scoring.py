@@ -8,11 +8,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from trl_tafs.rewards.options import RewardOptions
 
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
 
@@ -73,6 +76,27 @@ class RewardSet:
         chosen = [weight for _, weight in named.values()] if weights is None else list(weights)
         self.weights = torch.tensor(chosen, dtype=torch.float32)
         self.max_retries, self.retry_delay, self.on_failure = max_retries, retry_delay, on_failure
+
+    @classmethod
+    def of(cls, options: RewardOptions, rewards: Any, weights: Sequence[float] | None = None) -> RewardSet:
+        """Make the set of a training run, with its retries."""
+        return cls(
+            rewards,
+            weights,
+            max_retries=options.reward_max_retries,
+            retry_delay=options.reward_retry_delay,
+            on_failure=options.reward_on_failure,
+        )
+
+    def combined(self, batches: Sequence[tuple], workers: int = 1) -> list[tuple[Tensor, Any]]:
+        """Score `(images, prompts, metadata, ...)` batches: the weighted sum of all rewards (B,), and the metadata."""
+
+        def score(batch: tuple) -> tuple[Tensor, Any]:
+            scores = self(*batch[:3])
+            return (scores.values * self.weights).sum(1), scores.metadata
+
+        with ThreadPoolExecutor(workers) as executor:
+            return list(executor.map(score, batches))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
         """Score B images (B, 3, H, W) by every reward.

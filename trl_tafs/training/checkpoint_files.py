@@ -203,13 +203,14 @@ def load_states(folder: Path, states: Mapping[str, Stateful]) -> None:
         CheckpointError: the checkpoint lacks the state of an object, or has one that no object takes.
     """
     saved = {path.stem for path in (folder / STATES).glob("*.pt")}
-    for names, problem in ((states.keys() - saved, "lacks"), (saved - states.keys(), "has")):
-        if names:
-            options = "; ".join(f"{name} ({STATE_OPTIONS[name]})" for name in sorted(names))
-            raise CheckpointError(
-                f"checkpoint {folder} {problem} the state of {options}, and this run is the other way round; resume "
-                "with the checkpoint's own settings"
-            )
+    for name in sorted(states.keys() ^ saved):
+        option = STATE_OPTIONS.get(name, "an option of its own")
+        there = (
+            f"has no state {name!r}, and this run needs one"
+            if name in states
+            else f"has a state {name!r}, and this run takes none"
+        )
+        raise CheckpointError(f"checkpoint {folder} {there} ({option}); resume with the settings that it was made with")
     for name, item in states.items():
         item.load_state_dict(torch.load(folder / STATES / f"{name}.pt", map_location="cpu", weights_only=True))
 
