@@ -161,7 +161,7 @@ def test_any_bytes_are_prompts_or_our_error(data, ending):
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
+@settings(max_examples=5000, deadline=None)
 @given(BYTES, st.sampled_from(list(PARSERS)))
 def test_any_bytes_are_prompts_or_our_error_at_length(data, ending):
     check_any_file(data, ending)

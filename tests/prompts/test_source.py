@@ -246,7 +246,7 @@ def test_any_rows_are_prompts_or_our_error(rows):
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.lists(ANYTHING | st.just("a cat"), max_size=4))
 def test_any_rows_are_prompts_or_our_error_at_length(rows):
     check_any_rows(rows)
