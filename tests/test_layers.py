@@ -1,4 +1,4 @@
-"""Imports run one way: between folders by a table, between files without a circle, of foreign libraries where allowed."""
+"""Imports run one way: folders by a table, files without a circle, heavy libraries where they are used."""
 
 import ast
 import sys
@@ -44,7 +44,17 @@ METHOD["options"] = set(METHOD)
 
 HEAVY = {"diffusers", "transformers", "open_clip", "accelerate", "peft", "trl", "datasets", "huggingface_hub"}
 HEAVY |= {"rapidocr", "onnxruntime", "requests", "starlette", "uvicorn", "openai", "matplotlib", "sklearn"}
-LIGHT = ("config", "algorithm", "presets", "processes", "method", "rewards", "output", "prompts.source", "training.plan")
+LIGHT = (
+    "config",
+    "algorithm",
+    "presets",
+    "processes",
+    "method",
+    "rewards",
+    "output",
+    "prompts.source",
+    "training.plan",
+)
 
 # What breaks a rule today, and why; nothing else may, and what no longer does must go from here.
 KNOWN: dict[str, str] = {
