@@ -237,7 +237,10 @@ def differences(a: dict[str, Any], b: dict[str, Any], removed: tuple[str, ...] =
     """`case/part: names` of what differs; settings in `removed` may be missing from either."""
     found = [f"{case}: only in one" for case in sorted(a.keys() ^ b.keys())]
     for case in [case for case in a if case in b]:
+        found += [f"{case}/{part}: only in one" for part in sorted(a[case].keys() ^ b[case].keys())]
         for part, x in a[case].items():
+            if part not in b[case]:
+                continue
             y = b[case][part]
             if part == "files":
                 x, y = ({name: content(name, data) for name, data in side.items()} for side in (x, y))
@@ -256,8 +259,8 @@ def compare(a: str, b: str, removed: list[str]) -> int:
     """Print whether two records are bit-equal; the exit status."""
     records = [torch.load(path, weights_only=False) for path in (a, b)]  # this script's own
     found = differences(*records, tuple(removed))
-    verdict = [*found, f"DIFFERENT in {len(found)} places"] if found else ["bit-equal"]
-    print("\n".join(verdict), f"({len(records[0])} cases)")
+    lines = [*found, f"DIFFERENT in {len(found)} places"] if found else ["bit-equal"]
+    print("\n".join(lines), f"({len(records[0])} cases)")
     return int(bool(found))
 
 
