@@ -24,15 +24,23 @@ import torch
 CASES: dict[str, dict[str, Any]] = {
     "default": {"objective": "forward"},
     "paper": {"beta": 0.0, "train_level_weighting": "gaussian"},
+    "clean-group-to-go": {"sample_kernel": "clean", "clean_baseline": "group", "step_credit": "reward_to_go"},
     "clean-M": {"sample_kernel": "clean", "num_perturbations": 3},
-    "branches": {"num_perturbations": 4, "antithetic_perturbations": True},
+    "branches": {
+        "num_perturbations": 4,
+        "antithetic_perturbations": True,
+        "train_level_weighting": "balanced",
+        "old_policy_decay": 0.5,
+    },
     "sde-kl-guided": {
         "sample_kernel": "flow_sde",
         "beta": 0.1,
         "sample_guidance_scale": 2.5,
         "train_cfg": True,
         "negative_prompts": "two",
+        "train_log_prob_reduction": "sum",
     },
+    "sde-branches": {"sample_kernel": "flow_sde", "num_perturbations": 2, "sample_eta": 0.7},
     "dance-gain": {"sample_kernel": "dance_sde", "step_credit": "gain"},
     "window": {
         "sample_kernel": "cps",
@@ -46,6 +54,20 @@ CASES: dict[str, dict[str, Any]] = {
         "forward_images": "every",
         "train_gradient_accumulation_steps": 1,
     },
+    "awm-ode-bf16": {
+        "objective": "awm",
+        "sample_kernel": "ode",
+        "forward_levels": "random",
+        "mixed_precision": "bf16",
+    },
+    "forward-every-gain": {
+        "objective": "forward",
+        "forward_images": "every",
+        "step_credit": "gain",
+        "train_timestep_fraction": 0.4,
+        "train_num_inner_epochs": 2,
+        "beta": 0.1,
+    },
     "nft-old": {
         "objective": "forward",
         "sample_kernel": "ode",
@@ -53,7 +75,12 @@ CASES: dict[str, dict[str, Any]] = {
         "old_policy_decay": 0.9,
         "old_policy_ramp": 0.2,
     },
-    "variance": {"group_allocation": "variance", "step_credit": "trace", "credit_trace": 1.0},
+    "variance": {
+        "group_allocation": "variance",
+        "step_credit": "trace",
+        "credit_trace": 1.0,
+        "credit_discount": 0.5,
+    },
     "streaming-async": {
         "group_allocation": "streaming",
         "objective": "forward",
@@ -65,10 +92,16 @@ CASES: dict[str, dict[str, Any]] = {
         "train_use_ema": True,
         "train_num_inner_epochs": 2,
     },
-    "sum-each-normalized": {"step_credit": "sum", "multi_objective_aggregation": "normalize_then_sum"},
+    "sum-each-normalized": {
+        "step_credit": "sum",
+        "num_advantage_steps": 2,
+        "multi_objective_aggregation": "normalize_then_sum",
+        "train_level_weighting": "uniform",
+    },
     "reward-to-go": {"step_credit": "reward_to_go", "num_advantage_steps": 2, "scale_rewards": "batch"},
     "terminal-fraction": {
         "step_credit": "terminal",
+        "train_log_prob_reduction": "mean",
         "train_timestep_fraction": 0.7,
         "share_initial_noise": True,
         "train_lr_scheduler_type": "cosine",
@@ -78,6 +111,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "full": {"full_finetuning": True, "train_learning_rate": 1e-3, "beta": 0.1},
     "offload-bf16": {"model_cpu_offload": True, "mixed_precision": "bf16", "objective": "forward"},
+    "async-encoders-bf16": {
+        "async_reward_computation": True,
+        "offload_text_encoders": True,
+        "mixed_precision": "bf16",
+    },
 }
 # Settings of where a run lies, and the order in which trees before named states registered what a checkpoint holds.
 NOT_COMPARED = ("project_kwargs", "exp_name", "run_name")
@@ -199,7 +237,10 @@ def differences(a: dict[str, Any], b: dict[str, Any], removed: tuple[str, ...] =
     """`case/part: names` of what differs; settings in `removed` may be missing from either."""
     found = [f"{case}: only in one" for case in sorted(a.keys() ^ b.keys())]
     for case in [case for case in a if case in b]:
+        found += [f"{case}/{part}: only in one" for part in sorted(a[case].keys() ^ b[case].keys())]
         for part, x in a[case].items():
+            if part not in b[case]:
+                continue
             y = b[case][part]
             if part == "files":
                 x, y = ({name: content(name, data) for name, data in side.items()} for side in (x, y))
@@ -218,8 +259,8 @@ def compare(a: str, b: str, removed: list[str]) -> int:
     """Print whether two records are bit-equal; the exit status."""
     records = [torch.load(path, weights_only=False) for path in (a, b)]  # this script's own
     found = differences(*records, tuple(removed))
-    verdict = [*found, f"DIFFERENT in {len(found)} places"] if found else ["bit-equal"]
-    print("\n".join(verdict), f"({len(records[0])} cases)")
+    lines = [*found, f"DIFFERENT in {len(found)} places"] if found else ["bit-equal"]
+    print("\n".join(lines), f"({len(records[0])} cases)")
     return int(bool(found))
 
 
