@@ -74,7 +74,7 @@ def normalize_groups(values: Tensor, group_ids: Tensor, scale: str = "group", ce
 
 
 def rows_like(chosen: Tensor, values: Tensor) -> Tensor:
-    """(B,) for what is (B, ...)."""
+    """Reshape a per-image mask (B,) so that it broadcasts against values (B, ...)."""
     return chosen.reshape(-1, *[1] * (values.ndim - 1))
 
 
