@@ -34,14 +34,14 @@ SCORE = re.compile(r"Final Score:\s*\**\s*([1-5](?:\.\d+)?)(?![\d.]*\d)")
 
 
 def parse_score(answer: str | None) -> float | None:
-    """The number in [1, 5] after "Final Score:"; None where there is none."""
+    """Return the number in [1, 5] after "Final Score:"; None where there is none."""
     found = SCORE.search(answer or "")
     value = float(found[1]) if found else None
     return value if value is not None and value <= 5 else None
 
 
 class UnifiedReward:
-    """The judge's score, 1 to 5; no verdict where its answer holds none.
+    """The judge's score, 1 to 5; no score where its answer holds none.
 
     Args:
         base_url: of the endpoint, `http://host:port/v1`; by default from the environment's OPENAI_BASE_URL.
@@ -51,7 +51,7 @@ class UnifiedReward:
         timeout: seconds for one answer, from connecting to its last byte.
         max_retries: of one question, with back-off.
         max_tokens: of an answer.
-        on_failure: what becomes of an image whose question fails: "error", or "mask", no verdict.
+        on_failure: what becomes of an image whose question fails: "error", or "mask", no score.
     """
 
     __name__ = "unified_reward"
@@ -83,7 +83,7 @@ class UnifiedReward:
         self.model = self._served(model)
 
     def _served(self, model: str | None) -> str:
-        """The model's name, after a look at what is served: the endpoint's health check."""
+        """Return the model's name, after asking what is served: the endpoint's health check."""
         try:
             entries = self._call("/models", None).get("data")
         except WebError as error:
@@ -96,7 +96,7 @@ class UnifiedReward:
         return model or names[0]
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,); NaN for no verdict."""
+        """Return the scores (B,); NaN for no score."""
         pictures = to_uint8(images).numpy()
         with ThreadPoolExecutor(self.concurrency) as executor:
             scores = list(executor.map(self._ask, pictures, prompts))
@@ -118,7 +118,7 @@ class UnifiedReward:
             return parse_score(answer_text(self._call("/chat/completions", json.dumps(question).encode())))
         except WebError as error:
             if self.on_failure == "mask":
-                warnings.warn(f"unified_reward: {error}; an image gets no verdict", stacklevel=2)
+                warnings.warn(f"unified_reward: {error}; an image gets no score", stacklevel=2)
                 return None
             raise RewardError(f"unified_reward: {self.address.label} failed: {error}") from error
 
@@ -140,7 +140,7 @@ class UnifiedReward:
 
 
 def answer_text(answer: Mapping[str, Any]) -> str | None:
-    """The text of a chat completion; None where there is none."""
+    """Return the text of a chat completion; None where there is none."""
     try:
         text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
