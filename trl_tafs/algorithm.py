@@ -9,16 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from trl_tafs.method.advantages import Advantages, AdvantageTable, PerPromptStatTracker
-from trl_tafs.method.allocation import FixedGroups, GroupSizes, PromptTracker, StreamingGroups, VarianceGroups
+from trl_tafs.method.allocation import (
+    FixedGroups,
+    GroupBounds,
+    GroupSizes,
+    PromptTracker,
+    StreamingGroups,
+    VarianceGroups,
+)
 from trl_tafs.method.credit import Credit, TerminalCredit
 from trl_tafs.method.kernels import Kernel, Windowed
 from trl_tafs.method.levels import SlidingWindow
 from trl_tafs.method.losses import clip_range_for
 from trl_tafs.method.objectives import Objective
+from trl_tafs.method.options import MethodOptions
 from trl_tafs.method.rollout import default_scored_steps
 from trl_tafs.method.types import PromptBatch, RewardTable
-from trl_tafs.training.options import TrainingOptions
-from trl_tafs.training.plan import EpochPlan
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,13 @@ class Algorithm:
 
 
 def build_algorithm(
-    config: TrainingOptions, plan: EpochPlan, levels: Tensor, latent_shape: tuple[int, ...]
+    config: MethodOptions, sizes: GroupBounds, levels: Tensor, latent_shape: tuple[int, ...]
 ) -> Algorithm:
     """Make the algorithm that `config` asks for.
 
     Args:
         config: what is chosen.
-        plan: the sizes of groups.
+        sizes: of groups, in images.
         levels: (N + 1,) of the sampler, on the training device.
         latent_shape: of one image.
     """
@@ -78,7 +84,7 @@ def build_algorithm(
         window=build_window(config),
         levels=levels,
         latent_shape=latent_shape,
-        groups=build_groups(config, plan, prompt_tracker),
+        groups=build_groups(config, sizes, prompt_tracker),
         prompt_tracker=prompt_tracker,
         advantages=Advantages(
             credit=build_credit(config),
@@ -88,7 +94,7 @@ def build_algorithm(
             drop_mean=kernel.scores_mean,
             clip=config.train_adv_clip_max,
             tracker=tracker,
-            baseline=prompt_tracker.means if prompt_tracker is not None and plan.least_images == 1 else None,
+            baseline=prompt_tracker.means if prompt_tracker is not None and sizes.least == 1 else None,
         ),
         stat_tracker=tracker,
         clip_range=clip_range,
@@ -96,13 +102,13 @@ def build_algorithm(
     )
 
 
-def build_credit(config: TrainingOptions) -> Credit:
+def build_credit(config: MethodOptions) -> Credit:
     """The credit rule; objectives of the final image know one reward only."""
     rule = TerminalCredit() if config.credits_final_image else config.credit_rule
     return Credit(rule, config.num_advantage_steps)
 
 
-def build_window(config: TrainingOptions) -> SlidingWindow | None:
+def build_window(config: MethodOptions) -> SlidingWindow | None:
     """Where the sampler explores, if not everywhere."""
     if config.sample_window_size is None:
         return None
@@ -115,7 +121,7 @@ def build_window(config: TrainingOptions) -> SlidingWindow | None:
     )
 
 
-def build_prompt_tracker(config: TrainingOptions) -> PromptTracker | None:
+def build_prompt_tracker(config: MethodOptions) -> PromptTracker | None:
     """What is known of each prompt, where group sizes follow it; one value a scored step."""
     if config.group_allocation == "fixed":
         return None
@@ -123,9 +129,9 @@ def build_prompt_tracker(config: TrainingOptions) -> PromptTracker | None:
     return PromptTracker(num_values, config.group_memory, config.group_tracker_capacity)
 
 
-def build_groups(config: TrainingOptions, plan: EpochPlan, tracker: PromptTracker | None) -> GroupSizes:
+def build_groups(config: MethodOptions, sizes: GroupBounds, tracker: PromptTracker | None) -> GroupSizes:
     """How an epoch's images are shared among its prompts."""
     if tracker is None:
-        return FixedGroups(plan.group_size)
+        return FixedGroups(sizes.mean)
     allocation = {"variance": VarianceGroups, "streaming": StreamingGroups}[config.group_allocation]
-    return allocation(tracker, plan.group_size, plan.least_images, plan.most_images, config.group_optimism)
+    return allocation(tracker, sizes.mean, sizes.least, sizes.most, config.group_optimism)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from trl_tafs.hub.options import HubOptions
+from trl_tafs.hub.options import PublishingOptions
 from trl_tafs.presets import preset
-from trl_tafs.training.options import TrainingOptions
 
 
 @dataclass
-class TAFSGRPOConfig(HubOptions, TrainingOptions):
+class TAFSGRPOConfig(PublishingOptions):
     """Configuration of [`TAFSGRPOTrainer`]; read from the command line and YAML by `trl.TrlParser`.
 
     Each group of fields is a dataclass beside what it configures, with its own checks; here are the rules between

@@ -85,7 +85,9 @@ class TAFSGRPOTrainer:
         self.policy = Policy(sd_pipeline, config, self.accelerator, updates, peft_config)
         levels = sd_pipeline.rollout_levels(config.sample_num_steps, self.height, self.width)
         latent_shape = sd_pipeline.latent_shape(self.height, self.width)
-        self.algorithm = build_algorithm(config, self.plan, levels.to(self.accelerator.device), latent_shape)
+        self.algorithm = build_algorithm(
+            config, self.plan.group_bounds, levels.to(self.accelerator.device), latent_shape
+        )
         self.encode = PromptEncoder.of(sd_pipeline, config, self.policy.devices)
         self.settings = resolved_settings(config, self.plan, self.algorithm, self.height, self.width)
         self.progress, self.stopwatch = Progress(), Stopwatch()

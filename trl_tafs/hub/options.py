@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.options import Options, option
+from trl_tafs.training.options import TrainingOptions
 
 
 @dataclass
@@ -17,3 +18,8 @@ class HubOptions(Options):
     push_to_hub: bool = option(False, "Push the adapter when training ends.")
     hub_model_id: str | None = option(None, "Repository to push to; None: `run_name` below your user name.")
     hub_private_repo: bool | None = option(None, "Create it as a private one.")
+
+
+@dataclass
+class PublishingOptions(HubOptions, TrainingOptions):
+    """All that the publication of a run is made from."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.hub.card import write_model_card
 from trl_tafs.hub.facts import CardFacts, base_model_facts
+from trl_tafs.hub.options import PublishingOptions
 from trl_tafs.hub.push import prepare_repo, push_folder
 from trl_tafs.method.levels import uniform_levels
 from trl_tafs.output.pictures import save_png, tensor_to_image
@@ -29,7 +29,7 @@ class Publisher:
     """Writes and pushes what was trained, with what a run is known by."""
 
     policy: Policy
-    config: TAFSGRPOConfig
+    config: PublishingOptions
     settings: dict[str, Any]  # resolved, for the card and training_settings.json
     levels: Sequence[float]  # (N,) as the model sees them
     rewards: RewardSet

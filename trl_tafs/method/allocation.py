@@ -157,6 +157,15 @@ def optimistic_deviations(deviation: Tensor, evidence: Tensor, optimism: float) 
     return deviation + optimism * typical / torch.sqrt(1 + evidence)
 
 
+@dataclass(frozen=True)
+class GroupBounds:
+    """How many images a prompt gets in an epoch."""
+
+    mean: int  # G
+    least: int
+    most: int
+
+
 class GroupSizes(Protocol):
     """What the trainer asks of an allocation. An epoch's images are drawn in one wave or two."""
 

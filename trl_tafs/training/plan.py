@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trl_tafs.method.allocation import GroupBounds
 from trl_tafs.training.options import TrainingOptions
 
 PAPER_GROUP_SIZE = 48
@@ -53,6 +54,11 @@ class EpochPlan:
     micro_batches_per_update: int  # forward and backward passes
     least_images: int  # of a prompt
     most_images: int  # of a prompt
+
+    @property
+    def group_bounds(self) -> GroupBounds:
+        """Images of a prompt, on the average, at least and at most."""
+        return GroupBounds(self.group_size, self.least_images, self.most_images)
 
     @property
     def total_images(self) -> int:
