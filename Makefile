@@ -18,7 +18,7 @@ help:
 	@echo "make test-method  those of the mathematics alone (seconds)"
 	@echo "make test-slow    the slow ones"
 	@echo "make gauge BASE=COMMIT  whether this tree computes what that commit does, to the bit (2 minutes)"
-	@echo "make lint         ruff"
+	@echo "make lint         ruff, and mypy: the mathematics strictly, signatures everywhere"
 	@echo "make docs         write docs/configuration.md anew"
 	@echo "make clean        remove .venv and runs"
 
@@ -62,6 +62,7 @@ gauge: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff format .

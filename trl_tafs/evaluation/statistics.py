@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def bootstrap(means: Sequence[float], *, level: float = 0.95, resamples: int = 2
     return Estimate(float(data.mean()), float(low), float(high), len(data))
 
 
-def paired_difference(first: dict[int, float], second: dict[int, float], **options) -> Estimate:
+def paired_difference(first: dict[int, float], second: dict[int, float], **options: Any) -> Estimate:
     """Return `second - first` over the prompts that both have, bootstrapped as pairs: the prompts' part cancels."""
     shared = sorted(first.keys() & second.keys())
     return bootstrap([second[prompt] - first[prompt] for prompt in shared], **options)

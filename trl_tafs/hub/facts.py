@@ -71,7 +71,7 @@ class CardFacts:
     pictures: Sequence[tuple[str, str | None, str]] = ()  # (prompt, before, after), "images/<name>.png"
     versions: Mapping[str, str] = field(default_factory=library_versions)
 
-    def __post_init__(self):  # noqa: D105
+    def __post_init__(self) -> None:
         if not self.num_steps == len(self.levels) == len(self.levels_unshifted):
             raise ValueError(
                 f"{self.num_steps} steps need as many levels (without the final 0); levels has "

@@ -12,7 +12,7 @@ from trl_tafs.output.errors import first_line
 from trl_tafs.policy.adapter_file import SCHEDULER_FILE, WEIGHT_NAME
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+    from huggingface_hub import CommitInfo, HfApi
 
 
 # Everything that is pushed: whatever else lies in the folder (checkpoints, logs) stays on the machine.
@@ -70,7 +70,7 @@ def push_folder(
         return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(PUSHED), **given)
 
 
-def _api(repo_id: str, token: str | None, kept: str = ""):
+def _api(repo_id: str, token: str | None, kept: str = "") -> HfApi:
     from huggingface_hub import HfApi, get_token
 
     token = token or get_token()

@@ -227,7 +227,7 @@ class Advantages:
             values, inner = normalize_then_sum(table, combined.isnan(), group_ids, normalize), lambda done: done
         else:
             values, inner = combined, normalize
-            if alone is not None:
+            if alone is not None and self.baseline is not None:
                 values = torch.where(alone[:, None, None], values - self.baseline(prompts)[..., None], values)
         advantages = self.credit(values, num_trained, inner, levels)
         advantages = advantages[..., :-1] if self.drop_mean else advantages

@@ -178,7 +178,7 @@ def credit_rule(options: Any) -> CreditRule:
     parameters = inspect.signature(entry).parameters.items()
     own = {name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty}
     check_own_options(getattr(entry, "__name__", options.step_credit), "credit_kwargs", options.credit_kwargs, own)
-    return FunctionCredit(entry, options.credit_kwargs)
+    return FunctionCredit(entry, options.credit_kwargs)  # type: ignore[arg-type]  # no class is left
 
 
 @dataclass(frozen=True)

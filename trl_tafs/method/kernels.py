@@ -10,6 +10,7 @@ whatever its options (whether it anneals, whether it has a density, the limits o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ class Kernel(Part, ABC):
     def default_eta(cls) -> float | None:
         """Return the default of the field `eta`; None for a kernel without one."""
         eta = cls._fields().get("eta")
-        return None if eta is None else eta.default
+        return None if eta is None or eta.default is dataclasses.MISSING else float(eta.default)
 
     @classmethod
     def from_options(cls, options: Any) -> Self:
@@ -231,7 +232,7 @@ class Clean(Kernel):
     renoises: ClassVar[bool] = True
     reward_lag: ClassVar[int] = 0
     description: ClassVar[str] = "are noised again between steps, around clean images that are explored"
-    reads: ClassVar[Mapping[str, str]] = Kernel.reads | {"kappa": "sample_kappa", "baseline": "clean_baseline"}
+    reads: ClassVar[Mapping[str, str]] = {**Kernel.reads, "kappa": "sample_kappa", "baseline": "clean_baseline"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

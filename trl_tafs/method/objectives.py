@@ -279,7 +279,9 @@ class ImageObjective(Objective):
         """The loss of T items with their T conditionings; `reference` is needed where `beta` > 0."""
         v = velocity(items.state, items.level, conditioning).float()
         old_v = v.detach() if items.old_velocity is None else items.old_velocity
-        output = self._loss(*(clean_estimate(items.state.float(), item, items.level) for item in (v, old_v)), items)
+        state = items.state.float()
+        estimate, old_estimate = (clean_estimate(state, item, items.level) for item in (v, old_v))
+        output = self._loss(estimate, old_estimate, items)
         if self.beta == 0.0:
             return output
         if reference is None:
@@ -311,7 +313,8 @@ class ForwardObjective(ImageObjective):
     adv_clip: float = 5.0
     default_weighting: ClassVar[str | None] = "adaptive"
     default_beta: ClassVar[float] = 0.2
-    reads: ClassVar[Mapping[str, str]] = ImageObjective.reads | {
+    reads: ClassVar[Mapping[str, str]] = {
+        **ImageObjective.reads,
         "nft_beta": "nft_beta",
         "adv_clip": "train_adv_clip_max",
     }
@@ -340,7 +343,8 @@ class MatchingObjective(ImageObjective):
     clip_range: float = 0.025
     reduction: str = "sqrt"
     default_weighting: ClassVar[str | None] = "velocity"
-    reads: ClassVar[Mapping[str, str]] = ImageObjective.reads | {
+    reads: ClassVar[Mapping[str, str]] = {
+        **ImageObjective.reads,
         "clip_range": "train_clip_range",
         "reduction": "train_log_prob_reduction",
     }

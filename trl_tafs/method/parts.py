@@ -18,7 +18,7 @@ class Part:
     description: ClassVar[str]  # a phrase for the model card
 
     @classmethod
-    def _fields(cls) -> dict[str, dataclasses.Field]:
+    def _fields(cls) -> dict[str, dataclasses.Field[Any]]:
         return {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
 
     @classmethod

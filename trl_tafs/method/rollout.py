@@ -138,20 +138,19 @@ def rollout(
     on_path = kernel.num_actions == 1 and kernel.action_is_state
     path, branches, log_probs, clean, scored = [], [], [], [], []
     for step in sample_steps(velocity, kernel, conditioning, levels, x, noise, storage_dtype):
-        deterministic = step.transition is None  # the state that follows, with nothing to choose
         if "clean" in keep:
             clean.append(step.clean)
         if step.index in trained and ("states" in keep or ("actions" in keep and on_path)):
             path.append(step.state)
         if step.index in trained and "actions" in keep:
             if not on_path:
-                branches.append(step.next_state.unsqueeze(1) if deterministic else step.actions)
+                branches.append(step.next_state.unsqueeze(1) if step.actions is None else step.actions)
             elif step.index == trained[-1]:
                 path.append(step.next_state)
         if step.index in trained and "log_probs" in keep:
             log_probs.append(
-                torch.zeros(len(x), 1, device=x.device)
-                if deterministic
+                torch.zeros(len(x), 1, device=x.device)  # deterministic: nothing was chosen
+                if step.transition is None or step.actions is None
                 else step.transition.log_prob(step.actions, reduction)
             )
         if step.index in scored_steps:

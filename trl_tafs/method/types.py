@@ -125,10 +125,11 @@ class Conditioning(TensorRecord):
     def padded_to_multiple(self, multiple: int) -> Conditioning:
         """The texts padded to a multiple of `multiple` tokens."""
 
-        def pad(half: Embeddings | None) -> Embeddings | None:
-            return None if half is None else half.padded(-(-half.text.shape[1] // multiple) * multiple)
+        def pad(half: Embeddings) -> Embeddings:
+            return half.padded(-(-half.text.shape[1] // multiple) * multiple)
 
-        return dataclasses.replace(self, positive=pad(self.positive), negative=pad(self.negative))
+        negative = None if self.negative is None else pad(self.negative)
+        return dataclasses.replace(self, positive=pad(self.positive), negative=negative)
 
     @classmethod
     def cat(cls, items: list[Conditioning]) -> Conditioning:

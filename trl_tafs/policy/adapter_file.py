@@ -134,7 +134,9 @@ def save_adapter(
     return Path(folder)
 
 
-def _adapter_layers(denoiser, adapter_name, state_dict):
+def _adapter_layers(
+    denoiser: torch.nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
     from peft.utils import get_peft_model_state_dict
 
     attached = list(getattr(denoiser, "peft_config", {}))
@@ -220,7 +222,9 @@ def read_adapter(
     return layers, _lora_config(name, layers, header, prefix)
 
 
-def _adapter_file(source, weight_name, revision, token) -> tuple[str, str]:
+def _adapter_file(
+    source: str | os.PathLike, weight_name: str, revision: str | None, token: str | None
+) -> tuple[str, str]:
     """Return the file on this machine, and what to call it in an error."""
     path = Path(source)
     if path.is_file():
@@ -281,7 +285,7 @@ def _wrong_format(name: str, weights: dict[str, torch.Tensor], prefix: str) -> s
     )
 
 
-def _lora_config(name, layers, header, prefix) -> LoraConfig:
+def _lora_config(name: str, layers: dict[str, torch.Tensor], header: dict[str, Any], prefix: str) -> LoraConfig:
     from peft import LoraConfig
 
     ranks = {f"^{key}": w.shape[1] for key, w in layers.items() if "lora_B" in key and w.ndim > 1}

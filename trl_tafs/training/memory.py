@@ -229,8 +229,9 @@ def measure_footprint(
     tokens = pipeline.image_tokens(height, width)
     sizes = [_part_of(pipeline, height, width, share) for share in (4, 2)]
     points = [(pipeline.image_tokens(*size), measure_activations(pipeline, conditioning, *size)) for size in sizes]
+    (small_count, small_part), (count, part) = points
     saved, inputs = (
-        extrapolate(*((count, getattr(found, name)) for count, found in points), tokens)
+        extrapolate((small_count, getattr(small_part, name)), (count, getattr(part, name)), tokens)
         for name in ("saved", "block_inputs")
     )
     encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
