@@ -15,6 +15,7 @@ from pathlib import Path
 from trl_tafs import presets
 from trl_tafs.cli.arguments import ScriptArguments
 from trl_tafs.config import TAFSGRPOConfig
+from trl_tafs.output.markdown import table
 
 TARGET = Path(__file__).with_name("configuration.md")
 COMPUTED = {"exp_name": "the script's name"}  # defaults that are another on every machine
@@ -60,16 +61,13 @@ def sections() -> list[tuple[type, list[str]]]:
     return [(group, [name for name in inspect.get_annotations(group) if name != "title"]) for group in groups]
 
 
-def table(cls: type, names: list[str]) -> str:
+def fields_table(cls: type, names: list[str]) -> str:
     """Name, type, default and help text of each field."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     types = inspect.get_annotations(cls)  # as written; a parser that was made of the class puts types into its fields
-    rows = ["| Field | Type | Default | What |", "|---|---|---|---|"]
-    for name in names:
-        field = fields[name]
-        cells = [f"`{name}`", f"`{types[name]}`", default(field), field.metadata["help"]]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows)
+    shown = [fields[name] for name in names]
+    rows = [(f"`{f.name}`", f"`{types[f.name]}`", default(f), f.metadata["help"]) for f in shown]
+    return table(["Field", "Type", "Default", "What"], rows)
 
 
 def default(field: dataclasses.Field) -> str:
@@ -83,21 +81,19 @@ def default(field: dataclasses.Field) -> str:
 
 def preset_rows() -> str:
     """Each preset with the options that set it apart."""
-    rows = ["| Preset | Options |", "|---|---|"]
-    for name, options in presets.PRESETS.items():
-        rows.append(f"| `{name}` | " + ", ".join(f"`{key}={value!r}`" for key, value in options.items()) + " |")
-    return "\n".join(rows)
+    shown = {name: [f"`{k}={v!r}`" for k, v in options.items()] for name, options in presets.PRESETS.items()}
+    return table(["Preset", "Options"], [(f"`{name}`", ", ".join(options)) for name, options in shown.items()])
 
 
 def text() -> str:
     """The whole document."""
     parts = [INTRO]
     for group, names in sections():
-        parts.append(f"## {vars(group)['title']}\n\n{table(group, names)}\n")
+        parts.append(f"## {vars(group)['title']}\n\n{fields_table(group, names)}\n")
     names = [field.name for field in dataclasses.fields(ScriptArguments)]
     parts.append(
         "## Command line only\n\nOf `trl-tafs train` and `examples/train_sd3.py`, beside all of the above and "
-        f"`--config FILE.yaml`.\n\n{table(ScriptArguments, names)}\n"
+        f"`--config FILE.yaml`.\n\n{fields_table(ScriptArguments, names)}\n"
     )
     parts.append(
         "## Presets\n\n`TAFSGRPOConfig.from_preset(name, ...)`, `--preset NAME`: the methods of the papers, whose "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from trl_tafs.output.markdown import table
+
 DOCS = Path(__file__).parent
 TARGET = DOCS / "learning.md"
 
@@ -22,47 +24,45 @@ def command(told: dict) -> str:
 def size_table() -> str:
     """Rewards before and after, by setting and size."""
     told = load("size")
-    lines = [
-        "| setting, size | D | reward | older judge | base, 32 ODE | colour | gain +- its error | CPU s | epochs |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    header = ["setting, size", "D", "reward", "older judge", "base, 32 ODE", "colour", "gain +- its error", "CPU s"]
+    rows = []
     for name, row in told["settings"].items():
         colour = f"{row['colour_before']:.2f} to {row['colour_after']:.2f}" if "colour_after" in row else ""
         gain = row["reward_after"] - row["reward_before"]
         cells = [f"{row['D']:,}", f"{row['reward_before']:.3f} to {row['reward_after']:.3f}"]
         cells += [f"{row['judge_before']:.3f} to {row['judge_after']:.3f}", f"{row['reward_base_32_ode']:.3f}", colour]
         cells += [f"{gain:.3f} +- {row['stderr']:.3f}", f"{row['cpu_seconds']:.0f}"]
-        lines.append(f"| {name} | " + " | ".join([*cells, ", ".join(map(str, row["epochs"]))]) + " |")
-    return f"{command(told)}\n\n" + "\n".join(lines)
+        rows.append([name, *cells, ", ".join(map(str, row["epochs"]))])
+    return f"{command(told)}\n\n{table([*header, 'epochs'], rows)}"
 
 
 def ablation_table() -> str:
     """The variants, the best first."""
     told = load("ablation")
-    lines = ["| variant | reward | older judge | colour | print | epochs |", "|---|---|---|---|---|---|"]
+    rows = []
     for name, row in sorted(told["variants"].items(), key=lambda item: -item[1]["reward_after"]):
         cells = [f"{row['reward_after']:.3f} +- {row['stderr']:.3f}"]
         cells += [f"{row[key]:.3f}" for key in ("judge_after", "colour_after", "print_after")]
-        lines.append(f"| {name.removesuffix(', small')} | " + " | ".join([*cells, str(row["epochs"])]) + " |")
-    return f"{command(told)}\n\n" + "\n".join(lines)
+        rows.append([name.removesuffix(", small"), *cells, str(row["epochs"])])
+    return f"{command(told)}\n\n{table(['variant', 'reward', 'older judge', 'colour', 'print', 'epochs'], rows)}"
 
 
 def gradient_table() -> str:
     """Cosines by estimator and size."""
     told = load("gradients")
-    lines = ["| estimator | D = 1,536 | seconds | D = 4,320 | seconds |", "|---|---|---|---|---|"]
+    rows = []
     for name, row in told["estimators"].items():
-        cells = [f"{row[size]['cosine']:.3f} | {row[size]['seconds']:.1f}" for size in ("small", "large")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return f"{command(told)}\n\n" + "\n".join(lines)
+        cells = [(f"{row[size]['cosine']:.3f}", f"{row[size]['seconds']:.1f}") for size in ("small", "large")]
+        rows.append([name, *cells[0], *cells[1]])
+    return f"{command(told)}\n\n{table(['estimator', 'D = 1,536', 'seconds', 'D = 4,320', 'seconds'], rows)}"
 
 
 def main() -> None:
     """Replace what stands between each marker and its end."""
     text = TARGET.read_text()
-    for name, table in (("size", size_table()), ("ablation", ablation_table()), ("gradients", gradient_table())):
+    for name, made in (("size", size_table()), ("ablation", ablation_table()), ("gradients", gradient_table())):
         before, _, rest = text.partition(f"<!-- {name} -->")
-        text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+        text = f"{before}<!-- {name} -->\n{made}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
     TARGET.write_text(text)
 
 

@@ -258,7 +258,7 @@ def test_evaluation_keeps_the_best_and_stops(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("greater", [True, False])
-def test_an_evaluation_without_a_verdict_is_passed_over(pipeline, tmp_path, greater):
+def test_an_evaluation_without_a_score_is_passed_over(pipeline, tmp_path, greater):
     settings = {"eval_freq": 1, "eval_prompts": ["three"], "early_stopping_patience": 1}
     trainer = tiny.trainer(pipeline, tmp_path, metric_for_best_model="m", greater_is_better=greater, **settings)
     better, worse = (0.3, 0.1) if greater else (0.1, 0.3)
@@ -365,7 +365,7 @@ def test_bad_rewards_and_prompts_stop_before_the_first_rollout(pipeline, tmp_pat
     assert not rolled_out
 
 
-def test_no_verdict_at_all_is_an_error(pipeline, tmp_path):
+def test_no_score_at_all_is_an_error(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, reward=lambda i, p, m: [None] * len(p))
     with pytest.raises(RewardError, match="gave no score .* for any of the epoch's 48 images"):
         trainer.train()

@@ -12,6 +12,8 @@ from typing import Any
 
 from tasks import TASKS
 
+from trl_tafs.output.markdown import table
+
 Runs = dict[str, list[dict[str, Any]]]  # a method's name to its seeds
 HEAD = """# Benchmarks
 
@@ -88,11 +90,6 @@ def summarise(task: str, runs: Runs, rates: dict[str, float]) -> dict[str, dict[
             "seeds": [run["seed"] for run in mine],
         }
     return rows
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    return "\n".join(["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)])
 
 
 def main_table(task: str, summary: dict[str, dict], distillers: dict[str, dict]) -> str:

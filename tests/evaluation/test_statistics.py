@@ -36,7 +36,7 @@ def test_its_width_is_that_of_the_standard_error():
     assert one.mean == 3.0 and math.isnan(one.low) and math.isnan(none.mean) and none.count == 0
 
 
-def test_prompts_not_images_are_the_unit_and_missing_verdicts_are_left_out():
+def test_prompts_not_images_are_the_unit_and_missing_scores_are_left_out():
     means = prompt_means([1.0, 3.0, None, 5.0, float("nan"), None], [0, 0, 1, 1, 2, 2])
     assert means == {0: 2.0, 1: 5.0}
 

@@ -43,3 +43,27 @@ def test_the_encoder_forgets_by_weight_too(pipeline):
     assert len(bounded(["one", "two", "three"])) == 3 and list(bounded.cache) == ["two", "three"]
     none = PromptEncoder(pipeline, torch.device("cpu"), cache_bytes=0)
     assert torch.equal(none(["one"]).positive.text, one.positive.text) and not none.cache
+
+
+def test_a_text_encoder_that_raises_leaves_the_pipeline_as_it_was(pipeline):
+    encode = PromptEncoder(pipeline, torch.device("cpu"), offload=True)
+    forward, moves = pipeline.text_encoder_3.forward, []
+    pipeline.text_encoder_3.to = lambda device: moves.append(str(device))
+    pipeline.text_encoder_3.forward = lambda *args, **kwargs: 1 / 0
+    try:
+        encode(["one"])
+    except ZeroDivisionError:
+        pass
+    assert pipeline.encoding_device is None, "else every later call of the pipeline runs where the encoders were"
+    assert len(moves) == 2 and moves[-1] == "cpu", "to the device, and back"
+    pipeline.text_encoder_3.forward = forward
+    pipeline.encoding_device = torch.device("cpu")
+    assert len(encode(["one"])) == 1 and pipeline.encoding_device == torch.device("cpu"), "found and left so"
+
+
+def test_the_bytes_in_memory_are_counted_as_prompts_come_and_go(pipeline, tmp_path):
+    encode = PromptEncoder(pipeline, torch.device("cpu"), cache_size=2, cache_dir=tmp_path)
+    for prompts in (["one", "two", "three"], ["one"], ["four", "one"], PROMPTS):
+        encode(prompts)
+        held = [v for c in encode.cache.values() for v in vars(c.positive).values() if isinstance(v, torch.Tensor)]
+        assert encode._bytes == sum(v.numel() * v.element_size() for v in held)

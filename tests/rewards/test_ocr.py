@@ -125,7 +125,7 @@ def test_ctc_log_probability_is_the_sum_over_alignments():
     assert too_long.isnan().tolist() == [False, True, True]
 
 
-def test_the_likelihood_of_what_no_line_can_spell_is_no_verdict(likelihood):
+def test_the_likelihood_of_what_no_line_can_spell_is_no_score(likelihood):
     assert likelihood(line("Hello"), ['"' + "a long sentence " * 10 + '"'], [{}]).isnan().all()
     with pytest.raises(RewardRefused, match=r"images are 64 x 64.*metadata\[\"box\"\]"):
         likelihood(torch.ones(1, 3, 64, 64), ['"Hello"'], [{}])

@@ -37,7 +37,7 @@ def no_proxy(monkeypatch):
 
 
 class Judge:
-    """The mean pixel times n; no verdict on n = 3. It can be told to fail, and remembers its batches."""
+    """The mean pixel times n; no score on n = 3. It can be told to fail, and remembers its batches."""
 
     def __init__(self):
         self.failing, self.batches = 0, []
@@ -119,7 +119,7 @@ def test_a_failing_server_is_asked_again_and_then_masks_or_stops():
             remote(IMAGES, PROMPTS, METADATA)
         judge.failing = 2
         masking = RemoteReward(url, on_failure="mask", **QUICK)
-        with pytest.warns(UserWarning, match="5 images get no verdict"):
+        with pytest.warns(UserWarning, match="5 images get no score"):
             assert masking(IMAGES, PROMPTS, METADATA).isnan().all()
 
 
@@ -304,6 +304,6 @@ def test_unified_rewards_failures(monkeypatch):
             UnifiedReward(f"{url}/v1", model="other")
         with pytest.raises(RewardError, match="overloaded"):
             UnifiedReward(f"{url}/v1", max_retries=0)(IMAGES[:1], ["a"], [{}])
-        with pytest.warns(UserWarning, match="no verdict"):
+        with pytest.warns(UserWarning, match="no score"):
             masked = UnifiedReward(f"{url}/v1", max_retries=0, on_failure="mask")(IMAGES[:1], ["a"], [{}])
         assert masked.isnan().all()

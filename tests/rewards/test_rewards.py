@@ -82,7 +82,7 @@ def test_numbers_of_every_kind_are_rewards(values):
 @pytest.mark.parametrize(
     "values", [[None, 2.0, float("nan")], np.array([None, 2.0, np.nan]), torch.tensor([math.nan, 2.0, math.nan])]
 )
-def test_none_and_nan_are_no_verdict_and_never_zero(values):
+def test_none_and_nan_are_no_score_and_never_zero(values):
     got = score(returning(values)).values[:, 0]
     assert got.isnan().tolist() == [True, False, True]
     assert got[1] == 2.0
@@ -218,7 +218,7 @@ def test_a_reward_that_has_given_up_is_not_called_again_and_a_refusal_is_not_mas
     with pytest.raises(kind, match=r"'quits' raised \w+: no use \(1 calls"):
         score(quits, max_retries=3)
     if masked:
-        with pytest.warns(UserWarning, match="get no verdict"):
+        with pytest.warns(UserWarning, match="get no score"):
             assert score(quits, max_retries=3, on_failure="mask").values.isnan().all()
     else:
         with pytest.raises(kind):

@@ -136,7 +136,7 @@ def test_a_bad_answer_is_a_reward_error_or_masked(answer, told):
             remote(IMAGES, PROMPTS, METADATA)
         assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value) and "pw" not in str(caught.value)
         remote.on_failure = "mask"
-        with pytest.warns(UserWarning, match="2 images get no verdict"):
+        with pytest.warns(UserWarning, match="2 images get no score"):
             assert remote(IMAGES, PROMPTS, METADATA).isnan().all()
 
 

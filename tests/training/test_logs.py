@@ -33,7 +33,7 @@ def test_rewards_are_logged_by_name_and_step(pipeline, tmp_path):
         assert row[3].tolist() == [5 + 2 + 10 * i + 100 * part for i in range(8)]
 
 
-def test_a_reward_without_any_verdict_is_named(pipeline, tmp_path):
+def test_a_reward_without_any_score_is_named(pipeline, tmp_path):
     rewards = {"bright": tiny.brightness, "silent": lambda images, p, m: [None] * len(p)}
     with pytest.warns(UserWarning, match="silent gave no score for any image"):
         tiny.trainer(pipeline, tmp_path, rewards, num_epochs=1).train()

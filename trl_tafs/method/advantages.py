@@ -33,7 +33,7 @@ def group_sums(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
 def group_mean_std(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of each row's group, (B, ...) each; NaN rows don't count.
 
-    A group with one verdict has no deviation: 0. Groups may differ in size.
+    A group with one score has no deviation: 0. Groups may differ in size.
     """
     total, count = group_sums(values, group_ids)
     mean = total / count.clamp(min=1)
@@ -47,7 +47,7 @@ def normalize_groups(values: Tensor, group_ids: Tensor, scale: str = "group", ce
     """Eq. 9: `(R - mean) / (std + 1e-4)` over the samples of one prompt, each column by itself.
 
     Args:
-        values: (B, ...), NaN where there is no verdict.
+        values: (B, ...), NaN where there is no score.
         group_ids: (B,) int64.
         scale: "group", the paper's; "batch", the deviation of all groups together; "none", the mean alone (as
             TRL's `scale_rewards`).
@@ -139,9 +139,9 @@ class PerPromptStatTracker:
 
 
 def combine_rewards(table: RewardTable, group_ids: Tensor) -> Tensor:
-    """Weighted sum of the rewards, (B, Q, K); NaN where an image lacks a verdict that its group has.
+    """Weighted sum of the rewards, (B, Q, K); NaN where an image lacks a score that its group has.
 
-    A reward without any verdict in a group (one that doesn't apply to the prompt) is left out of that group's sum.
+    A reward without any score in a group (one that doesn't apply to the prompt) is left out of that group's sum.
     """
     has = (~table.values.isnan()).to(table.values.dtype)
     applies = group_sums(has, group_ids)[0].sum(dim=(1, 2), keepdim=True) > 0  # (B, 1, 1, R), the prompt's rewards

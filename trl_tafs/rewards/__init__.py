@@ -1,6 +1,6 @@
 """Rewards: any callable `(images, prompts, prompt_metadata) -> rewards` or `-> (rewards, reward_metadata)`.
 
-Images are (B, 3, H, W) float32 in [0, 1]. Rewards are B numbers; None or NaN means "no verdict" and is masked.
+Images are (B, 3, H, W) float32 in [0, 1]. Rewards are B numbers; None or NaN means "no score" and is masked.
 `REWARDS` names the ones that come with the package, as "module:factory", so that nothing is loaded before its use.
 """
 

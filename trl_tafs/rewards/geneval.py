@@ -58,7 +58,7 @@ def masked_crop(image: Tensor, detection: Detection) -> Tensor:
 
 
 class GenEval(ModelReward):
-    """The benchmark's score on its rows; no verdict on prompts without GenEval's `tag` and `include`.
+    """The benchmark's score on its rows; no score on prompts without GenEval's `tag` and `include`.
 
     Args:
         graded: True, for training: the share of what was asked for. False, for evaluation: 1 if all of it, else 0.

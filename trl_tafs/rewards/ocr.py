@@ -134,7 +134,7 @@ def crop(image: Tensor, box: Sequence[float]) -> Tensor:
 
 
 class OCR(ModelReward):
-    """How well the asked text is read; no verdict on prompts that ask for none.
+    """How well the asked text is read; no score on prompts that ask for none.
 
     The text is `metadata["text"]`, else what the prompt quotes. It is sought in `metadata["box"]` (left, top, right,
     bottom, in shares of the image), else in the whole image as one line where it is at least three times as wide as
@@ -143,7 +143,7 @@ class OCR(ModelReward):
     Args:
         kind: "edit", similarity in [0, 1]: 1 - edit distance / longer length; "ctc", the recogniser's log-probability
             of the text in nats a character, which still differs where nothing can be read yet; of one line, and no
-            verdict where that is too short for the text.
+            score where that is too short for the text.
         detect: find the lines of text first (slow; for scenes): None, where there is no box and no line's shape;
             True, always; False, never.
         package: that holds the recogniser, and detection: `rapidocr`, or `rapidocr_onnxruntime` for an older one.

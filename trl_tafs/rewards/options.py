@@ -26,7 +26,7 @@ class RewardOptions(Options):
     reward_max_retries: int = option(2, "How often a reward that raises is called again before the run stops.")
     reward_retry_delay: float = option(1.0, "Seconds before the first retry; doubled each time.")
     reward_on_failure: str = option(
-        "error", "When a reward still raises then: error (keep the rollouts, stop), or mask (no verdict on its images)."
+        "error", "When a reward still raises then: error (keep the rollouts, stop), or mask (no score on its images)."
     )
 
     def check(self) -> None:

@@ -39,7 +39,7 @@ class RemoteReward:
         timeout: seconds for one request, from connecting to the answer's last byte.
         max_retries: rounds over the endpoints after the first.
         retry_delay: seconds before the second round, doubled each time.
-        on_failure: what becomes of images that no endpoint scored: "error", or "mask", no verdict (NaN).
+        on_failure: what becomes of images that no endpoint scored: "error", or "mask", no score (NaN).
         secret: for servers that ask for one; by default from the environment's TRL_TAFS_REWARD_SECRET.
     """
 
@@ -103,7 +103,7 @@ class RemoteReward:
             return error
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,) float32; NaN where the server has no verdict, or none answered and failures are masked."""
+        """(B,) float32; NaN where the server has no score, or none answered and failures are masked."""
         starts = range(0, len(prompts), self.batch_size)
         chunks = [slice(start, start + self.batch_size) for start in starts]
 
@@ -134,7 +134,7 @@ class RemoteReward:
                 except RewardError as error:
                     fault = error
         if self.on_failure == "mask":
-            warnings.warn(f"remote reward: {len(prompts)} images get no verdict ({fault})", stacklevel=2)
+            warnings.warn(f"remote reward: {len(prompts)} images get no score ({fault})", stacklevel=2)
             return torch.full((len(prompts),), torch.nan)
         raise RewardError(
             f"remote reward {self.__name__!r}: no endpoint scored {len(prompts)} images: {fault}"

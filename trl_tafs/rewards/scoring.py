@@ -32,7 +32,7 @@ class RewardRefused(RewardError):
 class Scores:
     """What one call of all rewards gave."""
 
-    values: Tensor  # (B, R) float32, NaN where there is no verdict
+    values: Tensor  # (B, R) float32, NaN where there is no score
     metadata: Any  # of a single reward what it returned, of several a dict by name
 
 
@@ -47,7 +47,7 @@ class RewardSet:
         weights: one a reward, in order; overrides those in the dict.
         max_retries: calls after the first one that raises; none after a `RewardError`, with which a reward gives up.
         retry_delay: seconds before the first retry, doubled each time.
-        on_failure: what becomes of images whose reward still raises then: "error", or "mask", no verdict (NaN);
+        on_failure: what becomes of images whose reward still raises then: "error", or "mask", no score (NaN);
             always an error after a `RewardRefused`.
     """
 
@@ -122,7 +122,7 @@ class RewardSet:
                 if last and self.on_failure == "mask" and not refused:
                     warnings.warn(
                         f"reward {name!r} raised {type(error).__name__}: {error} ({attempt + 1} calls); its "
-                        f"{len(prompts)} images get no verdict",
+                        f"{len(prompts)} images get no score",
                         stacklevel=2,
                     )
                     return [None] * len(prompts)
@@ -159,12 +159,12 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
     if rewards.shape != (expected,):
         raise RewardError(
             f"reward {name!r} returned shape {tuple(rewards.shape)} for {expected} images; it must return one number "
-            "an image (None or NaN for no verdict)"
+            "an image (None or NaN for no score)"
         )
     if rewards.isinf().any():
         raise RewardError(
             f"reward {name!r} returned an infinite value, or one beyond float32's 3.4e38; bound it, or return None for "
-            "no verdict"
+            "no score"
         )
     return rewards
 

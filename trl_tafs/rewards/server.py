@@ -152,7 +152,7 @@ class Scorer:
         self.decoding, self.turn = threading.Semaphore(2), threading.Lock()
 
     def __call__(self, body: bytes) -> list[float | None]:
-        """Return a score an image, None for no verdict, or raise Refusal."""
+        """Return a score an image, None for no score, or raise Refusal."""
         with self.decoding:
             try:
                 images, prompts, metadata = self.decode(body)

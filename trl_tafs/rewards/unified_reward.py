@@ -41,7 +41,7 @@ def parse_score(answer: str | None) -> float | None:
 
 
 class UnifiedReward:
-    """The judge's score, 1 to 5; no verdict where its answer holds none.
+    """The judge's score, 1 to 5; no score where its answer holds none.
 
     Args:
         base_url: of the endpoint, `http://host:port/v1`; by default from the environment's OPENAI_BASE_URL.
@@ -51,7 +51,7 @@ class UnifiedReward:
         timeout: seconds for one answer, from connecting to its last byte.
         max_retries: of one question, with back-off.
         max_tokens: of an answer.
-        on_failure: what becomes of an image whose question fails: "error", or "mask", no verdict.
+        on_failure: what becomes of an image whose question fails: "error", or "mask", no score.
     """
 
     __name__ = "unified_reward"
@@ -96,7 +96,7 @@ class UnifiedReward:
         return model or names[0]
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,); NaN for no verdict."""
+        """(B,); NaN for no score."""
         pictures = to_uint8(images).numpy()
         with ThreadPoolExecutor(self.concurrency) as executor:
             scores = list(executor.map(self._ask, pictures, prompts))
@@ -118,7 +118,7 @@ class UnifiedReward:
             return parse_score(answer_text(self._call("/chat/completions", json.dumps(question).encode())))
         except WebError as error:
             if self.on_failure == "mask":
-                warnings.warn(f"unified_reward: {error}; an image gets no verdict", stacklevel=2)
+                warnings.warn(f"unified_reward: {error}; an image gets no score", stacklevel=2)
                 return None
             raise RewardError(f"unified_reward: {self.address.label} failed: {error}") from error
 

@@ -88,5 +88,5 @@ def _from_raw(data: bytes, shape: Sequence[int]) -> Tensor:
 
 
 def encode_rewards(values: Tensor) -> list[float | None]:
-    """(B,) as JSON numbers; null for no verdict."""
+    """(B,) as JSON numbers; null for no score."""
     return [None if value != value else value for value in values.double().tolist()]

@@ -1,0 +1,75 @@
+"""Writes are whole or not at all, whatever stops them; a fault of the disk costs a warning where that is allowed."""
+
+import resource
+import signal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trl_tafs.output.errors import first_line
+from trl_tafs.output.files import replace_folder, tolerating_disk_faults, write_folder_whole, write_whole
+
+
+@pytest.fixture
+def small_files():
+    """Files of at most 1000 bytes: the disk's own error, of the kernel, in the middle of a write."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("content", [b"\x00new", "n\u00ebw", lambda path: path.write_text("new")])
+def test_a_file_is_written_with_its_folder_and_nothing_is_left_beside_it(tmp_path, content):
+    path = tmp_path / "a" / "b.txt"
+    for _ in range(2):
+        assert write_whole(path, content) == path
+    expected = {bytes: content, str: "n\u00ebw".encode()}.get(type(content), b"new")
+    assert path.read_bytes() == expected
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "content", [b"x" * 2000, lambda path: save_file({"a": torch.zeros(1000)}, path), lambda path: path.mkdir() / "a"]
+)
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, small_files, content):
+    path = write_whole(tmp_path / "a", "old")
+    with pytest.raises(Exception):  # noqa: B017
+        write_whole(path, content)
+    assert path.read_text() == "old"
+    assert [p for p in tmp_path.iterdir() if p.is_file()] == [path]
+
+
+def test_a_folder_replaces_the_one_that_is_there(tmp_path):
+    folder = tmp_path / "new" / "model"
+    for name in ("one", "two"):
+        assert write_folder_whole(folder, lambda path, name=name: (path / name).write_text(name)) == folder
+    assert [p.name for p in folder.iterdir()] == ["two"] and list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_that_cannot_be_filled_or_put_in_place_leaves_the_old_one(tmp_path, small_files):
+    folder = tmp_path / "model"
+    write_folder_whole(folder, lambda path: (path / "a").write_text("old"))
+    with pytest.raises(OSError, match="too large"):
+        write_folder_whole(folder, lambda path: (path / "a").write_bytes(b"x" * 2000))
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "missing", folder)
+    assert (folder / "a").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_disk_fault_is_a_warning_and_any_other_error_is_raised(tmp_path, small_files):
+    with pytest.warns(UserWarning, match="the log could not be written .*File too large.*the run goes on"):
+        with tolerating_disk_faults("the log"):
+            (tmp_path / "a").write_bytes(b"x" * 2000)
+    with pytest.warns(UserWarning, match="the adapter could not be written"):
+        with tolerating_disk_faults("the adapter"):  # safetensors' own error
+            save_file({"a": torch.zeros(1000)}, tmp_path / "b")
+    with pytest.raises(ZeroDivisionError), tolerating_disk_faults("the log"):
+        _ = 1 / 0
+
+
+def test_the_first_line_of_an_error_names_its_class():
+    assert first_line(ValueError("\n\n  no such\nfile")) == "ValueError:   no such"
+    assert first_line(KeyError()) == "KeyError: "
