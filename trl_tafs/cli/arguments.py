@@ -61,7 +61,10 @@ class ScriptArguments:
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) -> tuple[ScriptArguments, Any]:
-    """The script's arguments and a `TAFSGRPOConfig`: from the command line, else YAML, else a preset, else defaults."""
+    """Return the script's arguments and a `TAFSGRPOConfig`.
+
+    Each value is the command line's, else the YAML file's, else the preset's, else the default.
+    """
     from trl import TrlParser
 
     from trl_tafs.config import TAFSGRPOConfig
@@ -69,7 +72,7 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) ->
 
     class Parser(TrlParser):
         def set_defaults_with_config(self, **values: Any) -> list[str]:
-            """What a YAML file says; one value for a list is a list of it, where a string would become its letters."""
+            """Take over a YAML file's values; one value for a list becomes a list, not a list of its letters."""
             lists = {action.dest for action in self._actions if action.nargs in ("+", "*")}
             alone = {name: [value] for name, value in values.items() if name in lists and isinstance(value, SCALARS)}
             return super().set_defaults_with_config(**values | alone)
@@ -84,14 +87,14 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) ->
 
 
 def check_repeated(argv: Sequence[str], names: Sequence[str]) -> None:
-    """An error for a list option that is given twice: only the last would be kept, in silence."""
+    """Raise ValueError if a list option is given twice, of which only the last would count."""
     for name in names:
         if sum(word == name or word.startswith(f"{name}=") for word in argv) > 1:
             raise ValueError(f"{name} is given more than once, and only the last would count; write {name} A=1 B=0.5")
 
 
 def _preset_name(argv: list[str]) -> str | None:
-    """The preset asked for on the command line or, without one there, in the YAML file."""
+    """Return the preset that is asked for on the command line, or else in the YAML file."""
     import yaml
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -104,7 +107,7 @@ def _preset_name(argv: list[str]) -> str | None:
 
 
 def quantization_config(name: str | None, components: Sequence[str]) -> Any:
-    """Diffusers' configuration of `quantization`; None for None."""
+    """Return diffusers' configuration of `quantization`; None for None."""
     import torch
     from diffusers import PipelineQuantizationConfig
 
@@ -121,7 +124,12 @@ def quantization_config(name: str | None, components: Sequence[str]) -> Any:
 
 
 def load_pipeline(arguments: ScriptArguments | argparse.Namespace, precision: str) -> Any:
-    """The base model as a TAFS pipeline, its weights in the dtype of `mixed_precision`, or of that name."""
+    """Load the base model as a TAFS pipeline.
+
+    Args:
+        arguments: that name the model, its revision and its quantization.
+        precision: of the weights: a value of `mixed_precision`, or a dtype's name.
+    """
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
@@ -145,7 +153,7 @@ def load_pipeline(arguments: ScriptArguments | argparse.Namespace, precision: st
 
 
 def load_rewards(arguments: ScriptArguments) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The rewards of `--reward` and those of `--eval_reward`, None without, made with the options that are theirs."""
+    """Make the rewards of `--reward` and of `--eval_reward` (None if there are none), each with its own options."""
     from trl_tafs.options import decode_dict
     from trl_tafs.rewards.loading import parse_rewards, reward_label
 
@@ -163,14 +171,14 @@ def load_rewards(arguments: ScriptArguments) -> tuple[dict[str, Any], dict[str, 
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """What a prompt goes with, as in training."""
+    """Add the options that a prompt is encoded with, as in training."""
     parser.add_argument("--embedded_guidance_scale", type=float, help="of a distilled model (default: the pipeline's)")
     parser.add_argument("--negative_prompt", help="with guidance (default: the empty one)")
     parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the pipeline's)")
 
 
 def check_negative_prompt(options: argparse.Namespace) -> None:
-    """An error for a negative prompt without guidance, which would have no effect."""
+    """Raise ValueError if there is a negative prompt without guidance, which has no effect."""
     if options.negative_prompt and options.guidance_scale <= 1.0:
         raise ValueError(
             f"--negative_prompt is {options.negative_prompt!r}, and without guidance it has no effect; give "
@@ -179,7 +187,7 @@ def check_negative_prompt(options: argparse.Namespace) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
-    """How a base model is loaded, as for training."""
+    """Add the options that say which base model is loaded, and how, as in training."""
     parser.add_argument("--pretrained_model", required=True, help=what)
     parser.add_argument("--pretrained_revision", help="branch, tag or commit of the base model")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")

@@ -12,7 +12,7 @@ from trl_tafs.cli.train import train
 
 
 def env(argv: Sequence[str]) -> Callable[[], None]:
-    """Versions and devices, to paste into an issue."""
+    """Print versions and devices, to paste into an issue."""
     return _env
 
 
@@ -34,7 +34,7 @@ COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "serve-rewar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `trl-tafs`."""
+    """Run the command; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         print("usage: trl-tafs {" + ",".join(COMMANDS) + "} [options]; trl-tafs COMMAND --help")

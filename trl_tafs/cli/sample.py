@@ -55,7 +55,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
-    """(B, 3, H, W), an image a prompt."""
+    """Return an image of each prompt, (B, 3, H, W)."""
     import torch
 
     default = pipeline.default_size()

@@ -22,7 +22,7 @@ def serve_reward(argv: Sequence[str]) -> Callable[[], None]:
 
 
 def serving_parser() -> argparse.ArgumentParser:
-    """The options of `trl-tafs serve-reward`."""
+    """Return the parser of `trl-tafs serve-reward`."""
     from trl_tafs.rewards.server import MAX_BYTES, MAX_IMAGES, SECRET
 
     parser = argparse.ArgumentParser(prog="trl-tafs serve-reward", description=serve_reward.__doc__)

@@ -6,10 +6,10 @@ from torch import nn
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether diffusers or transformers loaded it with a `quantization_config`."""
+    """Return whether diffusers or transformers loaded it with a `quantization_config`."""
     return getattr(module, "hf_quantizer", None) is not None or bool(getattr(module, "is_quantized", False))
 
 
 def is_bitsandbytes(module: nn.Module) -> bool:
-    """Whether its weights are bitsandbytes', which stay where they were loaded."""
+    """Return whether its weights are bitsandbytes', which stay where they were loaded."""
     return bool(getattr(module, "is_loaded_in_4bit", False) or getattr(module, "is_loaded_in_8bit", False))

@@ -21,18 +21,18 @@ class AnnealedFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     def from_scheduler(
         cls, scheduler: Any, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> AnnealedFlowMatchScheduler:
-        """The annealed sampler of a pipeline that has `scheduler`, drawing from `generator`."""
+        """Return the annealed sampler of a pipeline that has `scheduler`, drawing from `generator`."""
         annealed = cls.from_config(flow_match_config(scheduler), stochastic_sampling=True)
         annealed.generator = generator
         return annealed
 
     def step(self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
-        """As the parent's, with this scheduler's generator where none is passed."""
+        """Do the parent's step, with this scheduler's generator if none is passed."""
         return super().step(*args, generator=self.generator if generator is None else generator, **kwargs)
 
 
 def flow_match_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's configuration as `FlowMatchEulerDiscreteScheduler` reads it.
+    """Return a scheduler's configuration as `FlowMatchEulerDiscreteScheduler` reads it.
 
     Flow-matching DPM-solver and UniPC (Sana's, HiDream's) call the shift `flow_shift`, which `from_config` would drop.
     A `shift_terminal` (Qwen-Image's .02) is left out: it stretches whatever levels are given until the last one is

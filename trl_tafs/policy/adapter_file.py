@@ -34,7 +34,7 @@ WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
 
-# How and where the adapter was trained: of no use to who loads it. A dropout in the metadata would even act
+# How and where the adapter was trained, which loading it doesn't need. A dropout in the metadata would even act
 # at inference, since diffusers leaves the layers that it injects in training mode.
 _NOT_PUBLISHED = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode", "runtime_config"),
@@ -62,7 +62,7 @@ _NOT_IN_THE_FORMAT = (
 
 
 def lora_metadata(config: LoraConfig) -> dict[str, Any]:
-    """The `LoraConfig` as the header of the adapter's file has it: what loading at the right strength needs.
+    """Return a `LoraConfig` as the header of an adapter's file has it: all that loading at the right strength needs.
 
     `r`, `lora_alpha`, `target_modules` and the rank and alpha patterns, and beyond them every field that departs from
     PEFT's default (rslora, DoRA, ...), so that a plain LoRA also loads in an older PEFT.
@@ -150,7 +150,7 @@ def _adapter_layers(denoiser, adapter_name, state_dict):
 
 
 def folded_alpha(layers: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """The same LoRA with its strength in the weights: B times alpha / r (rslora: alpha / sqrt(r)), then alpha = r.
+    """Return the LoRA with its strength in the weights: B times alpha / r (rslora: alpha / sqrt(r)), and alpha = r.
 
     Tools that ignore the file's metadata (ComfyUI) then apply it at the right strength. A power of two, such as the
     default 64 / 32, changes no bit of what diffusers computes; others round.
@@ -221,7 +221,7 @@ def read_adapter(
 
 
 def _adapter_file(source, weight_name, revision, token) -> tuple[str, str]:
-    """The file on this machine, and what to call it in an error."""
+    """Return the file on this machine, and what to call it in an error."""
     path = Path(source)
     if path.is_file():
         return str(path), str(path)

@@ -1,4 +1,4 @@
-"""A whole denoiser on disk, in diffusers' format; and any trained weights put on a pipeline for a while."""
+"""A whole denoiser on disk, in diffusers' format; and trained weights of either kind on a pipeline for a while."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> Non
 
 
 def whole_denoiser(source: str | os.PathLike, denoiser: str = "transformer") -> Path | None:
-    """Where `save_denoiser` wrote, fetched if `source` is a repository; None where that holds a LoRA."""
+    """Return the folder that `save_denoiser` wrote, fetched if `source` is a repository; None if it holds a LoRA."""
     if Path(source).exists():
         return Path(source) if Path(source, denoiser, "config.json").is_file() else None
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -51,7 +51,7 @@ def whole_denoiser(source: str | os.PathLike, denoiser: str = "transformer") -> 
 
 @contextmanager
 def applied(pipeline: DiffusionPipeline, source: str | os.PathLike | None) -> Iterator[None]:
-    """The pipeline with a LoRA, or with a denoiser that was trained whole, and without it afterwards.
+    """Put a LoRA, or a denoiser that was trained whole, on the pipeline inside, and take it off afterwards.
 
     Args:
         pipeline: whose denoiser has no adapter yet.

@@ -147,7 +147,7 @@ class PromptEncoder:
 
     @contextmanager
     def _encoding(self, encoders: Sequence[nn.Module]) -> Iterator[None]:
-        """The text encoders on the device inside; whatever happens there, the pipeline is left as it was found."""
+        """Keep the text encoders on the device inside; leave the pipeline as it was, also if an encoder raises."""
         before = self.pipeline.encoding_device
         try:
             self._move(encoders, self.device)
@@ -164,9 +164,10 @@ class PromptEncoder:
 
     @cached_property
     def folder(self) -> Path:
-        """Folder of the embeddings: `cache_dir`, or below it, for a pipeline that lacks a text encoder and so embeds
-        otherwise, `cache_dir/without_text_encoder_3`. A pipeline without any text encoder reads the one that was
-        written: `cache_dir`, unless it is empty but for a single such folder.
+        """This pipeline's folder of embeddings: `cache_dir`, or one below it if a text encoder is missing, since the
+        others embed otherwise. A pipeline without any text encoder reads whichever of the two was written.
+
+        Example: `cache_dir/without_text_encoder_3`.
         """
         missing = self.pipeline.missing_text_encoders()
         if not missing:
@@ -177,7 +178,7 @@ class PromptEncoder:
         return partial[0] if len(partial) == 1 and not any(self.cache_dir.glob("*.safetensors")) else self.cache_dir
 
     def _file(self, prompt: str) -> Path:
-        """The file's name is a digest of all that the embedding depends on: base, dtype, arguments, prompt."""
+        """Return a prompt's file, named by a digest of all that the embedding depends on: base, dtype, arguments."""
         base = base_identity(self.pipeline)
         known = [base.pipeline_class, base.source, *([base.commit] if base.commit else []), f"torch.{base.dtype}"]
         key = json.dumps([*known, self.arguments, prompt], sort_keys=True)

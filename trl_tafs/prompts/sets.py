@@ -36,7 +36,7 @@ HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(:[^/\s]{1,96})?")
 
 
 def load_prompts(source: str) -> Any:
-    """Prompts for training and evaluation: a list of strings or rows, or a dataset with a `prompt` column.
+    """Return prompts for training and evaluation: a list of strings or rows, or a dataset with a `prompt` column.
 
     Args:
         source: a .txt file (one prompt a line); a .jsonl, .json, .csv or .tsv file with a `prompt` column, the other
@@ -132,12 +132,12 @@ IRREGULAR |= {"mouse": "mice"}
 
 
 def article(noun: str) -> str:
-    """The noun with `a` or `an`."""
+    """Return the noun with `a` or `an`."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def plural(noun: str) -> str:
-    """More than one of it."""
+    """Return the plural of a noun."""
     *front, last = noun.split(" ")
     if last in IRREGULAR:
         last = IRREGULAR[last]
@@ -147,7 +147,7 @@ def plural(noun: str) -> str:
 
 
 def geneval_prompts(number: int, seed: int = 0, tags: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Prompts of GenEval's kind, with the metadata that its reward judges by: the tasks in turn, no prompt twice.
+    """Make prompts of GenEval's kind, with the metadata that its reward needs: the tasks in turn, no prompt twice.
 
     The classes are COCO's 80. A person has no colour, as in the benchmark.
 
@@ -186,7 +186,7 @@ def geneval_prompts(number: int, seed: int = 0, tags: Sequence[str] | None = Non
 
 
 def _prompt(tag: str, generator: random.Random) -> dict[str, Any]:
-    """One row of a task."""
+    """Make a row of a task."""
     from trl_tafs.rewards.geneval_rules import COCO_NAMES, COLORS
 
     coloured = [name for name in COCO_NAMES if name != "person"]

@@ -22,7 +22,7 @@ PromptFunction = Callable[[], tuple[str, dict[str, Any]]]
 
 @contextmanager
 def seeded_globals(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's global CPU generators seeded inside, and left as they were outside."""
+    """Seed Python's, NumPy's and torch's global CPU generators inside, and put them back afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -60,11 +60,11 @@ class PromptSource:
                 raise ValueError(f"the prompts (rows counted from 0): {describe_faults(faults)}")
 
     def known(self) -> list[str]:
-        """All prompts, where they are a fixed set; none of a function's."""
+        """Return all prompts if they are a fixed set, and none if they come from a function."""
         return [] if self.rows is None else [_prompt_of(row) for _, row in _scan(self.rows)]
 
     def groups(self, epoch: int, num_groups: int) -> list[tuple[str, dict[str, Any]]]:
-        """The (prompt, metadata) of each of an epoch's groups."""
+        """Return the (prompt, metadata) of each of an epoch's groups."""
         if self.function is not None:
             with seeded_globals(noise_seed(self.seed, epoch, "prompts")):
                 return [
@@ -75,7 +75,7 @@ class PromptSource:
         return [self._row(position) for position in range(first, first + num_groups)]
 
     def batch(self, epoch: int, num_groups: int, group_size: int) -> PromptBatch:
-        """The images of an epoch: `num_groups` prompts, `group_size` images each, in order."""
+        """Return the images of an epoch: `num_groups` prompts, `group_size` images each, in order."""
         return expand_groups(self.groups(epoch, num_groups), [group_size] * num_groups)
 
     def _row(self, position: int) -> tuple[str, dict[str, Any]]:
@@ -89,7 +89,7 @@ class PromptSource:
 def expand_groups(
     groups: Sequence[tuple[str, dict[str, Any]]], sizes: Sequence[int], first_sample: int = 0
 ) -> PromptBatch:
-    """Each group's prompt as often as `sizes` says, in order; images are numbered from `first_sample`."""
+    """Repeat each group's prompt as often as `sizes` says, in order; images are numbered from `first_sample`."""
     counts = torch.tensor(sizes)
     return PromptBatch(
         prompts=tuple(prompt for (prompt, _), size in zip(groups, sizes, strict=True) for _ in range(size)),
@@ -160,14 +160,14 @@ def describe_faults(faults: Sequence[tuple[str, str]]) -> str:
 
 
 def row_to_prompt(row: Any) -> tuple[str, dict[str, Any]]:
-    """A dataset's row, a (prompt, metadata) pair or a bare prompt, as (prompt, metadata), a copy."""
+    """Return a dataset's row, a (prompt, metadata) pair or a bare prompt, as (prompt, metadata), a copy."""
     if isinstance(row, Mapping):
         return check_prompt((row.get("prompt"), {k: v for k, v in row.items() if k != "prompt"}), "the prompt dataset")
     return check_prompt((row, {}) if isinstance(row, str) else row, "the prompt list")
 
 
 def check_prompt(item: Any, origin: str, where: str = "") -> tuple[str, dict[str, Any]]:
-    """(prompt, metadata), a copy, or an error that shows what came instead."""
+    """Return (prompt, metadata), a copy; raise ValueError, showing what came instead, if it is none."""
     fault = prompt_fault(item)
     if fault is None and isinstance(item, tuple):
         return str(item[0]), copy_metadata(item[1] or {})

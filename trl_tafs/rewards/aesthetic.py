@@ -19,7 +19,7 @@ HEAD, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 
 
 def aesthetic_head(state: Mapping[str, Tensor]) -> nn.Module:
-    """The head that a checkpoint's tensors are of: linear layers one after another, as many as it holds.
+    """Return the head of a checkpoint: linear layers one after another, as many as it holds.
 
     The dropout between them does nothing in eval mode, so that its places in the official numbering are skipped.
     """
@@ -55,6 +55,6 @@ class Aesthetic(ModelReward):
         self.adopt(self.head)
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,)."""
+        """Return the ratings, (B,)."""
         embedding = self.model.encode_image(open_clip_pixels(images, self.model.visual).to(self.dtype))
         return self.head(F.normalize(embedding.float(), dim=-1).to(self.dtype)).squeeze(-1)

@@ -13,7 +13,7 @@ from trl_tafs.rewards.preprocessing import CLIP_MEAN, CLIP_STD, center_crop, nor
 
 
 def open_clip_pixels(images: Tensor, visual: nn.Module) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] to the input of one of open_clip's vision towers, float32.
+    """Turn images (B, 3, H, W) in [0, 1] into the input of one of open_clip's vision towers, float32.
 
     Bicubic resize with antialiasing to the model's size, centre crop, and the model's own mean and deviation.
     """
@@ -30,7 +30,7 @@ def open_clip_pixels(images: Tensor, visual: nn.Module) -> Tensor:
 
 
 def cosine(image: Tensor, text: Tensor) -> Tensor:
-    """Cosine of embeddings (B, C) and (B, C), in float32: (B,)."""
+    """Return the cosine of embeddings (B, C) and (B, C), in float32: (B,)."""
     return (F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1)
 
 
@@ -58,11 +58,11 @@ class ClipScore(ModelReward):
         self.scale = scale
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to the model's input, float32."""
+        """Turn images (B, 3, H, W) in [0, 1] into the model's input, float32."""
         return open_clip_pixels(images, self.model.visual)
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,)."""
+        """Return the scores, (B,)."""
         image = self.model.encode_image(self.preprocess(images).to(self.dtype))
         text = self.model.encode_text(self.tokenizer(list(prompts)).to(self.device))
         return self.scale * cosine(image, text)

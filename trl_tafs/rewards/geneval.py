@@ -24,7 +24,7 @@ DETECTIONS = 100  # an image, the most confident (query, class) pairs
 def instances(
     class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], names: Sequence[str]
 ) -> list[Detection]:
-    """Mask2Former's output for one image as objects, as its instance head is evaluated on COCO.
+    """Return the objects in Mask2Former's output for one image, as its instance head is evaluated on COCO.
 
     A pair of query and class is as confident as the class's probability times the mean probability of its mask.
 
@@ -51,7 +51,7 @@ def instances(
 
 
 def masked_crop(image: Tensor, detection: Detection) -> Tensor:
-    """The object on grey, cut out by its box: (3, h, w) of an image (3, H, W)."""
+    """Return the object on grey, cut out by its box: (3, h, w) of an image (3, H, W)."""
     shown = image if detection.mask is None else torch.where(detection.mask.to(image.device), image, GREY)
     left, top, right, bottom = (round(edge) for edge in detection.box)
     return shown[:, top : max(bottom, top + 1), left : max(right, left + 1)]
@@ -98,14 +98,14 @@ class GenEval(ModelReward):
         self.color_weights: dict[str, Tensor] = {}
 
     def applies(self, prompt: str, metadata: Mapping[str, Any]) -> bool:
-        """Whether the prompt is one of GenEval's rows, `tag` and `include` among its metadata."""
+        """Return whether the prompt is one of GenEval's rows, `tag` and `include` among its metadata."""
         if metadata.get("tag") not in TAGS or not metadata.get("include"):
             return False
         check_row(metadata)
         return True
 
     def preprocess(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images for the detector, padded to multiples of 32, and the (height, width) of what isn't padding."""
+        """Return the detector's input, padded to multiples of 32, and the (height, width) without the padding."""
         shortest, longest = min(images.shape[2:]), max(images.shape[2:])
         scale = min(self.edges[0] / shortest, self.edges[1] / longest)
         size = tuple(int(side * scale + 0.5) for side in images.shape[2:])
@@ -114,7 +114,7 @@ class GenEval(ModelReward):
         return F.pad(pixels, (0, padding[0], 0, padding[1])), size
 
     def detect(self, images: Tensor) -> list[list[Detection]]:
-        """The objects in each image (B, 3, H, W)."""
+        """Return the objects in each image (B, 3, H, W)."""
         pixels, size = self.preprocess(images)
         output = self.detector(pixel_values=pixels.to(self.dtype))
         found = []
@@ -125,7 +125,7 @@ class GenEval(ModelReward):
         return found
 
     def colors(self, image: Tensor, name: str, objects: Sequence[Detection]) -> list[str]:
-        """The colour of each object of a class in an image (3, H, W): CLIP's nearest of ten."""
+        """Return the colour of each object of a class in an image (3, H, W): CLIP's nearest of ten."""
         if name not in self.color_weights:
             self.color_weights[name] = self._color_embeddings(name)
         crops = [open_clip_pixels(masked_crop(image, item)[None], self.clip.visual) for item in objects]
@@ -133,14 +133,14 @@ class GenEval(ModelReward):
         return [COLORS[i] for i in (embeddings @ self.color_weights[name].T).argmax(1).tolist()]
 
     def _color_embeddings(self, name: str) -> Tensor:
-        """(10, C): of each colour the mean over the templates, normalised before and after."""
+        """Return an embedding of each colour, (10, C): the mean over the templates, normalised before and after."""
         texts = [template.format(color=color, name=name) for color in COLORS for template in COLOR_TEMPLATES]
         embeddings = self.clip.encode_text(self.tokenizer(texts).to(self.device)).float()
         embeddings = F.normalize(embeddings, dim=-1).unflatten(0, (len(COLORS), len(COLOR_TEMPLATES)))
         return F.normalize(embeddings.mean(1), dim=-1)
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,) in [0, 1]."""
+        """Return the scores (B,), in [0, 1]."""
         images = (to_uint8(images).to(images.device).permute(0, 3, 1, 2).float() / 255).contiguous()
         scores = []
         for image, detections, row in zip(images, self.detect(images), metadata, strict=True):

@@ -37,7 +37,7 @@ Found = dict[str, list[Detection]]
 
 
 def keep(detections: Sequence[Detection], tag: str) -> Found:
-    """By class the objects that count: confident enough for the task, the most confident first, at most 16."""
+    """Return by class the objects that count: those confident enough for the task, the surest first, at most 16."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     found: Found = {}
     for detection in sorted(detections, key=lambda d: -d.confidence):
@@ -47,7 +47,7 @@ def keep(detections: Sequence[Detection], tag: str) -> Found:
 
 
 def relations(first: Detection, second: Detection) -> set[str]:
-    """Where `first` lies relative to `second`: of left of, right of, above, below, those that hold.
+    """Return where `first` lies relative to `second`: of left of, right of, above, below, those that hold.
 
     The offset of the centres, less a tenth of both boxes' sizes, must be more than half the distance of the centres.
     """
@@ -76,7 +76,7 @@ class Check:
 
 
 def check(requirement: Mapping[str, Any], found: Found, earlier: Sequence[Check], colors_of: ColorsOf) -> Check:
-    """One of `include` against the objects found: colour and position are asked of the most confident `count`."""
+    """Return how far one of `include` is met; colour and position are asked of the most confident `count`."""
     name, count = requirement["class"], requirement["count"]
     objects = found.get(name, [])[:count]
     complete = len(objects) >= count
@@ -95,7 +95,7 @@ def check(requirement: Mapping[str, Any], found: Found, earlier: Sequence[Check]
 
 
 def judge(row: Mapping[str, Any], found: Found, colors_of: ColorsOf) -> tuple[float, float]:
-    """(strict, graded) of one image, both in [0, 1]; the graded score is 1 exactly where the strict one is.
+    """Return (strict, graded) of one image, both in [0, 1]; the graded score is 1 exactly where the strict one is.
 
     Strict is the benchmark's: 1 if every `include` holds and no `exclude` does. Graded, for training, is the mean over
     the requirements of the mean of their parts (number found, colours, positions); each excess of `exclude` is a
@@ -124,7 +124,7 @@ class FaultyRow(RewardRefused, ValueError):
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """An error that says what is wrong with a row that has GenEval's columns and can't be judged."""
+    """Raise FaultyRow if a row has GenEval's columns and can't be judged; the error says why."""
     names = set(COCO_NAMES)
     for requirement in [*(row.get("include") or []), *(row.get("exclude") or [])]:
         if requirement.get("class") not in names:

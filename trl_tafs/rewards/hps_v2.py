@@ -45,13 +45,13 @@ class HPSv2(ModelReward):
         self.model, self.tokenizer = self.adopt(model), open_clip.get_tokenizer(model_name)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to the model's input, float32."""
+        """Turn images (B, 3, H, W) in [0, 1] into the model's input, float32."""
         size = self.model.visual.image_size
         size = size[0] if isinstance(size, (tuple, list)) else size
         return normalize(center_crop(resize_shortest(images, size, eight_bit=False), (size, size)))
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,)."""
+        """Return the scores, (B,)."""
         image = self.model.encode_image(self.preprocess(images).to(self.dtype))
         text = self.model.encode_text(self.tokenizer(list(prompts)).to(self.device))
         return cosine(image, text)

@@ -30,7 +30,7 @@ VISION_NAMES = (  # (official, transformers), as regular expressions
 
 
 def transformers_names(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """THUDM's checkpoint as three state dicts: `vision` and `text` by transformers' names, and `head`.
+    """Return THUDM's checkpoint as three state dicts: `vision` and `text` by transformers' names, and `head`.
 
     What scoring doesn't use (the projections, position ids) is left out.
     """
@@ -52,7 +52,7 @@ def transformers_names(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
 
 
 def reward_head(width: int = 768) -> nn.Sequential:
-    """The MLP 768-1024-128-64-16-1 without activations, its layers numbered as in the checkpoint (with dropout)."""
+    """Return the MLP 768-1024-128-64-16-1 without activations, layers numbered as in the checkpoint (with dropout)."""
     sizes = [width, *HEAD_SIZES]
     layers: list[nn.Module] = []
     for i in range(len(HEAD_SIZES)):
@@ -63,7 +63,7 @@ def reward_head(width: int = 768) -> nn.Sequential:
 
 
 def standardize(scores: Tensor) -> Tensor:
-    """Raw scores to the published scale: (x - mean) / std."""
+    """Return raw scores on the published scale: (x - mean) / std."""
     return (scores - MEAN) / STD
 
 
@@ -111,12 +111,12 @@ class ImageReward(ModelReward):
         self.image_size = vision["image_size"]
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to the model's input, float32."""
+        """Turn images (B, 3, H, W) in [0, 1] into the model's input, float32."""
         size = self.image_size
         return normalize(center_crop(resize_shortest(images, size), (size, size)))
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,)."""
+        """Return the scores, (B,)."""
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
         ).to(self.device)

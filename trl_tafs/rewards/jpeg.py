@@ -14,7 +14,7 @@ from trl_tafs.rewards.preprocessing import to_uint8
 
 
 def jpeg_size(images: Tensor, quality: int = 95) -> Tensor:
-    """Kilobytes (1000) of each image (B, 3, H, W) in [0, 1] as a JPEG: (B,)."""
+    """Return the kilobytes (1000) of each image (B, 3, H, W) in [0, 1] as a JPEG: (B,)."""
     return torch.tensor([_encoded(image, quality) / 1000 for image in to_uint8(images).numpy()])
 
 
@@ -27,10 +27,10 @@ def _encoded(image: np.ndarray, quality: int) -> int:
 
 
 def jpeg_incompressibility(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
-    """The size itself: detail and noise are rewarded."""
+    """Return the size: detail and noise are rewarded."""
     return jpeg_size(images)
 
 
 def jpeg_compressibility(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
-    """Minus the size: smooth images are rewarded."""
+    """Return minus the size: smooth images are rewarded."""
     return -jpeg_size(images)

@@ -32,7 +32,7 @@ WEB = ("http://", "https://")
 
 
 def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
-    """A reward by its name in `REWARDS`, or one's own by its path, or a served one by its address.
+    """Make a reward, found by its name in `REWARDS`, by the path of your own one, or by the address of a served one.
 
     Args:
         name: a name; `package.module:name`, `package.module.name` or `folder/file.py:name`; or `http://host:port` of
@@ -80,7 +80,7 @@ def _find(name: str) -> Any:
 
 
 def _module_of(file: Path) -> ModuleType:
-    """A file's module, known by its whole path: files of one name are several, and none is a library of that name."""
+    """Import a file under a name made of its whole path: several files may have one name, or that of a library."""
     name = f"{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
@@ -94,7 +94,7 @@ def _module_of(file: Path) -> ModuleType:
 
 
 def _options_of(made: type) -> set[str] | None:
-    """Names of a class's arguments, those of its bases too where it hands on `**options`; None: it takes any."""
+    """Return the names of a class's arguments, with its bases' if it hands on `**options`; None if it takes any."""
     names: set[str] = set()
     for base in made.__mro__:
         if "__init__" not in vars(base):
@@ -125,7 +125,7 @@ def reward_label(item: str) -> str:
 def parse_rewards(
     specifications: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, tuple[RewardFunction, float]]:
-    """`["pickscore=1.0", "my_module:sharpness=0.5"]` to a dict of name to (reward, weight).
+    """Turn `["pickscore=1.0", "my_module:sharpness=0.5"]` into a dict of name to (reward, weight).
 
     Args:
         specifications: NAME or NAME=WEIGHT each, NAME as `load_reward` takes it.

@@ -25,7 +25,7 @@ LINE = 3.0  # width / height from which on an image is taken for a line of text
 
 
 def target_text(prompt: str, metadata: Mapping[str, Any]) -> str | None:
-    """The text that an image of this prompt should show: `metadata["text"]`, else what the prompt quotes first."""
+    """Return the text that an image should show: `metadata["text"]`, else what the prompt quotes first."""
     if metadata.get("text"):
         return str(metadata["text"])
     quoted = QUOTED.search(prompt)
@@ -33,7 +33,7 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str | None:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein's: insertions, deletions and substitutions, 1 each."""
+    """Return Levenshtein's distance: insertions, deletions and substitutions, 1 each."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         previous, row[0] = row[0], i
@@ -43,13 +43,13 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def text_similarity(found: str, target: str) -> float:
-    """1 - edit distance / the longer length, without regard to case and spaces; in [0, 1]."""
+    """Return 1 - edit distance / the longer length, whatever the case and spaces; in [0, 1]."""
     found, target = ("".join(text.lower().split()) for text in (found, target))
     return 1 - edit_distance(found, target) / max(len(found), len(target), 1)
 
 
 def ctc_log_probability(probabilities: Tensor, texts: Sequence[str], characters: Sequence[str]) -> Tensor:
-    """The log-probability that a CTC recogniser gives to each text in its image, upper and lower case as one.
+    """Return the log-probability that a CTC recogniser gives to each text in its image, upper and lower case as one.
 
     Args:
         probabilities: (B, T, classes), the recogniser's output.
@@ -104,20 +104,20 @@ class Recognizer:
         self.batch_size = batch_size
 
     def page(self, images: Tensor) -> Tensor:
-        """Images of one line each (B, 3, H, W) in [0, 1] to the recogniser's input (B, 3, 48, W') in [-1, 1], BGR."""
+        """Turn images of one line (B, 3, H, W) in [0, 1] into the recogniser's input (B, 3, 48, W') in [-1, 1], BGR."""
         width = max(1, -(-self.HEIGHT * images.shape[3] // images.shape[2]))
         line = F.interpolate(images, size=(self.HEIGHT, width), mode="bilinear", antialias=False)
         return 2 * line.flip(1) - 1
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """(B, T, classes)."""
+        """Return the log-probabilities, (B, T, classes)."""
         name, pages = self.session.get_inputs()[0].name, self.page(images.float()).contiguous().numpy()
         starts = range(0, len(pages), self.batch_size)
         parts = [self.session.run(None, {name: pages[i : i + self.batch_size]})[0] for i in starts]
         return torch.from_numpy(np.concatenate(parts))
 
     def read(self, images: Tensor) -> list[str]:
-        """The text in each image, by the most probable class at every place."""
+        """Return the text in each image, by the most probable class at every place."""
         words = []
         for best in self.probabilities(images).argmax(-1).numpy():
             changes = np.append(True, best[1:] != best[:-1])
@@ -126,7 +126,7 @@ class Recognizer:
 
 
 def crop(image: Tensor, box: Sequence[float]) -> Tensor:
-    """The part of an image (3, H, W) that a box (left, top, right, bottom), in shares of its size, holds."""
+    """Return the part of an image (3, H, W) in a box (left, top, right, bottom), in shares of its size."""
     height, width = image.shape[1:]
     left, right = (round(share * width) for share in (box[0], box[2]))
     top, bottom = (round(share * height) for share in (box[1], box[3]))
@@ -177,11 +177,11 @@ class OCR(ModelReward):
         return self._detector
 
     def applies(self, prompt: str, metadata: Mapping[str, Any]) -> bool:
-        """Whether the prompt asks for text."""
+        """Return whether the prompt asks for text."""
         return target_text(prompt, metadata) is not None
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,)."""
+        """Return the scores, (B,)."""
         targets = [target_text(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
         boxes = [row.get("box") for row in metadata]
         if not self.detect and not any(boxes) and not self._sought(images):
@@ -190,7 +190,7 @@ class OCR(ModelReward):
         return torch.cat([self._score_one(image[None], box, target) for image, box, target in pairs])
 
     def _sought(self, images: Tensor) -> bool:
-        """Whether the text's place is to be found in images without a box."""
+        """Return whether the text's place is to be found in images without a box."""
         height, width = images.shape[2:]
         sought = self.detect or (self.detect is None and width < LINE * height)
         if sought and self.kind == "ctc":

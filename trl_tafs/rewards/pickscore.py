@@ -39,12 +39,12 @@ class PickScore(ModelReward):
         self.logit_scale = logit_scale
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to the model's input, as CLIPImageProcessor does."""
+        """Turn images (B, 3, H, W) in [0, 1] into the model's input, as CLIPImageProcessor does."""
         size = self.model.config.vision_config.image_size
         return normalize(center_crop(resize_shortest(images, size), (size, size), round_offset=False))
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,)."""
+        """Return the scores, (B,)."""
         model = self.model
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"

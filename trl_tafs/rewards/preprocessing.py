@@ -48,14 +48,14 @@ def resize(images: Tensor, size: Sequence[int], *, mode: str = "bicubic", eight_
 
 
 def bicubic(x: Tensor) -> Tensor:
-    """Keys' cubic kernel with a = -1/2, support 2; as Pillow's and as torch's with antialiasing."""
+    """Return Keys' cubic kernel with a = -1/2, support 2; as Pillow's and as torch's with antialiasing."""
     x = x.abs()
     near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
 def bilinear(x: Tensor) -> Tensor:
-    """The triangle, support 1."""
+    """Return the triangle kernel, support 1."""
     return (1 - x.abs()).clamp(min=0)
 
 
@@ -64,7 +64,7 @@ FILTERS = {"bicubic": (bicubic, 2.0), "bilinear": (bilinear, 1.0)}  # and their 
 
 @lru_cache(maxsize=32)
 def pillow_weights(source: int, target: int, mode: str) -> Tensor:
-    """One axis of Pillow's resize as a matrix, (target, source) float64, in steps of 2^-22.
+    """Return one axis of Pillow's resize as a matrix, (target, source) float64, in steps of 2^-22.
 
     Row i is the filter around (i + 1/2) source / target, as wide as the reduction where there is one, normalised and
     rounded. In float64 its products with 8-bit pixels are summed without error.
@@ -82,7 +82,7 @@ def pillow_weights(source: int, target: int, mode: str) -> Tensor:
 
 
 def center_crop(images: Tensor, size: tuple[int, int], *, round_offset: bool = True) -> Tensor:
-    """The middle (height, width) of (B, 3, H, W).
+    """Return the middle (height, width) of (B, 3, H, W).
 
     An odd margin is split as torchvision does (half to even), or with `round_offset=False` as transformers does (down).
     """
@@ -92,10 +92,10 @@ def center_crop(images: Tensor, size: tuple[int, int], *, round_offset: bool = T
 
 
 def normalize(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
-    """(images - mean) / std, a number a channel."""
+    """Return (images - mean) / std, a number a channel."""
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] to (B, H, W, 3) uint8 on the CPU, contiguous: what Pillow takes."""
+    """Turn (B, 3, H, W) in [0, 1] into (B, H, W, 3) uint8 on the CPU, contiguous, as Pillow takes it."""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().permute(0, 2, 3, 1).contiguous()

@@ -74,7 +74,7 @@ class RemoteReward:
             self.__name__ = self.check_health(executor)
 
     def check_health(self, executor: ThreadPoolExecutor) -> str:
-        """Ask all endpoints; the name of what they serve.
+        """Ask all endpoints, and return the name of what they serve.
 
         Raises:
             ValueError: none answers, one refuses the secret, or they serve different rewards.
@@ -92,7 +92,7 @@ class RemoteReward:
         return next(iter(names.values()))
 
     def _health(self, address: Address) -> str | Exception:
-        """What an endpoint serves, or why that isn't known."""
+        """Return what an endpoint serves, or why that isn't known."""
         try:
             message = self._answer(address, "/health", None, min(self.timeout, HEALTH_SECONDS))
             name = message.get("name")
@@ -103,7 +103,7 @@ class RemoteReward:
             return error
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,) float32; NaN where the server has no score, or none answered and failures are masked."""
+        """Return scores (B,), float32; NaN where the server has no score, or none answers and failures are masked."""
         starts = range(0, len(prompts), self.batch_size)
         chunks = [slice(start, start + self.batch_size) for start in starts]
 

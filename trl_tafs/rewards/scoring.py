@@ -30,7 +30,7 @@ class RewardRefused(RewardError):
 
 @dataclass(frozen=True)
 class Scores:
-    """What one call of all rewards gave."""
+    """The scores of one call of all rewards."""
 
     values: Tensor  # (B, R) float32, NaN where there is no score
     metadata: Any  # of a single reward what it returned, of several a dict by name
@@ -137,7 +137,7 @@ class RewardSet:
 
 
 def _is_pair(result: Any) -> bool:
-    """(rewards, reward_metadata), and not two rewards in a tuple."""
+    """Return whether this is (rewards, reward_metadata), and not two rewards in a tuple."""
     return isinstance(result, tuple) and len(result) == 2 and not isinstance(result[0], (int, float, type(None)))
 
 
@@ -170,7 +170,7 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
 
 
 def _as_tensor(values: Any) -> Tensor:
-    """Numbers of any kind as float32 on the CPU; raise TypeError for complex ones, whose half would be dropped."""
+    """Return numbers of any kind as float32 on the CPU; raise TypeError for complex ones."""
     if isinstance(values, Tensor):
         tensor = values.detach()
         if tensor.is_complex():

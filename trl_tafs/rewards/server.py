@@ -24,7 +24,7 @@ BODY_SECONDS = 60.0  # for receiving a request
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
+    """Return whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:
@@ -34,7 +34,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, secret: str | None) -> None:
-    """An error where others could reach the server and nothing would keep them out."""
+    """Raise ValueError if others could reach the server and nothing would keep them out."""
     if not is_loopback(host) and not secret:
         raise ValueError(f"--host {host} can be reached from other machines; set {SECRET} on both sides first")
 
@@ -49,7 +49,7 @@ def make_app(
     max_waiting: int = 16,
     body_seconds: float = BODY_SECONDS,
 ) -> Any:
-    """The ASGI application: `GET /health`, and `POST /score` with images, prompts and metadata.
+    """Return the ASGI application: `GET /health`, and `POST /score` with images, prompts and metadata.
 
     A request that isn't as it should be is answered by 400, 401, 408, 413 or 415, and one too many by 503.
 
@@ -193,13 +193,13 @@ def check_headers(request: Any, max_bytes: int) -> None:
 
 
 def authorized(request: Any, secret: str | None) -> bool:
-    """Whether the request carries the secret, where there is one; compared in constant time."""
+    """Return whether the request carries the secret, where there is one; compared in constant time."""
     given = request.headers.get("authorization", "")
     return secret is None or hmac.compare_digest(given.encode(), f"Bearer {secret}".encode())
 
 
 def check_texts(message: Mapping[str, Any], number: int) -> tuple[list[str], list[dict[str, Any]]]:
-    """Prompts and metadata of a request, one each an image."""
+    """Return the prompts and metadata of a request, one each an image."""
     prompts, metadata = message.get("prompts"), message.get("metadata") or [{}] * number
     for name, values, kind in (("prompts", prompts, str), ("metadata", metadata, dict)):
         if not (isinstance(values, list) and len(values) == number and all(isinstance(v, kind) for v in values)):

@@ -34,7 +34,7 @@ SCORE = re.compile(r"Final Score:\s*\**\s*([1-5](?:\.\d+)?)(?![\d.]*\d)")
 
 
 def parse_score(answer: str | None) -> float | None:
-    """The number in [1, 5] after "Final Score:"; None where there is none."""
+    """Return the number in [1, 5] after "Final Score:"; None where there is none."""
     found = SCORE.search(answer or "")
     value = float(found[1]) if found else None
     return value if value is not None and value <= 5 else None
@@ -83,7 +83,7 @@ class UnifiedReward:
         self.model = self._served(model)
 
     def _served(self, model: str | None) -> str:
-        """The model's name, after a look at what is served: the endpoint's health check."""
+        """Return the model's name, after asking what is served: the endpoint's health check."""
         try:
             entries = self._call("/models", None).get("data")
         except WebError as error:
@@ -96,7 +96,7 @@ class UnifiedReward:
         return model or names[0]
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """(B,); NaN for no score."""
+        """Return the scores (B,); NaN for no score."""
         pictures = to_uint8(images).numpy()
         with ThreadPoolExecutor(self.concurrency) as executor:
             scores = list(executor.map(self._ask, pictures, prompts))
@@ -140,7 +140,7 @@ class UnifiedReward:
 
 
 def answer_text(answer: Mapping[str, Any]) -> str | None:
-    """The text of a chat completion; None where there is none."""
+    """Return the text of a chat completion; None where there is none."""
     try:
         text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):

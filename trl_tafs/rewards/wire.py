@@ -21,7 +21,7 @@ MAX_TOTAL_PIXELS = 2**26  # of a request's images together: 64 of 1024 x 1024; 7
 
 
 def png(image: np.ndarray) -> bytes:
-    """An image (H, W, 3) uint8 as a PNG."""
+    """Return an image (H, W, 3) uint8 as a PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -30,7 +30,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def encode_images(images: Tensor, format: str = "png") -> dict[str, Any]:
-    """Images (B, 3, H, W) in [0, 1] as JSON values: "png" rounds to 8 bits, "raw" keeps float32 exactly."""
+    """Return images (B, 3, H, W) in [0, 1] as JSON values: "png" rounds to 8 bits, "raw" keeps float32 exactly."""
     if format == "png":
         data = [png(image) for image in to_uint8(images).numpy()]
     else:
@@ -40,7 +40,7 @@ def encode_images(images: Tensor, format: str = "png") -> dict[str, Any]:
 
 
 def decode_images(message: Mapping[str, Any]) -> Tensor:
-    """What `encode_images` made, as (B, 3, H, W) float32.
+    """Return what `encode_images` made as (B, 3, H, W) float32.
 
     Raises:
         ValueError: the message isn't of that form, an image has more than `MAX_PIXELS`, or all together more than
@@ -88,5 +88,5 @@ def _from_raw(data: bytes, shape: Sequence[int]) -> Tensor:
 
 
 def encode_rewards(values: Tensor) -> list[float | None]:
-    """(B,) as JSON numbers; null for no score."""
+    """Return scores (B,) as JSON numbers; null for no score."""
     return [None if value != value else value for value in values.double().tolist()]
