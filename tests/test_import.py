@@ -21,7 +21,7 @@ def probe(statement):
 before = [name for name in {HEAVY} if name in sys.modules]
 assert not before, before
 probe("import trl_tafs")
-probe("import trl_tafs.method.objectives, trl_tafs.advantages, trl_tafs.method.levels, trl_tafs.groups")
+probe("import trl_tafs.method.objectives, trl_tafs.method.advantages, trl_tafs.method.levels, trl_tafs.training.plan")
 probe("from trl_tafs import TAFSGRPOConfig, REWARDS")
 """
 
