@@ -104,7 +104,7 @@ def test_a_group_does_not_hear_of_the_others():
     assert torch.equal(normalize_groups(values, ids(4, 4))[:4], normalize_groups(changed, ids(4, 4))[:4])
 
 
-def test_a_missing_verdict_does_not_change_the_others():
+def test_a_missing_score_does_not_change_the_others():
     values = random_rewards(5, 3)
     with_gap = torch.cat([values, torch.full((1, 3), NAN)])
     got = normalize_groups(with_gap, ids(6))
@@ -112,7 +112,7 @@ def test_a_missing_verdict_does_not_change_the_others():
     assert got[5].isnan().all()
 
 
-def test_a_group_with_a_single_verdict_has_no_deviation_and_no_advantage():
+def test_a_group_with_a_single_score_has_no_deviation_and_no_advantage():
     mean, std = group_mean_std(torch.tensor([[2.0], [NAN]]), ids(2))
     assert mean.flatten().tolist() == [2.0, 2.0]
     assert std.flatten().tolist() == [0.0, 0.0]
@@ -255,7 +255,7 @@ def test_a_reward_that_applies_to_some_prompts_only_is_left_out_of_the_others(ag
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_an_image_without_one_of_its_verdicts_is_masked_and_leaves_the_others_alone(aggregation, scale):
+def test_an_image_without_one_of_its_scores_is_masked_and_leaves_the_others_alone(aggregation, scale):
     values = random_rewards(6, 3, 1, 2)
     gap = values.clone()
     gap[5, 1, 0, 0] = NAN
@@ -269,7 +269,7 @@ def test_an_image_without_one_of_its_verdicts_is_masked_and_leaves_the_others_al
     torch.testing.assert_close(got[:, [0, 2]], complete[:, [0, 2]])  # its other steps keep theirs
 
 
-def test_combined_rewards_are_missing_only_where_a_verdict_that_the_group_has_is_missing():
+def test_combined_rewards_are_missing_only_where_a_score_that_the_group_has_is_missing():
     values = torch.tensor([[1.0, NAN], [2.0, NAN], [3.0, 4.0], [5.0, NAN]])[:, None, None]
     got = combine_rewards(table(values, [1.0, 10.0]), ids(2, 2)).flatten()
     assert got[:3].tolist() == [1.0, 2.0, 43.0]
@@ -289,7 +289,7 @@ def test_a_reward_of_weight_zero_is_only_looked_at():
     assert (advantages(values, ids(4), weights=[1.0, 0.0], scale="group") != 0).all()
 
 
-def test_no_verdict_at_all_gives_zero_everywhere():
+def test_no_score_at_all_gives_zero_everywhere():
     assert torch.equal(advantages(torch.full((4, 3), NAN), ids(4)), torch.zeros(4, 3, 1))
 
 
@@ -380,7 +380,7 @@ def test_tracker_forgets_all_but_the_last_rewards():
     torch.testing.assert_close(got, torch.tensor([-1.5, -0.5, 0.5, 1.5]) / (math.sqrt(5 / 3) + EPS))
 
 
-def test_tracker_keeps_steps_apart_and_leaves_missing_verdicts_out():
+def test_tracker_keeps_steps_apart_and_leaves_missing_scores_out():
     values = torch.tensor([[1.0, 100.0], [3.0, 300.0], [NAN, 200.0]]).reshape(3, 2, 1)
     got = PerPromptStatTracker(16, 2).update(["a"] * 3, values)
     torch.testing.assert_close(got[:2, 0, 0], torch.tensor([-1.0, 1.0]) / (math.sqrt(2) + EPS))
@@ -538,7 +538,7 @@ def test_a_prompt_with_a_single_image_takes_its_expected_reward_as_baseline():
     got = Advantages(Credit(), baseline=baseline)(table(values), group_ids, prompts, 1).advantages[:, 0, 0]
     deviation = 0.2  # of .2 .4 .6, the one group that has one
     expected = torch.tensor([(0.9 - 0.5) / deviation, -1.0, 0.0, 1.0, 0.0])
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # "c" was never seen: no verdict
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # "c" was never seen: no score
     alone = Advantages(Credit())(table(values), group_ids, prompts, 1).advantages[:, 0, 0]
     assert alone[0] == 0, "without a tracker a single image says nothing"
 

@@ -87,7 +87,7 @@ def test_a_single_image_deviates_from_what_was_known():
     assert tracker.means(["a"]).item() == pytest.approx(1.0)
 
 
-def test_no_verdict_is_no_evidence():
+def test_no_score_is_no_evidence():
     tracker = PromptTracker(1)
     seen(tracker, "a", [1.0, float("nan"), 3.0])
     assert tracker.means(["a"]).item() == 2.0

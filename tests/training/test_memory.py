@@ -225,7 +225,7 @@ class Guest(nn.Linear):
         return self
 
 
-def test_guests_come_and_go_and_the_denoiser_waits_for_the_last(monkeypatch):
+def test_residents_come_and_go_and_the_denoiser_waits_for_the_last(monkeypatch):
     moves = []
     monkeypatch.setattr(offload_module, "move_frozen", lambda module, device: moves.append(device.type))
     vae, encoder = Guest(), Guest()
@@ -257,10 +257,10 @@ def test_a_smaller_run_is_the_same_run(pipeline_folder, tmp_path, changes):
 
 
 def test_evaluation_exchanges_the_models_once_a_setting_and_changes_nothing(pipeline_folder, tmp_path, monkeypatch):
-    results, moves, guests = [], [], []
+    results, moves, residents = [], [], []
 
     def judge(images, prompts, metadata):
-        guests.append(len(trainer.policy.devices.resident))
+        residents.append(len(trainer.policy.devices.resident))
         return images.mean((1, 2, 3))
 
     monkeypatch.setattr(offload_module, "move_frozen", lambda module, device: moves.append(device))
@@ -281,7 +281,7 @@ def test_evaluation_exchanges_the_models_once_a_setting_and_changes_nothing(pipe
         trainer.evaluate(0)
         results.append(trainer.progress.evaluations)
     assert results[0] == results[1]
-    assert len(moves) == 2 * 4 and guests == [0] * 4 + [1] * 4, "the rewards have the denoiser's place"
+    assert len(moves) == 2 * 4 and residents == [0] * 4 + [1] * 4, "the rewards have the denoiser's place"
 
 
 def test_models_on_the_move_are_refused(pipeline, tmp_path):
