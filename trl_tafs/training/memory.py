@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.policy.policy import Policy
@@ -91,7 +92,7 @@ def plan_memory(footprint: Footprint, options: TrainingOptions, local_images: in
         options: batch sizes, checkpointing, offloading, optimizer, averages.
         local_images: of one process in an epoch; their rollouts are kept until the update is done.
     """
-    guided = 2 if options.sample_guidance_scale > 1 else 1
+    guided = 2 if is_guided(options.sample_guidance_scale) else 1
     trained, rows = 4 * footprint.trained_parameters, footprint.activations
     always = {
         "trained weights": trained,
@@ -234,7 +235,7 @@ def measure_footprint(
         extrapolate((small_count, getattr(small_part, name)), (count, getattr(part, name)), tokens)
         for name in ("saved", "block_inputs")
     )
-    encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
+    encoders = list(pipeline.text_encoders().values())
     trained = [p.numel() for p in pipeline.denoiser.parameters() if p.requires_grad]
     small = _part_of(pipeline, height, width, 4)
     with decoding():  # where the VAE decodes, and tiles if it was asked to
