@@ -43,7 +43,7 @@ class Algorithm:
     objective: Objective
 
     def kernel_at(self, epoch: int) -> Kernel:
-        """The kernel of an epoch: with its window, where there is one."""
+        """Return the kernel of an epoch: with its window, where there is one."""
         return self.kernel if self.window is None else Windowed(self.kernel, self.window.at(epoch))
 
     def credit(self, rewards: RewardTable, prompts: PromptBatch, epoch: int) -> AdvantageTable:
@@ -58,7 +58,7 @@ class Algorithm:
         return {name: item for name, item in found.items() if item is not None}
 
     def scored_steps_at(self, epoch: int) -> range:
-        """The steps, 0-based, whose clean images are scored in an epoch."""
+        """Return the steps, 0-based, whose clean images are scored in an epoch."""
         num_steps = len(self.levels) - 1
         return self.advantages.credit.scored_steps(default_scored_steps(self.kernel_at(epoch), num_steps), num_steps)
 
@@ -103,13 +103,13 @@ def build_algorithm(
 
 
 def build_credit(config: MethodOptions) -> Credit:
-    """The credit rule; objectives of the final image know one reward only."""
+    """Make the credit rule; objectives of the final image know one reward only."""
     rule = TerminalCredit() if config.credits_final_image else config.credit_rule
     return Credit(rule, config.num_advantage_steps)
 
 
 def build_window(config: MethodOptions) -> SlidingWindow | None:
-    """Where the sampler explores, if not everywhere."""
+    """Make the window in which the sampler explores; None if it explores everywhere."""
     if config.sample_window_size is None:
         return None
     return SlidingWindow(
@@ -122,7 +122,7 @@ def build_window(config: MethodOptions) -> SlidingWindow | None:
 
 
 def build_prompt_tracker(config: MethodOptions) -> PromptTracker | None:
-    """What is known of each prompt, where group sizes follow it; one value a scored step."""
+    """Make the memory of each prompt's rewards, one value a scored step; None for fixed groups."""
     if config.group_allocation == "fixed":
         return None
     num_values = len(build_credit(config).scored_steps(range(config.num_trained_steps), config.sample_num_steps))
@@ -130,7 +130,7 @@ def build_prompt_tracker(config: MethodOptions) -> PromptTracker | None:
 
 
 def build_groups(config: MethodOptions, sizes: GroupBounds, tracker: PromptTracker | None) -> GroupSizes:
-    """How an epoch's images are shared among its prompts."""
+    """Choose how an epoch's images are shared among its prompts."""
     if tracker is None:
         return FixedGroups(sizes.mean)
     allocation = {"variance": VarianceGroups, "streaming": StreamingGroups}[config.group_allocation]

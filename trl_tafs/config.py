@@ -21,7 +21,7 @@ class TAFSGRPOConfig(PublishingOptions):
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> Self:
-        """A configuration with a preset's options (`trl_tafs.presets`), and `options` on top of them."""
+        """Return a configuration with a preset's options (`trl_tafs.presets`), and `options` on top of them."""
         return cls(**preset(name) | options)
 
     def check(self) -> None:

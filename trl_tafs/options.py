@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with its help text; a list or dict default is copied for each instance."""
+    """Make a dataclass field with its help text; a list or dict default is copied for each instance."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def decode_dict(name: str, value: dict | str | None) -> dict[str, Any]:
-    """A mapping, or one as JSON; None and "" are empty."""
+    """Return a mapping, or one as JSON; None and "" are empty."""
     if value is None or value == "":
         return {}
     if isinstance(value, str):

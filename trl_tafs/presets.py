@@ -154,7 +154,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The options of a preset.
+    """Return the options of a preset.
 
     Raises:
         ValueError: there is none of that name; says which there are.

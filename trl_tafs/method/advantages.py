@@ -130,7 +130,7 @@ class PerPromptStatTracker:
         return out.reshape(values.shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """Return what a checkpoint needs."""
         return {prompt: list(buffer) for prompt, buffer in self.stats.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

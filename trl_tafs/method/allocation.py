@@ -240,7 +240,7 @@ class StreamingGroups(VarianceGroups):
         return [self.low] * len(prompts)
 
     def rest(self, values: Tensor, group_ids: Tensor) -> list[int] | None:
-        """What is left of `P * G`."""
+        """Return sizes that share what is left of `P * G`."""
         count = int(group_ids.max()) + 1
         deviation = torch.zeros(count)
         deviation[group_ids] = group_mean_std(values, group_ids)[1]

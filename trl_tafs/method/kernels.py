@@ -33,12 +33,12 @@ REDUCTIONS = {
 
 
 def expand(level: Tensor, x: Tensor) -> Tensor:
-    """A level, () or (B,), shaped so that it broadcasts against `x` (B, *)."""
+    """Return a level, () or (B,), shaped so that it broadcasts against `x` (B, *)."""
     return level if level.ndim == 0 else level.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def clean_estimate(x: Tensor, v: Tensor, s: Tensor) -> Tensor:
-    """The one-step prediction of the clean image, `xhat = x - s v` (Eq. 4 and 6), (B, *)."""
+    """Return the one-step prediction of the clean image, `xhat = x - s v` (Eq. 4 and 6), (B, *)."""
     return x - expand(s, x) * v
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def uniform_levels(num_steps: int) -> Tensor:
-    r"""The paper's uniform division of the trajectory, `tau = T / N` (section 3.3).
+    r"""Return the paper's uniform division of the trajectory, `tau = T / N` (section 3.3).
 
     Args:
         num_steps: `N`, at least 1.
@@ -45,7 +45,7 @@ def with_zero(levels: Tensor) -> Tensor:
 
 
 def level_to_timestep(level: Tensor, num_train_timesteps: int = 1000) -> Tensor:
-    """What the denoiser is told: `t = 1000 s`, float32, the same product that diffusers' scheduler takes."""
+    """Return what the denoiser is told: `t = 1000 s`, float32, the same product that diffusers' scheduler takes."""
     return level * num_train_timesteps
 
 
@@ -77,7 +77,7 @@ class SlidingWindow:
             raise ValueError(f"order is {self.order!r}; use progressive or random")
 
     def at(self, epoch: int) -> range:
-        """The window's steps, 0-based, in an epoch."""
+        """Return the window's steps, 0-based, in an epoch."""
         places, move = self.num_steps - self.size + 1, epoch // self.interval
         if self.order == "random":
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + move)

@@ -31,7 +31,7 @@ FORWARD_WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def clip_range_for(reduction: str, num_elements: int, sqrt_range: float = CLIP_RANGE) -> float:
-    """The clip range that allows the same change of the policy in the units of `reduction`.
+    """Return the clip range that allows the same change of the policy in the units of `reduction`.
 
     The range limits `|log r|`, and a log-ratio in "sum" units is sqrt(D) times that in "sqrt" units, D times that in
     "mean" units: with these ranges the same actions are clipped whichever reduction is used.

@@ -14,7 +14,7 @@ Noise = Callable[[str, int, tuple[int, ...]], Tensor]
 
 
 def noise_seed(*key: int | str) -> int:
-    """A 63-bit seed from (seed, epoch, sample, stream, step): unrelated keys give unrelated streams."""
+    """Return a 63-bit seed from (seed, epoch, sample, stream, step): unrelated keys give unrelated streams."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return struct.unpack("<Q", digest)[0] >> 1
 

@@ -91,7 +91,7 @@ def sample(
     noise: Noise,
     storage_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What the sampler returns from initial noise `x`: (B, *), storage dtype. Nothing is kept on the way."""
+    """Sample from initial noise `x` (B, *), keep nothing on the way, and return the result in the storage dtype."""
     for step in sample_steps(velocity, kernel, conditioning, levels, x, noise, storage_dtype):
         x = step.next_state
     return x
@@ -185,7 +185,7 @@ def _scored_images(kernel: Kernel, step: Step) -> Tensor:
 
 
 def default_scored_steps(kernel: Kernel, num_steps: int) -> range:
-    """The steps whose clean images the kernel's actions answer for, 0-based."""
+    """Return the steps whose clean images the kernel's actions answer for, 0-based."""
     trained = kernel.trained_steps(num_steps)
     return range(trained.start + kernel.reward_lag, trained.stop + kernel.reward_lag)
 

@@ -91,7 +91,7 @@ class Embeddings(TensorRecord):
     guidance: Tensor | None = None  # (B,) float32, the scale that a guidance-distilled model takes as an input
 
     def padded(self, length: int) -> Embeddings:
-        """The text with zeros up to `length` tokens, and a mask that says so."""
+        """Return the text with zeros up to `length` tokens, and a mask that says so."""
         missing = length - self.text.shape[1]
         mask = self.text.new_ones(self.text.shape[:2], dtype=torch.int64) if self.mask is None else self.mask
         return dataclasses.replace(
@@ -123,7 +123,7 @@ class Conditioning(TensorRecord):
         return len(self.positive.text)
 
     def padded_to_multiple(self, multiple: int) -> Conditioning:
-        """The texts padded to a multiple of `multiple` tokens."""
+        """Return the texts padded to a multiple of `multiple` tokens."""
 
         def pad(half: Embeddings) -> Embeddings:
             return half.padded(-(-half.text.shape[1] // multiple) * multiple)

@@ -53,7 +53,7 @@ class AutoTAFSPipeline:
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline) -> TAFSPipelineMixin:
-        """The TAFS pipeline over a loaded diffusers pipeline's own components: nothing is copied, cast or moved.
+        """Return the TAFS pipeline over a loaded diffusers pipeline's own components: nothing is copied, cast or moved.
 
         Adapters, quantization, tiling and device are what they were, since they are the modules'.
 

@@ -95,7 +95,7 @@ class TAFSPipelineMixin(ABC):
         return []
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of one image's latent: (C, H / f, W / f), f the VAE's factor."""
+        """Return the shape of one image's latent: (C, H / f, W / f), f the VAE's factor."""
         channels = self.denoiser.config.in_channels
         return channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
@@ -125,7 +125,7 @@ class TAFSPipelineMixin(ABC):
         return True
 
     def guidance_arguments(self, guidance_scale: float = 1.0, negative_prompt: str | None = None) -> dict[str, Any]:
-        """The stock `__call__`'s arguments for classifier-free guidance of `guidance_scale` (1: off)."""
+        """Return the stock `__call__`'s arguments for classifier-free guidance of `guidance_scale` (1: off)."""
         negative = {"negative_prompt": negative_prompt or ""} if is_guided(guidance_scale) else {}
         return {self.guidance_argument: float(guidance_scale)} | negative
 
@@ -170,7 +170,7 @@ class TAFSPipelineMixin(ABC):
             )
 
     def embedded_guidance(self, scale: float | None = None) -> float | None:
-        """The scale that the denoiser is given as an input, the family's default if None; None: it takes none.
+        """Return the scale that the denoiser is given as an input, the family's default if None; None: it takes none.
 
         Raises:
             ValueError: a scale for a denoiser that takes none.
@@ -207,7 +207,7 @@ class TAFSPipelineMixin(ABC):
         embedded_guidance_scale: float | None = None,
         max_sequence_length: int | None = None,
     ) -> Conditioning:
-        """All that the denoiser is told of B prompts.
+        """Encode all that the denoiser is told of B prompts.
 
         Args:
             prompts: B of them.
@@ -232,7 +232,7 @@ class TAFSPipelineMixin(ABC):
         return Conditioning(positive, negative, float(guidance_scale))
 
     def schedule_shift_kwargs(self, height: int, width: int, num_steps: int) -> dict[str, float]:
-        """What `scheduler.set_timesteps` needs beside the sigmas: `mu` where the shift is dynamic."""
+        """Return what `scheduler.set_timesteps` needs beside the sigmas: `mu` where the shift is dynamic."""
         config = self.scheduler.config
         if not config.get("use_dynamic_shifting", False):
             return {}
@@ -244,7 +244,7 @@ class TAFSPipelineMixin(ABC):
         return (height // self.size_multiple) * (width // self.size_multiple)
 
     def annealed_scheduler(self) -> Any:
-        """The scheduler with which the stock pipeline anneals, for an adapter's users."""
+        """Return the scheduler with which the stock pipeline anneals, for an adapter's users."""
         return FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler), stochastic_sampling=True)
 
     def euler_scheduler(self) -> Any:
@@ -263,7 +263,7 @@ class TAFSPipelineMixin(ABC):
         return scheduler.sigmas.clone()
 
     def velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning, model: nn.Module | None = None) -> Tensor:
-        """The guided velocity, (B, *) float32, of the state x (B, *) at level (B,).
+        """Return the guided velocity, (B, *) float32, of the state x (B, *) at level (B,).
 
         With classifier-free guidance both halves go through the denoiser as the stock pipeline has them: as one batch,
         or one after the other. `model` is the denoiser to call where it isn't the pipeline's own (a DDP wrapper of it).
@@ -417,7 +417,7 @@ class TAFSPipelineMixin(ABC):
             self.scheduler = scheduler
 
     def seeded_scheduler(self, generator: torch.Generator | list[torch.Generator] | None) -> Any:
-        """The annealed sampler whose re-noising is drawn from `generator`."""
+        """Return the annealed sampler whose re-noising is drawn from `generator`."""
         return AnnealedFlowMatchScheduler.from_scheduler(self.scheduler, generator)
 
     def to_json_string(self) -> str:
@@ -428,5 +428,5 @@ class TAFSPipelineMixin(ABC):
 
     @classmethod
     def stock_class(cls) -> type:
-        """The diffusers pipeline that this one extends."""
+        """Return the diffusers pipeline that this one extends."""
         return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))

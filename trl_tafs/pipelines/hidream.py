@@ -58,7 +58,7 @@ class TAFSHiDreamPipeline(TAFSPipelineMixin, HiDreamImagePipeline):
         )[0]
 
     def default_size(self) -> tuple[int, int]:
-        """The model's own: the stock pipeline draws at its area alone."""
+        """Return the model's own size: the stock pipeline draws at its area alone."""
         own = self.default_sample_size * self.vae_scale_factor
         return own, own
 

@@ -53,7 +53,7 @@ class SanaMixin(TAFSPipelineMixin):
         return output.float()[:, : x.shape[1]]
 
     def model_time(self, timestep: Tensor) -> Tensor:
-        """The timestep as the denoiser takes it."""
+        """Return the timestep as the denoiser takes it."""
         return timestep * self.transformer.config.timestep_scale
 
     @property
@@ -99,11 +99,11 @@ class TAFSSanaSprintPipeline(SanaMixin, SanaSprintPipeline):
         return torch.sin(angles) / (torch.cos(angles) + torch.sin(angles))
 
     def model_time(self, timestep: Tensor) -> Tensor:
-        """The level."""
+        """Return the level."""
         return timestep / self.scheduler.config.num_train_timesteps
 
     def scaled_guidance(self, embeddings: Embeddings) -> Tensor:
-        """The guidance in the denoiser's units, (B,)."""
+        """Return the guidance in the denoiser's units, (B,)."""
         return embeddings.guidance.to(embeddings.text.dtype) * self.transformer.config.guidance_embeds_scale
 
     def call_arguments(self, num_steps: int, *args: Any, **kwargs: Any) -> dict[str, Any]:

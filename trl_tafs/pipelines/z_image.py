@@ -39,7 +39,7 @@ class TAFSZImagePipeline(TAFSPipelineMixin, ZImagePipeline):
         return conditional + (scale - 1.0) * (conditional - unconditional)
 
     def guidance_arguments(self, guidance_scale: float = 1.0, negative_prompt: str | None = None) -> dict[str, Any]:
-        """The stock pipeline's scale, which is off at 0."""
+        """Return the stock pipeline's scale, which is off at 0."""
         arguments = super().guidance_arguments(guidance_scale, negative_prompt)
         return arguments | {"guidance_scale": max(guidance_scale - 1.0, 0.0)}
 

@@ -25,7 +25,7 @@ class AdapterAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The denoiser carries the average inside."""
+        """Inside, the denoiser carries the average."""
         self.ema.store(self.parameters)
         self.ema.copy_to(self.parameters)
         try:
@@ -52,7 +52,7 @@ class HeldWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The denoiser carries these weights inside."""
+        """Inside, the denoiser carries these weights."""
         self._swap()
         try:
             yield

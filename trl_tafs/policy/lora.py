@@ -103,7 +103,7 @@ def _check_dropout(lora_config: Any) -> None:
 
 @contextmanager
 def adapter_disabled(denoiser: nn.Module) -> Iterator[None]:
-    """The base policy inside: the reference of the KL, at no memory of its own."""
+    """Inside, the denoiser is the base policy: the reference of the KL, at no memory of its own."""
     denoiser.disable_adapters()
     try:
         yield
@@ -112,12 +112,12 @@ def adapter_disabled(denoiser: nn.Module) -> Iterator[None]:
 
 
 def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
-    """The LoRA's, in order."""
+    """Return the trained parameters, in order."""
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
 
 
 def adapter_state_dict(denoiser: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The LoRA's weights as PEFT names them, copied to the CPU."""
+    """Return the LoRA's weights as PEFT names them, copied to the CPU."""
     from peft.utils import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)

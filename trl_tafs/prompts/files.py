@@ -49,7 +49,7 @@ def read_prompt_file(path: Path) -> list[Any]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; none has a name that the system refuses."""
+    """Return whether there is such a file; none has a name that the system refuses."""
     try:
         return path.is_file()
     except (OSError, ValueError):

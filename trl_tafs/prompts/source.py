@@ -154,7 +154,7 @@ def prompt_fault(row: Any) -> str | None:
 
 
 def describe_faults(faults: Sequence[tuple[str, str]]) -> str:
-    """The first of the rows that are wrong, as (place, fault) each, in one line."""
+    """Return the first of the rows that are wrong, as (place, fault) each, in one line."""
     shown = "; ".join(f"{where}: {fault}" for where, fault in faults[:SHOWN_FAULTS])
     return shown + (f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else "")
 

@@ -140,7 +140,7 @@ class Intake:
             raise
 
     def release(self, size: int) -> None:
-        """The bytes of a body are gone."""
+        """Give back the bytes of a body."""
         self.held -= size
 
 
@@ -178,7 +178,7 @@ class Scorer:
 
 
 def too_long(limit: int) -> Refusal:
-    """The answer to a request that is too long."""
+    """Return the answer to a request that is too long."""
     return Refusal(413, f"a request may have {limit} bytes; send fewer images at once")
 
 

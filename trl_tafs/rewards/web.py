@@ -55,12 +55,12 @@ class Answer:
 
 
 def printable(text: str, length: int = 300) -> str:
-    """A stranger's text for a message: one line, without control characters, cut after `length` characters."""
+    """Return a stranger's text for a message: one line, without control characters, cut after `length` characters."""
     return "".join(c if c.isprintable() else " " for c in text[:length])
 
 
 def without_userinfo(text: str) -> str:
-    """The text with the user and password of every URL in it left out."""
+    """Return the text with the user and password of every URL in it left out."""
     return USERINFO.sub("", text)
 
 

@@ -57,7 +57,7 @@ class CheckpointError(RuntimeError):
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The complete checkpoints below `folder`, oldest first."""
+    """Return the complete checkpoints below `folder`, oldest first."""
     found = [path for path in Path(folder).glob("checkpoint_*") if _NAME.search(path.name)]
     return sorted(found, key=epoch_of)
 
@@ -145,7 +145,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def find_checkpoint(resume_from: str, folder: str | os.PathLike) -> Path:
-    """The checkpoint that `resume_from` names: a folder, or "latest" of this run's `folder`.
+    """Return the checkpoint that `resume_from` names: a folder, or "latest" of this run's `folder`.
 
     Raises:
         CheckpointError: it doesn't exist, or a file of it is missing or cut short; names the newest whole one.
@@ -168,7 +168,7 @@ def find_checkpoint(resume_from: str, folder: str | os.PathLike) -> Path:
 
 
 def torn(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None."""
     if not path.is_dir():
         return "doesn't exist"
     try:

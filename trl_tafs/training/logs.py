@@ -44,7 +44,7 @@ class MeanMetrics:
         self.count += 1
 
     def pop(self) -> dict[str, Tensor]:
-        """The means since the last `pop`."""
+        """Return the means since the last `pop`."""
         means = {name: total / max(self.count, 1) for name, total in self.totals.items()} | self.last
         self.totals, self.last, self.count = {}, {}, 0
         return means

@@ -63,13 +63,13 @@ class MemoryPlan:
     phases: dict[str, dict[str, int]]
 
     def peak(self, phase: str | None = None) -> int:
-        """Of a phase, or of the run."""
+        """Return the peak of a phase, or of the run."""
         if phase is None:
             return max(self.peak(name) for name in self.phases)
         return sum(self.phases[phase].values())
 
     def report(self, capacity: int | None = None) -> str:
-        """A table in GiB, a column a phase; `capacity` is the device's."""
+        """Return a table in GiB, a column a phase; `capacity` is the device's."""
         names = list(dict.fromkeys(name for parts in self.phases.values() for name in parts))
         rows = [(name, [parts.get(name, 0) for parts in self.phases.values()]) for name in names]
         rows.append(("together", [self.peak(phase) for phase in self.phases]))
@@ -85,7 +85,7 @@ class MemoryPlan:
 
 
 def plan_memory(footprint: Footprint, options: TrainingOptions, local_images: int) -> MemoryPlan:
-    """The arithmetic of a run: what each phase holds at once.
+    """Add up what each phase of a run holds at once.
 
     Args:
         footprint: of the parts.
@@ -187,7 +187,7 @@ def announce_plan(policy: Policy, conditioning: Conditioning, local_images: int,
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """What a tensor holds; of a quantized one, its parts."""
+    """Return what a tensor holds; of a quantized one, its parts."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(tensor_bytes(getattr(tensor, name)) for name in names)
@@ -205,14 +205,14 @@ def weight_bytes(modules: Iterable[nn.Module | None], trained: bool | None = Non
 
 
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: the items of the denoiser's own module lists that are more than one layer."""
+    """Return the transformer blocks: the items of the denoiser's own module lists that are more than one layer."""
     lists = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
     found = [item for child in lists for item in child]
     return [item for item in found if sum(isinstance(m, nn.Linear) for m in item.modules()) > 1] or [denoiser]
 
 
 def extrapolate(small: tuple[int, int], large: tuple[int, int], tokens: int) -> int:
-    """The line through two (tokens, bytes), at `tokens`."""
+    """Return the line through two (tokens, bytes), at `tokens`."""
     if small[0] == large[0]:
         return large[1] * tokens // large[0]
     slope = (large[1] - small[1]) / (large[0] - small[0])
@@ -261,7 +261,7 @@ def _part_of(pipeline: TAFSPipelineMixin, height: int, width: int, share: int) -
 def measure_activations(
     pipeline: TAFSPipelineMixin, conditioning: Conditioning, height: int, width: int
 ) -> Activations:
-    """What one row's evaluation of the denoiser keeps for its backward pass, of a conditioning without negatives."""
+    """Measure what one row's evaluation keeps for its backward pass, of a conditioning without negatives."""
     weights = {p.data_ptr() for p in pipeline.denoiser.parameters()}
     # The storages themselves: an address that is freed would be another's next.
     saved: dict[int, torch.UntypedStorage] = {}
@@ -293,7 +293,7 @@ def measure_activations(
 
 @contextmanager
 def removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """The hooks are there inside, and gone afterwards, whatever happens."""
+    """Keep the hooks inside, and remove them afterwards, whatever happens."""
     hooks = list(hooks)
     try:
         yield

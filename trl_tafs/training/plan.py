@@ -11,7 +11,7 @@ PAPER_GROUP_SIZE = 48
 
 
 def resolve_group_size(num_generations: int | None, total: int) -> int:
-    """The group size G for an epoch of `total` images.
+    """Return the group size G for an epoch of `total` images.
 
     None means the paper's 48, or the largest divisor of `total` up to 48 where 48 doesn't divide it.
 
@@ -67,7 +67,7 @@ class EpochPlan:
 
 
 def plan_epoch(options: TrainingOptions, world_size: int) -> EpochPlan:
-    """The sizes of an epoch, checked.
+    """Work out the sizes of an epoch, and check them.
 
     Raises:
         ValueError: something doesn't divide; says the numbers, and which would.
