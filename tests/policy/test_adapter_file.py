@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from digits_components import MAX_LENGTH, build_pipeline
+from digits_components import build_pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from published import LAYERS, SIZES, images, sampled, with_lora
 from safetensors.torch import load_file, save_file
 
 from trl_tafs.policy.adapter_file import (
@@ -20,18 +21,6 @@ from trl_tafs.policy.adapter_file import (
     save_adapter,
 )
 
-SIZES = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "text_width": 16}
-
-
-LAYERS = ["attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"]
-
-
-LEVELS = [1.0, 0.75, 0.5, 0.25]
-
-
-SAMPLING = {"num_inference_steps": 4, "sigmas": LEVELS, "guidance_scale": 1.0, "height": 8, "width": 8}
-
-
 CONFIGS = {
     "plain": {"lora_alpha": 16},
     "rslora": {"lora_alpha": 16, "use_rslora": True},
@@ -41,32 +30,6 @@ CONFIGS = {
     "regex": {"lora_alpha": 16, "target_modules": r".*attn\.to_[qk]"},
     "dropout": {"lora_alpha": 16, "lora_dropout": 0.5},
 }
-
-
-def with_lora(**settings):
-    """A pipeline that carries a LoRA with random A and B, r = 4, and its LoraConfig."""
-    config = LoraConfig(**{"r": 4, "target_modules": LAYERS, "init_lora_weights": "gaussian", **settings})
-    pipeline = build_pipeline(0, **SIZES)
-    pipeline.transformer.add_adapter(config)
-    generator = torch.Generator().manual_seed(3)
-    for name, weight in pipeline.transformer.named_parameters():
-        if "lora_" in name and "magnitude" not in name:
-            weight.data.normal_(0, 0.3, generator=generator)
-    pipeline.transformer.eval()
-    return pipeline, config
-
-
-def images(pipeline):
-    """Four annealed steps at LEVELS, (2, 3, 8, 8), whether the pipeline's own scheduler anneals or not."""
-    config = pipeline.scheduler.config
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True)
-    return sampled(pipeline)
-
-
-def sampled(pipeline):
-    torch.manual_seed(1)
-    prompts = ["a handwritten seven", "the digit two"]
-    return pipeline(prompts, max_sequence_length=MAX_LENGTH, output_type="pt", **SAMPLING).images
 
 
 def reloaded(folder):
