@@ -149,8 +149,8 @@ class TAFSGRPOTrainer:
             self.evaluate(epoch=0)
         last = config.num_epochs if epochs is None else epochs
         enough = progress.out_of_patience(config.early_stopping_patience)
-        epochs = range(progress.epoch, progress.epoch if enough else last)
-        for epoch in progress_bar(self.accelerator, config.disable_tqdm, epochs, desc="epochs"):
+        remaining = range(progress.epoch, progress.epoch if enough else last)
+        for epoch in progress_bar(self.accelerator, config.disable_tqdm, remaining, desc="epochs"):
             progress.global_step = self.step(epoch, progress.global_step)
             progress.epoch = epoch + 1
             enough = bool(config.eval_freq) and (epoch + 1) % config.eval_freq == 0 and self.evaluate(epoch + 1)
