@@ -173,7 +173,7 @@ def train(trainer: TAFSGRPOTrainer, seconds: float | None) -> tuple[float, float
     if seconds is None:
         trainer.train()
     while seconds is not None and time.process_time() - cpu < seconds:
-        trainer.progress.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
+        trainer.progress.global_step = trainer.step(trainer.progress.epoch, trainer.progress.global_step)
         trainer.progress.epoch += 1
     spent = time.perf_counter() - wall, time.process_time() - cpu
     if seconds is not None:
@@ -198,7 +198,8 @@ def main() -> None:
     trainer = TAFSGRPOTrainer(make_config(args, folder), {"ocr": OCRReward(args.reward)}, TRAIN_PROMPTS, pipeline)
     seconds, cpu_seconds = train(trainer, args.seconds)
     print(
-        f"trained {trainer.first_epoch} epochs in {seconds:.0f} s ({cpu_seconds:.0f} s of CPU); judging ...", flush=True
+        f"trained {trainer.progress.epoch} epochs in {seconds:.0f} s ({cpu_seconds:.0f} s of CPU); judging ...",
+        flush=True,
     )
     with trainer.policy.averaged():  # what was saved
         after = {name: panel.row(pipeline, *ROWS[name]) for name in args.after}
@@ -206,7 +207,7 @@ def main() -> None:
     print_table({f"before, {k}": v for k, v in before.items()} | {f"after, {k}": v for k, v in after.items()})
     summary = {"D": dimension, "size": args.size, "setting": args.setting, "seed": args.seed}
     summary |= {"options": args.options, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
-    summary |= {"epochs": trainer.first_epoch, "before": before, "after": after}
+    summary |= {"epochs": trainer.progress.epoch, "before": before, "after": after}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
 
 

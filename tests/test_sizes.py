@@ -9,7 +9,6 @@ FILES = {"trainer.py": 300}
 
 # Longer, and why; nothing else may be, and what no longer is must go from here.
 KNOWN: dict[str, str] = {
-    "TAFSGRPOTrainer": "the public methods of DDPOTrainer, most of them one line and a docstring",
     "TAFSPipelineMixin": "what a family may override, documented in one place (docs/new_family.md)",
 }
 

@@ -66,7 +66,7 @@ def test_more_updates_leave_the_policy_and_are_counted(pipeline, tmp_path):
     )
     trainer.train()
     updates = [line for line in log(tmp_path) if "loss" in line]
-    assert len(updates) == trainer.global_step == 2 * 2 * 2
+    assert len(updates) == trainer.progress.global_step == 2 * 2 * 2
     assert max(line["ratio_deviation"] for line in updates) > 0
     assert [line["inner_epoch"] for line in updates] == [0, 0, 1, 1] * 2
 
@@ -124,7 +124,7 @@ def test_a_hook_that_fails_costs_its_pictures_alone(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, hook=hook, num_epochs=1)
     with pytest.warns(UserWarning, match="image_samples_hook failed .OSError: no space on the tracker"):
         trainer.train()
-    assert trainer.global_step == 1 and (tmp_path / "adapter").exists()
+    assert trainer.progress.global_step == 1 and (tmp_path / "adapter").exists()
 
 
 def test_the_hook_sees_what_ddpo_s_sees(pipeline, tmp_path):
@@ -213,7 +213,7 @@ def test_evaluation_keeps_the_best_and_stops(pipeline, tmp_path):
     )
     trainer.train()
     assert json.loads((tmp_path / "best" / "best.json").read_text())["epoch"] == 1
-    assert trainer.first_epoch == 3, "two evaluations without gain after the best"
+    assert trainer.progress.epoch == 3, "two evaluations without gain after the best"
     assert read_adapter(tmp_path / "best")
 
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
 
 from trl_tafs.algorithm import build_algorithm
 from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.evaluation.held_out import Evaluator
 from trl_tafs.hub.publisher import Publisher
-from trl_tafs.method.losses import clipped_surrogate
-from trl_tafs.method.types import Conditioning, LossOutput
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.policy.base import image_size
 from trl_tafs.policy.policy import Policy
@@ -28,6 +25,7 @@ from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
+from trl_tafs.training.hooks import DDPOHooks
 from trl_tafs.training.logs import EpochLog, Stopwatch
 from trl_tafs.training.memory import announce_plan
 from trl_tafs.training.plan import plan_epoch
@@ -39,7 +37,7 @@ from trl_tafs.training.trackers import make_accelerator, start_trackers
 from trl_tafs.training.updater import Updater
 
 
-class TAFSGRPOTrainer:
+class TAFSGRPOTrainer(DDPOHooks):
     """TAFS-GRPO on a flow-matching pipeline, by the conventions of TRL's DDPOTrainer.
 
     Args:
@@ -55,8 +53,6 @@ class TAFSGRPOTrainer:
         eval_prompts: held-out prompts, for `eval_freq`.
         eval_reward_function: held-out rewards, as `reward_function`; by default the training ones.
     """
-
-    _tag_names = ("trl", "tafs-grpo")
 
     def __init__(
         self,
@@ -104,29 +100,17 @@ class TAFSGRPOTrainer:
         keep_images = hook is not None and accelerator.is_main_process
         sampler = RolloutSampler(config, policy, algorithm, self.encode, self.rewards, keep_images, self.stopwatch)
         self.collector = Collector(config, accelerator, sampler, self.prompts, self.plan, lasting(self.settings))
+        objective, watch = algorithm.objective, self.stopwatch
+        # a lambda, so that a compute_loss that is overridden later is found
         self.updater = Updater(
-            config,
-            self.plan,
-            policy,
-            algorithm.objective,
-            self.encode,
-            loss=lambda items, conditioning: self.compute_loss(items, conditioning),
-            stopwatch=self.stopwatch,
+            config, self.plan, policy, objective, self.encode, lambda *b: self.compute_loss(*b), watch
         )
         clip = f"{algorithm.clip_range:.3g} ({config.train_log_prob_reduction})"
         varying_groups = algorithm.prompt_tracker is not None
         self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, clip, varying_groups)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
-        self.checkpoints = Checkpoints(
-            config,
-            accelerator,
-            policy,
-            self.progress,
-            algorithm.states(),
-            self.settings,
-            self.local_tracker,
-            self.stopwatch,
-        )
+        states, log, done = algorithm.states(), self.local_tracker, self.progress
+        self.checkpoints = Checkpoints(config, accelerator, policy, done, states, self.settings, log, watch)
         self.drawer = Drawer.of(config, policy, self.encode)
         spec = self.draw_spec("annealed" if config.anneals else "ode", config.sample_num_steps)
         levels, prompts = algorithm.levels[:-1].tolist(), self._card_prompts
@@ -184,29 +168,6 @@ class TAFSGRPOTrainer:
         self.collector.forget()
         return global_step
 
-    # DDPOTrainer's hooks --------------------------------------------------------------------------------------
-
-    def compute_rewards(self, prompt_image_pairs: Sequence[tuple], is_async: bool = False) -> list[tuple[Tensor, Any]]:
-        """Score `(images, prompts, prompt_metadata)` batches: a (rewards, reward_metadata) each.
-
-        Rewards are the weighted sum of all reward functions, (B,).
-        """
-        return self.rewards.combined(prompt_image_pairs, self.config.max_workers if is_async else 1)
-
-    def compute_loss(self, items: Any, conditioning: Conditioning) -> LossOutput:
-        """Return the objective's loss on one micro-batch."""
-        return self.algorithm.objective(self.policy.velocity, items, conditioning, self.policy.reference)
-
-    def calculate_loss(self, items: Any, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
-        """Return DDPOTrainer's `(loss, approx_kl, clipfrac)` of one micro-batch; NaN where there is no ratio."""
-        output = self.compute_loss(items, conditioning)
-        none = torch.full_like(output.loss.detach(), float("nan"))
-        return output.loss, output.metrics.get("approx_kl", none), output.metrics.get("clipfrac", none)
-
-    def loss(self, advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
-        """Return DDPOTrainer's formula, by the same function that trains."""
-        return clipped_surrogate(ratio.log(), torch.zeros_like(ratio), advantages, clip_range).loss
-
     # Looking on -----------------------------------------------------------------------------------------------
 
     def evaluate(self, epoch: int) -> bool:
@@ -238,28 +199,16 @@ class TAFSGRPOTrainer:
             self.encode.prepare(self.prompts.known())
         conditioning = self.encode([prompt])
         if self.accelerator.is_main_process:
-            self.logs.memory_plan = announce_plan(
-                self.policy, conditioning, self.plan.local_images, (self.height, self.width)
-            )
-        images = torch.rand(2, 3, self.height, self.width, generator=torch.Generator().manual_seed(0))
-        self.rewards(images, [prompt] * 2, [metadata] * 2)
+            size = self.height, self.width
+            self.logs.memory_plan = announce_plan(self.policy, conditioning, self.plan.local_images, size)
+        self.rewards.try_once(prompt, metadata, self.height, self.width)
         if config.eval_freq:
             prompt, metadata = self.evaluator.items[0]
-            self.evaluator.rewards(images, [prompt] * 2, [metadata] * 2)
+            self.evaluator.rewards.try_once(prompt, metadata, self.height, self.width)
         if self.progress.epoch == 0 and config.eval_freq == 0 and self.evaluator is not None:
             warnings.warn("eval_prompts were given, and eval_freq is 0: nothing will be evaluated", stacklevel=3)
 
     # Saving ---------------------------------------------------------------------------------------------------
-
-    @property
-    def first_epoch(self) -> int:
-        """The number of epochs that are done."""
-        return self.progress.epoch
-
-    @property
-    def global_step(self) -> int:
-        """The number of optimizer steps that are done."""
-        return self.progress.global_step
 
     def save_checkpoint(self) -> Path | None:
         """Write a checkpoint of everything that moves, at the end of an epoch; None where the disk failed."""

@@ -104,7 +104,7 @@ def epoch_seconds(task_name: str, methods: dict[str, dict], rounds: int = 5, epo
 
 def train_epoch(trainer: TAFSGRPOTrainer) -> None:
     """One epoch, without evaluation, files or logs."""
-    trainer.progress.global_step = trainer.step(trainer.first_epoch, trainer.global_step)
+    trainer.progress.global_step = trainer.step(trainer.progress.epoch, trainer.progress.global_step)
     trainer.progress.epoch += 1
 
 
@@ -126,21 +126,21 @@ def train(
     result: dict[str, Any] = {}
 
     def short_of_evaluations() -> bool:
-        return bool(evaluations) and "at_evaluations" not in result and trainer.first_epoch < 1.5 * epochs
+        return bool(evaluations) and "at_evaluations" not in result and trainer.progress.epoch < 1.5 * epochs
 
     while "at_time" not in result or short_of_evaluations():
         with counter.training():
             train_epoch(trainer)
-        facts = {"evaluations": counter.total, "epochs": trainer.first_epoch}
-        if trainer.first_epoch in looks:
+        facts = {"evaluations": counter.total, "epochs": trainer.progress.epoch}
+        if trainer.progress.epoch in looks:
             curve.append(facts | look())
-        if trainer.first_epoch == epochs:
+        if trainer.progress.epoch == epochs:
             result["at_time"] = facts | judge(True)
         if "at_evaluations" not in result and evaluations and counter.total >= evaluations:
             result["at_evaluations"] = facts | judge(False)
     if "at_evaluations" not in result:
         result["at_evaluations"] = facts | judge(False) if evaluations else result["at_time"]
-    images = trainer.plan.total_images * trainer.first_epoch
+    images = trainer.plan.total_images * trainer.progress.epoch
     result["nfe"] = {phase: round(count / images, 2) for phase, count in counter.counts.items()}
     return result | {"curve": curve}
 

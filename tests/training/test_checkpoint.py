@@ -48,7 +48,7 @@ def weights(trainer):
 def assert_same(trainer, other):
     mine, theirs = weights(trainer), weights(other)
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    assert trainer.global_step == other.global_step and trainer.first_epoch == other.first_epoch
+    assert trainer.progress.global_step == other.progress.global_step and trainer.progress.epoch == other.progress.epoch
     assert trainer.progress.reward_curve == other.progress.reward_curve
 
 
@@ -240,7 +240,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(pipeline_folder, tmp_path,
     assert names == ["checkpoint_000001", "checkpoint_000003", "checkpoint_000004"]
     assert "checkpoint_000002 could not be written: [Errno 28]" in capsys.readouterr().out
     assert not list((tmp_path / "checkpoints").glob(".writing*"))
-    assert trainer.first_epoch == 4
+    assert trainer.progress.epoch == 4
 
 
 def test_only_the_newest_are_kept(pipeline_folder, tmp_path):
@@ -266,7 +266,7 @@ def test_torn_checkpoints_are_refused_with_a_whole_one_named(pipeline_folder, tm
     with pytest.raises(CheckpointError, match="never finished"):
         run(tmp_path, pipeline_folder, resume_from=str(newest))
     shutil.rmtree(newest)
-    assert run(tmp_path, pipeline_folder, epochs=2, resume_from=str(tmp_path / "checkpoints")).first_epoch == 2
+    assert run(tmp_path, pipeline_folder, epochs=2, resume_from=str(tmp_path / "checkpoints")).progress.epoch == 2
 
 
 def test_other_settings_on_resume_are_named(pipeline_folder, tmp_path):
@@ -282,7 +282,7 @@ def test_a_new_run_in_a_used_folder_sets_the_earlier_one_aside(pipeline_folder, 
         run(tmp_path, pipeline_folder, epochs=1, num_checkpoint_limit=2)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["checkpoint_000001"]
     assert len(checkpoints(tmp_path / "earlier_1" / "checkpoints")) == 2
-    assert run(tmp_path, pipeline_folder, epochs=2, resume_from="latest").first_epoch == 2
+    assert run(tmp_path, pipeline_folder, epochs=2, resume_from="latest").progress.epoch == 2
 
 
 def test_resuming_at_an_earlier_checkpoint_sets_the_later_ones_aside(pipeline_folder, tmp_path):

@@ -75,7 +75,7 @@ def test_two_trainers_in_one_process_keep_their_own_step_size(pipeline_folder, t
     first = tiny.trainer(tiny.load(pipeline_folder), tmp_path / "a", num_epochs=1)
     tiny.trainer(tiny.load(pipeline_folder), tmp_path / "b", train_gradient_accumulation_steps=1)
     first.train()
-    assert first.global_step == 1
+    assert first.progress.global_step == 1
 
 
 def test_a_step_whose_gradient_is_not_finite_is_left_out(pipeline, tmp_path):
@@ -84,8 +84,12 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out(pipeline, tmp_path):
 
     def once(rows, conditioning):
         output = compute(rows, conditioning)
-        calls.append(trainer.global_step)
-        return dataclasses.replace(output, loss=output.loss * float("nan")) if trainer.global_step == 1 else output
+        calls.append(trainer.progress.global_step)
+        return (
+            dataclasses.replace(output, loss=output.loss * float("nan"))
+            if trainer.progress.global_step == 1
+            else output
+        )
 
     trainer.compute_loss = once
     with pytest.warns(UserWarning, match="norm is nan: this optimizer step is left out"):

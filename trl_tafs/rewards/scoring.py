@@ -88,6 +88,15 @@ class RewardSet:
             on_failure=options.reward_on_failure,
         )
 
+    def try_once(self, prompt: str, metadata: dict[str, Any], height: int, width: int) -> None:
+        """Call each reward on two images of noise, before anything is spent on it.
+
+        Raises:
+            RewardError: one raises, or returns what can't be used.
+        """
+        images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+        self(images, [prompt] * 2, [metadata] * 2)
+
     def combined(self, batches: Sequence[tuple], workers: int = 1) -> list[tuple[Tensor, Any]]:
         """Score `(images, prompts, metadata, ...)` batches: the weighted sum of all rewards (B,), and the metadata."""
 
