@@ -91,8 +91,6 @@ class TAFSGRPOTrainer(DDPOHooks):
         start_trackers(self.accelerator, config, self.settings)
         self.checkpoints.begin()
 
-    # Making the parts -----------------------------------------------------------------------------------------
-
     def _make_stages(self) -> None:
         """Make what acts in an epoch: collection, update, logs, pictures, checkpoints, publication."""
         config, accelerator, policy, algorithm = self.config, self.accelerator, self.policy, self.algorithm
