@@ -20,8 +20,8 @@ The embedded pipeline, on a CPU, in a minute:
 """
 
 from trl_tafs import TAFSGRPOTrainer
-from trl_tafs.cli import load_prompts
 from trl_tafs.cli.arguments import load_pipeline, load_rewards, parse_arguments
+from trl_tafs.prompts.sets import load_prompts
 
 if __name__ == "__main__":
     script_args, training_args = parse_arguments()
