@@ -200,7 +200,7 @@ def copy_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _copy_or_share(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
-    except Exception:
+    except Exception:  # it is handed out as it is, an open file for instance
         return value
 
 
