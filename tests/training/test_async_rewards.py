@@ -1,5 +1,6 @@
 """Asynchronous scoring: a step's reward runs while the next step is sampled, and changes nothing but the time."""
 
+import itertools
 import threading
 import time
 
@@ -19,42 +20,43 @@ def parts_of(pipeline, folder, reward, threads, **changes):
 
 
 class Trace:
-    """Numbers the sampler's evaluations, and lets a reward wait for the next one."""
+    """Numbers the sampler's evaluations; lets a reward wait for one, and one wait for an event."""
 
-    def __init__(self, trainer):
-        self.count, self.condition = 0, threading.Condition()
+    def __init__(self, trainer, before=None):
+        self.count, self.condition, self.late = 0, threading.Condition(), []
         velocity = trainer.policy.velocity
 
         def counted(x, level, conditioning):
             with self.condition:
                 self.count += 1
                 self.condition.notify_all()
+            event = (before or {}).get(self.count)
+            if event is not None and not event.wait(60):
+                self.late.append(self.count)
             return velocity(x, level, conditioning)
 
         trainer.policy.velocity = counted
 
     def wait_for(self, count):
         with self.condition:
-            return self.condition.wait_for(lambda: self.count >= count, timeout=20)
+            return self.condition.wait_for(lambda: self.count >= count, timeout=60)
 
 
 def test_a_steps_reward_runs_while_the_next_step_is_sampled(pipeline, tmp_path):
-    seen, lock = [], threading.Lock()
+    numbers, first_begun = itertools.count(), threading.Event()
 
     def reward(images, prompts, metadata):
-        with lock:
-            seen.append(trace.count)
-            number = len(seen)
-        # of 4 steps the last 3 are scored: the first two of a batch can wait for a later evaluation, its last one can't
-        begun = trace.wait_for(trace.count + 1) if number % 3 and number < 6 else True
-        return [float(begun)] * len(prompts)
+        batch, step = divmod(next(numbers), 3)  # one thread: in the order of 2 batches, 3 scored steps of 4 each
+        first_begun.set()
+        evaluations = 4 * batch + step + 2  # that led to these images
+        return [float(step == 2 or trace.wait_for(evaluations + 1))] * len(prompts)
 
     trainer, batches = parts_of(pipeline, tmp_path, reward, threads=1)
-    trace = Trace(trainer)
+    trace = Trace(trainer, before={4: first_begun})
     parts, fault = trainer.collector.sampler.sample(batches, 0)
     assert fault is None and trace.count == 8
     assert all(part.scores.min() == 1.0 for part in parts), "a reward ended before the next step began"
-    assert seen[0] < 4, "the first reward waited for the end of the rollout"
+    assert not trace.late, "the first reward waited for the end of the rollout"
 
 
 @pytest.mark.parametrize("changes", [{}, {"sample_kernel": "clean", "num_perturbations": 2}], ids=["annealed", "clean"])
@@ -146,11 +148,21 @@ def test_the_stopwatch_counts_every_second_once(monkeypatch):
 
 
 def test_what_sampling_does_not_hide_is_told_as_the_rewards_time(pipeline, tmp_path):
+    sampled = threading.Event()
+
     def reward(images, prompts, metadata):
-        time.sleep(0.2 if len(images) > 2 else 0)
+        sampled.wait(60)  # the rewards begin to count when there is nothing to sample any more
+        time.sleep(0.05)
         return [0.0] * len(prompts)
 
+    class Watch(Stopwatch):
+        def __call__(self, phase):
+            if phase == "reward":
+                sampled.set()
+            return super().__call__(phase)
+
     trainer, batches = parts_of(pipeline, tmp_path, reward, threads=1)
+    trainer.collector.sampler.stopwatch = watch = Watch()
     trainer.collector.sampler.sample(batches, 0)
-    told = trainer.stopwatch.pop()
-    assert told["time/reward"] > 0.15, "the last step's reward has nothing to hide behind"
+    told = watch.pop()["time/reward"]
+    assert told > 0.05, "all rewards came when nothing was left to hide them"
