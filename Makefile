@@ -24,12 +24,13 @@ help:
 
 setup: $(VENV)/.installed
 
-# uv installs in seconds what pip takes minutes for; where it can't be had, pip does.
+# uv installs in seconds what pip takes minutes for; where it can't be had, pip does. uv compiles nothing unless told to,
+# and where Python may write no bytecode (PYTHONDONTWRITEBYTECODE) each process would compile the libraries for 12 s.
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, {v[0]}.{v[1]} found; use make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv || true
-	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]' || $(BIN)/python -m pip install --quiet -e '.[dev]'; \
+	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]' || $(BIN)/python -m pip install --quiet -e '.[dev]'; \
 	else $(BIN)/python -m pip install --quiet -e '.[dev]'; fi
 	touch $@
 

@@ -1,64 +1,44 @@
 """The trainer pushes over HTTP, and plain diffusers draws what the trained policy draws."""
 
 import os
-import subprocess
-import sys
 
-import numpy
+import pytest
 import tiny
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from hub_stub import HubStub
 
-TOKEN = "hf_" + "trainertoken" * 3
-
-TRAIN = """
-import sys
-import numpy, tiny, torch
 from trl_tafs.hub.push import PushError
 
-settings = dict(num_epochs=2, train_learning_rate=1e-2, push_to_hub=True, hub_model_id="tiny-tafs", run_name="tiny")
-try:
-    tiny.trainer(tiny.load(sys.argv[1]), "refused", **(settings | {"hub_model_id": "stranger/tiny-tafs"})).train()
-except PushError as error:
-    print("refused before the first epoch:", error)
-trainer = tiny.trainer(tiny.load(sys.argv[1]), "run", **settings)
-trainer.train()
-x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-torch.manual_seed(0)
-rollout = trainer.sd_pipeline.annealed_rollout(["two", "six"], latents=x)
-numpy.save("policy.npy", trainer.sd_pipeline.decode_latents(rollout.final).numpy())
-"""
-
-LOAD = """
-import sys
-import numpy, torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
-pipe = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
-pipe.load_lora_weights("user/tiny-tafs")
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("user/tiny-tafs", subfolder="scheduler")
-x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-torch.manual_seed(0)
-call = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "output_type": "pt"}
-numpy.save("loaded.npy", pipe(["two", "six"], latents=x, max_sequence_length=8, **call).images.numpy())
-assert not any(name.startswith("trl_tafs") for name in sys.modules)
-"""
+TOKEN = "hf_" + "trainertoken" * 3
+SETTINGS = {"num_epochs": 2, "train_learning_rate": 1e-2, "push_to_hub": True, "run_name": "tiny"}
 
 
-def run(code, folder, environment, *arguments):
-    paths = os.pathsep.join([str(tiny.ROOT), str(tiny.ROOT / "tests")])
-    environment = os.environ | environment | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def latents():
+    return torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, tmp_path):
+def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with HubStub(tokens={TOKEN: "user"}) as stub:
-        said = run(TRAIN, tmp_path, stub.environment(tmp_path / "home", token=TOKEN), pipeline_folder)
-        run(LOAD, tmp_path, stub.environment(tmp_path / "empty"), pipeline_folder)
-    assert "refused before the first epoch" in said and not (tmp_path / "refused" / "checkpoints").exists()
-    assert numpy.array_equal(numpy.load(tmp_path / "policy.npy"), numpy.load(tmp_path / "loaded.npy"))
+        stub.connect(monkeypatch, tmp_path / "home", token=TOKEN)
+        with pytest.raises(PushError):  # before the first epoch
+            tiny.trainer(tiny.load(pipeline_folder), "refused", **SETTINGS, hub_model_id="stranger/tiny-tafs").train()
+        trainer = tiny.trainer(tiny.load(pipeline_folder), "run", **SETTINGS, hub_model_id="tiny-tafs")
+        trainer.train()
+        torch.manual_seed(0)
+        rollout = trainer.sd_pipeline.annealed_rollout(["two", "six"], latents=latents())
+        policy = trainer.sd_pipeline.decode_latents(rollout.final)
+
+        stub.connect(monkeypatch, tmp_path / "empty")  # as another user
+        pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
+        pipe.load_lora_weights("user/tiny-tafs")
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("user/tiny-tafs", subfolder="scheduler")
+        torch.manual_seed(0)
+        call = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0}
+        loaded = pipe(["two", "six"], latents=latents(), max_sequence_length=8, output_type="pt", **call).images
+    assert not (tmp_path / "refused" / "checkpoints").exists()
+    assert torch.equal(policy, loaded)
     files = stub.files("user/tiny-tafs")
     card = files["README.md"].decode()
     assert 'load_lora_weights("user/tiny-tafs")' in card and "sigmas=[1.0, 0.75, 0.5, 0.25]" in card
