@@ -8,15 +8,16 @@ ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MKL_NUM_THREADS=1
 
 BASE ?= HEAD
 
-.PHONY: help setup quickstart words bench-methods test test-method test-slow gauge lint format docs clean
+.PHONY: help setup quickstart words bench-methods test test-method test-slow test-wheel gauge lint format docs clean
 
 help:
 	@echo "make quickstart   train a 4-step generator on the embedded pipeline, with a before/after table"
 	@echo "make words        teach a model that writes words to be read by an OCR engine, with a before/after table"
 	@echo "make bench-methods  every preset on both embedded tasks, into docs/benchmarks.md (an hour and a half on two cores)"
-	@echo "make test         the tests (under 10 minutes on two cores)"
+	@echo "make test         the tests (under 8 minutes on two cores)"
 	@echo "make test-method  those of the mathematics alone (under a minute)"
 	@echo "make test-slow    the slow ones"
+	@echo "make test-wheel   the wheel in a new environment of its own: train, evaluate, sample, serve-reward (gigabytes)"
 	@echo "make gauge BASE=COMMIT  whether this tree computes what that commit does, to the bit (3 minutes)"
 	@echo "make lint         ruff, and mypy: the mathematics strictly, signatures everywhere"
 	@echo "make docs         write docs/configuration.md anew"
@@ -51,6 +52,10 @@ test-method: setup
 
 test-slow: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow -n 0
+
+# For a machine that may ask the package index; PIP_CONSTRAINT and UV_CONSTRAINT say which releases.
+test-wheel: setup
+	$(BIN)/python tests/wheel/run.py
 
 # Another commit beside this tree: the same small runs in both, compared. GAUGE_REMOVED names settings that only one has.
 gauge: setup

@@ -10,8 +10,12 @@ import pytest
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# How fast examples are made and tried is the machine's matter.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -453,7 +453,7 @@ RETURNS = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=2), inner),
     max_leaves=5,
 ) | st.lists(st.floats() | st.integers() | st.none(), min_size=2, max_size=2)
-FIXTURES = [HealthCheck.function_scoped_fixture]
+FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def check_request(url, body):
@@ -477,19 +477,19 @@ def check_return(value):
         assert values.shape == (2, 1) and values.dtype == torch.float32 and not values.isinf().any()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=FIXTURES)
+@settings(max_examples=40, suppress_health_check=FIXTURES)
 @given(REQUEST_BYTES)
 def test_any_request_is_scored_or_refused(server, body):
     check_request(server, body)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=FIXTURES)
+@settings(max_examples=40, suppress_health_check=FIXTURES)
 @given(ANSWERS)
 def test_any_answer_is_rewards_or_a_reward_error(answer):
     check_answer(answer)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=FIXTURES)
+@settings(max_examples=150, suppress_health_check=FIXTURES)
 @given(RETURNS)
 def test_any_return_is_rewards_or_a_reward_error(value):
     check_return(value)
@@ -513,21 +513,21 @@ def test_returns_that_broke_through():
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=FIXTURES)
+@settings(max_examples=1000, suppress_health_check=FIXTURES)
 @given(REQUEST_BYTES)
 def test_any_request_is_scored_or_refused_at_length(server, body):
     check_request(server, body)
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=FIXTURES)
+@settings(max_examples=1000, suppress_health_check=FIXTURES)
 @given(ANSWERS)
 def test_any_answer_is_rewards_or_a_reward_error_at_length(answer):
     check_answer(answer)
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None, suppress_health_check=FIXTURES)
+@settings(max_examples=5000, suppress_health_check=FIXTURES)
 @given(RETURNS)
 def test_any_return_is_rewards_or_a_reward_error_at_length(value):
     check_return(value)
