@@ -109,14 +109,14 @@ def train(env: Environment, reward: str, name: str) -> str:
     return f"runs/{name}/adapter"
 
 
-def evaluate(env: Environment, adapter: str, rewards: list[str], output: str) -> list[dict[str, str]]:
-    """The rows of an evaluation of base and adapter on a named set from the Hub's stand-in."""
+def evaluate(env: Environment, adapter: str, reward: str) -> dict[str, float]:
+    """Base and adapter by a reward, on a named set from the Hub's stand-in."""
     options = ["--pretrained_model", env.work / "pipeline", "--dtype", "float32", "--prompts", "parti"]
-    env.trl_tafs("evaluate", "none", adapter, *options, "--reward", *rewards, "--size", "8x8", "--output_dir", output)
-    with next((env.work / output).glob("*.csv")).open() as file:
-        rows = list(csv.DictReader(file))
-    check(len({row["model"] for row in rows}) == 2, f"the table has no two models: {rows}")
-    return rows
+    env.trl_tafs("evaluate", "none", adapter, *options, "--reward", reward, "--size", "8x8")
+    with (env.work / "evaluation" / "results.csv").open() as file:
+        found = {row["model"]: float(row[reward]) for row in csv.DictReader(file)}
+    check(len(found) == 2, f"the table has no two models: {found}")
+    return found
 
 
 def sample(env: Environment, adapter: str) -> str:
@@ -158,7 +158,7 @@ def steps(folder: Path, hub: HubStub, mirror: str) -> None:
     shutil.copytree(ROOT / "examples" / "digits" / "pipeline", env.work / "pipeline")
     told("install and env", installed(env, wheel))
     adapter = told("train on the prompt set geneval", train(env, "jpeg_compressibility", "own"))
-    told("evaluate on the prompt set parti", evaluate(env, adapter, ["jpeg_compressibility"], "evaluation"))
+    told("evaluate on the prompt set parti", evaluate(env, adapter, "jpeg_compressibility"))
     told("sample", sample(env, adapter))
     server, url = serve(env, wheel)
     try:
