@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "evaluation": {"method", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
     "training": {"algorithm", "method", "options", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
     "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "rewards", "training"},
-    "config": {"hub", "presets"},
+    "config": {"hub", "method", "presets"},
 }
 MAY_IMPORT["trainer"] = set(MAY_IMPORT) - {"presets"}
 MAY_IMPORT["trl_tafs"] = set(MAY_IMPORT)  # the package itself, lazily

@@ -26,6 +26,7 @@ from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
 from trl_tafs.training.hooks import DDPOHooks
+from trl_tafs.training.launch import check_launch
 from trl_tafs.training.logs import EpochLog, Stopwatch
 from trl_tafs.training.memory import announce_plan
 from trl_tafs.training.plan import plan_epoch
@@ -67,11 +68,11 @@ class TAFSGRPOTrainer(DDPOHooks):
         eval_reward_function: Any | None = None,
     ) -> None:
         self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
+        check_launch(config, image_samples_hook)
         self.height, self.width = image_size(sd_pipeline, config)
         self.prompts = PromptSource(prompt_function, config.seed)
         self.rewards = RewardSet.of(config, reward_function, config.reward_weights)
-        judges = self.rewards if eval_reward_function is None else RewardSet.of(config, eval_reward_function)
-        self.evaluator = Evaluator.of(config, eval_prompts, judges)
+        self.evaluator = Evaluator.of(config, eval_prompts, self.rewards, eval_reward_function)
         self.accelerator, self.local_tracker = make_accelerator(config)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
         set_seed(config.seed, device_specific=True)

@@ -32,7 +32,7 @@ def resolved_settings(
         "levels": [round(level, 6) for level in algorithm.levels.tolist()],
     }
     values = dataclasses.asdict(config) | resolved
-    return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
+    return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v, default=str) for k, v in values.items()}
 
 
 def lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
