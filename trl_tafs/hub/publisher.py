@@ -135,7 +135,7 @@ class Publisher:
             credited=config.credit_rule.description,
             scores_every_step=not (config.credits_final_image or config.credit_rule.final_only),
             max_sequence_length=None if length == pipeline.stock_max_sequence_length() else length,
-            torch_dtype=str(pipeline.model_dtype).removeprefix("torch."),
+            dtype=str(pipeline.model_dtype).removeprefix("torch."),
             **base_model_facts(pipeline),
             repo_id=repo_id,
             prompts=prompts,
