@@ -174,10 +174,17 @@ def test_what_was_read_can_be_written_and_read_again(tmp_path):
     assert equal(parse("--config", str(path)), config)
 
 
-@pytest.mark.parametrize("name", ["project_kwargs", "tracker_kwargs", "accelerator_kwargs"])
-def test_dictionaries_are_json_mappings_or_an_error_that_names_the_field(name):
-    assert getattr(TAFSGRPOConfig(**{name: '{"a": {"b": 1}}'}), name) == {"a": {"b": 1}}
-    assert getattr(TAFSGRPOConfig(**{name: {"a": 1}}), name) == {"a": 1}
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("project_kwargs", {"total_limit": 3}),
+        ("tracker_kwargs", {"a": {"b": 1}}),
+        ("accelerator_kwargs", {"a": {"b": 1}}),
+    ],
+)
+def test_dictionaries_are_json_mappings_or_an_error_that_names_the_field(name, value):
+    assert getattr(TAFSGRPOConfig(**{name: json.dumps(value)}), name) == value
+    assert getattr(TAFSGRPOConfig(**{name: value}), name) == value
     assert getattr(TAFSGRPOConfig(**{name: ""}), name) == getattr(TAFSGRPOConfig(), name) == {}
     with pytest.raises(ValueError, match=f"{name} isn't JSON"):
         TAFSGRPOConfig(**{name: "a=1"})

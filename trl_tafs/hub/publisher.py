@@ -139,7 +139,7 @@ class Publisher:
             **base_model_facts(pipeline),
             repo_id=repo_id,
             prompts=prompts,
-            training={k: v for k, v in self.settings.items() if v not in ("", "null")},
+            training=self.settings,
             rewards=dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
             reward_curve=progress.reward_curve,
             metrics=metrics,
