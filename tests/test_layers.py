@@ -42,7 +42,9 @@ METHOD = {
     "allocation": {"noise", "advantages"},
     "kernels": {"types", "levels", "parts"},
     "rollout": {"types", "levels", "noise", "kernels"},
-    "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "parts"},
+    "objective": {"types", "levels", "noise", "losses", "kernels", "rollout", "parts"},
+    "image_objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective"},
+    "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective", "image_objectives"},
 }
 METHOD["options"] = set(METHOD)
 

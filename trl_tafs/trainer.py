@@ -103,9 +103,8 @@ class TAFSGRPOTrainer(DDPOHooks):
         self.updater = Updater(
             config, self.plan, policy, objective, self.encode, lambda *b: self.compute_loss(*b), watch
         )
-        clip = f"{algorithm.clip_range:.3g} ({config.train_log_prob_reduction})"
         varying_groups = algorithm.prompt_tracker is not None
-        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, clip, varying_groups)
+        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, algorithm.ratio_limit, varying_groups)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         states, log, done = algorithm.states(), self.local_tracker, self.progress
         self.checkpoints = Checkpoints(config, accelerator, policy, done, states, self.settings, log, watch)
