@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.options import SamplingOptions
-from trl_tafs.options import Options, RunOptions, check_at_least, check_choice, check_positive, option
+from trl_tafs.options import (
+    Options,
+    RunOptions,
+    check_at_least,
+    check_at_least_1_or_none,
+    check_choice,
+    check_positive,
+    option,
+)
 from trl_tafs.pipelines.options import PipelineOptions
 
 # Those of diffusers' get_scheduler that need a number of steps and no more, and are a factor on the rate.
@@ -30,10 +38,16 @@ class OptimizerOptions(Options):
     train_adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
     train_use_8bit_adam: bool = option(False, "bitsandbytes' 8-bit AdamW.")
     train_max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    train_max_skipped_steps: int | None = option(
+        None,
+        "Stop once so many optimizer steps in a row were left out, since their gradient isn't finite. None: 5, or 20 "
+        "with mixed_precision=fp16, whose loss scale finds its size that way.",
+    )
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "train_lr_scheduler_type", LR_SCHEDULERS)
+        check_at_least_1_or_none(self, "train_max_skipped_steps")
         check_positive(self, "train_learning_rate", "train_max_grad_norm")
 
 
@@ -92,6 +106,11 @@ class OldPolicyOptions(Options):
 @dataclass
 class PolicyOptions(AdapterOptions, OptimizerOptions, OldPolicyOptions, PipelineOptions, SamplingOptions, RunOptions):
     """All that the policy is made from."""
+
+    @property
+    def max_skipped_steps(self) -> int:
+        """`train_max_skipped_steps`, or its default."""
+        return self.train_max_skipped_steps or (20 if self.mixed_precision == "fp16" else 5)
 
     def check(self) -> None:
         """Raise ValueError for what can't work together."""
