@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "policy": {"method", "options", "output", "pipelines"},
     "evaluation": {"method", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
     "training": {"algorithm", "method", "options", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
-    "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "rewards", "training"},
+    "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "processes", "rewards", "training"},
     "config": {"hub", "options", "output", "presets", "training"},
 }
 MAY_IMPORT["trainer"] = set(MAY_IMPORT) - {"presets"}
