@@ -42,7 +42,7 @@ def test_evaluation_has_noise_of_its_own():
         ),
         (
             {"metric_for_best_model": "x"},
-            "no evaluation has; use one of eval/annealed_4/bright.*, eval/ode_8/brightness",
+            "no evaluation has; use one of eval/annealed_4/b.*, eval/ode_8/brightness",
         ),
         ({"eval_num_steps": [4, 4]}, "name an evaluation twice"),
         ({"eval_prompts": ["a", {"text": "b"}]}, "eval_prompts: the prompts .*: row 1: there is no 'prompt'"),

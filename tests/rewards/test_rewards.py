@@ -139,10 +139,9 @@ def test_rewards_keep_their_names_order_and_weights():
     torch.testing.assert_close(got[:, 1], jpeg_compressibility(images(), PROMPTS, METADATA))
 
 
-def test_given_weights_override_those_in_the_dict():
-    assert RewardSet({"a": (brightness, 3.0), "b": brightness}, [0.1, 0.2]).weights.tolist() == pytest.approx(
-        [0.1, 0.2]
-    )
+def test_weights_stand_in_the_dict_or_beside_it():
+    assert RewardSet({"a": (brightness, 3.0), "b": brightness}).weights.tolist() == [3.0, 1.0]
+    assert RewardSet({"a": brightness, "b": brightness}, [0.5, 0.25]).weights.tolist() == [0.5, 0.25]
 
 
 def test_a_list_takes_the_functions_names_and_numbers_the_repeated():
@@ -174,18 +173,15 @@ def test_a_reward_sees_images_prompts_and_metadata_as_documented():
         (None, None, "not a callable"),
         ([brightness], [1.0, 2.0], r"2 reward_weights for 1 rewards \(brightness\)"),
         ({"a": (brightness, 2.0)}, [1.0], r"reward_weights=\[1.0\], and the rewards have weights \(a=2.0\); give one"),
-        ({"a": (brightness, "2")}, None, "reward 'a' is .*; give a callable, or .callable, weight."),
-        ({"a": (brightness,)}, None, "reward 'a' is .*; give a callable, or .callable, weight."),
-        ({"a": (brightness, float("nan"))}, None, "reward 'a' has the weight nan; it must be finite"),
         (
             lambda images, prompts: [],
             None,
-            r"reward 'lambda' takes \(images, prompts\), and is called with \(images, p",
+            r"reward 'lambda' takes \(images, prompts\), and is called with .im",
         ),
         (
             lambda prompts, completions, **kwargs: [],
             None,
-            "is called with .images, prompts, prompt_metadata.: too many",
+            "is called with .images, prompts, prompt_metadata.: too ",
         ),
         (Flaky, None, "reward 'Flaky' is the class Flaky; give an instance"),
     ],
@@ -348,7 +344,7 @@ def test_files_of_one_name_are_different_rewards_and_none_is_a_library(tmp_path,
 
 def test_a_file_that_is_not_there_or_breaks_leaves_no_module_behind(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match="none.py:f' can't be imported: .*No such file"):
+    with pytest.raises(ValueError, match="none.py:f' can't be imported: there is no file"):
         load_reward(str(tmp_path / "none.py:f"))
     (tmp_path / "broken.py").write_text("import no_such_module")
     for _ in range(2):

@@ -37,8 +37,6 @@ SHARDS = {
     "parallelism_config",
 }
 UNREAD = {"split_batches", "dataloader_config", "rng_types", "step_scheduler_with_optimizer"}
-# Those of ProjectConfiguration; checkpoints are named and limited by this package, whatever TRL's examples pass.
-PROJECT = ("project_dir", "logging_dir", "total_limit", "automatic_checkpoint_naming")
 DATA_PARALLEL = "launch with plain data parallel (accelerate launch --multi_gpu, or torchrun)"
 
 
@@ -64,8 +62,6 @@ def check_launch(config: TrainingOptions, hook: Any | None = None) -> None:
     if hook is not None:
         check_signature(hook, "image_samples_hook", "rows, global_step, tracker")
     _check_accelerator_kwargs(config.accelerator_kwargs)
-    if unknown := [name for name in config.project_kwargs if name not in PROJECT]:
-        raise ValueError(f"project_kwargs has no {', '.join(unknown)}; it takes {', '.join(PROJECT[:3])}")
     _check_trackers(config)
 
 
