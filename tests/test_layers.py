@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "policy": {"method", "options", "output", "pipelines"},
     "evaluation": {"method", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
     "training": {"algorithm", "method", "options", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
-    "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "rewards", "training"},
+    "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "processes", "rewards", "training"},
     "config": {"hub", "options", "output", "presets", "training"},
 }
 MAY_IMPORT["trainer"] = set(MAY_IMPORT) - {"presets"}
@@ -42,7 +42,9 @@ METHOD = {
     "allocation": {"noise", "advantages"},
     "kernels": {"types", "levels", "parts"},
     "rollout": {"types", "levels", "noise", "kernels"},
-    "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "parts"},
+    "objective": {"types", "levels", "noise", "losses", "kernels", "rollout", "parts"},
+    "image_objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective"},
+    "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective", "image_objectives"},
 }
 METHOD["options"] = set(METHOD)
 

@@ -49,6 +49,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_perturbations": 4,  # explorations of one mean cost no evaluation of the denoiser
         "train_level_weighting": "gaussian",
     },
+    # Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
+    "tafs_matched": {
+        "objective": "matched",
+        "sample_kernel": "annealed",
+        "step_credit": "step",
+        "train_level_weighting": "clean",
+        "beta": 0.2,
+    },
     # DiffusionNFT's objective on annealed few-step rollouts, from the final image's reward: the defaults
     "tafs_nft": {"objective": "forward", "forward_levels": "trajectory", "forward_images": "final", "beta": 0.2},
     # the same with every step's clean image and its own reward

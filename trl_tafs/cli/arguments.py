@@ -226,7 +226,7 @@ def load_pipeline(arguments: ScriptArguments | argparse.Namespace, precision: st
         pipeline = loader.from_pretrained(
             arguments.pretrained_model,
             revision=arguments.pretrained_revision,
-            torch_dtype=dtypes,
+            dtype=dtypes,
             quantization_config=quantization_config(arguments.quantization, arguments.quantized_components),
         )
     except Exception as error:  # files, the network, and what libraries make of what they find there

@@ -69,10 +69,11 @@ def _usage(argv: Sequence[str]) -> int:
 def _run(name: str, argv: Sequence[str]) -> int:
     """Set up, then work: whatever a user can mend is one line, any other error is shown whole."""
     from trl_tafs.hub.push import PushError
+    from trl_tafs.pipelines.finite import NonFiniteError
     from trl_tafs.rewards.scoring import RewardError
     from trl_tafs.training.checkpoint_files import CheckpointError
 
-    refused: tuple[type[Exception], ...] = (RewardError, CheckpointError, PushError)
+    refused: tuple[type[Exception], ...] = (RewardError, NonFiniteError, CheckpointError, PushError)
     try:
         try:
             work = COMMANDS[name](argv)

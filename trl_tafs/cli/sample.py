@@ -76,6 +76,8 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
     """Return an image of each prompt, (B, 3, H, W)."""
     import torch
 
+    from trl_tafs.pipelines.finite import check_images
+
     default = pipeline.default_size()
     height, width = options.height or default[0], options.width or default[1]
     pipeline.check_guidance(options.guidance_scale)
@@ -89,7 +91,13 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
         pipeline.scheduler = pipeline.euler_scheduler()  # its own may stretch the levels, or be another solver
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * len(options.prompt)
-    return pipeline(
+    latents: list[Any] = []
+
+    def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents[:] = [tensors["latents"]]
+        return {}
+
+    images = pipeline(
         prompt=options.prompt,
         height=height,
         width=width,
@@ -97,5 +105,8 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
         annealed=options.sampler == "annealed",
         max_sequence_length=options.max_sequence_length or pipeline.default_max_sequence_length(),
         output_type="pt",
+        callback_on_step_end=keep,
         **call,
     ).images
+    check_images(pipeline, images, latents[0])
+    return images

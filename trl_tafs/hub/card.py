@@ -39,7 +39,7 @@ def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None
         f"    {name}={_quoted(value) if isinstance(value, str) else value!r}," for name, value in arguments.items()
     )
     prompt = facts.prompts[0] if facts.prompts else "a photo of a cat"
-    dtype = "" if facts.torch_dtype == "float32" else f", torch_dtype=torch.{facts.torch_dtype}"
+    dtype = "" if facts.dtype == "float32" else f", dtype=torch.{facts.dtype}"
     classes, imports, parts = {facts.scheduler_class, facts.pipeline_class}, "", ""
     if facts.base_llama:
         imports = "\nfrom transformers import AutoTokenizer, LlamaForCausalLM"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.credit import CreditRule, credit_rule
 from trl_tafs.method.kernels import KERNELS, REDUCTIONS, Kernel
 from trl_tafs.method.losses import CLIP_RANGE
-from trl_tafs.method.objectives import OBJECTIVES, Objective
+from trl_tafs.method.objective import Objective
+from trl_tafs.method.objectives import OBJECTIVES
 from trl_tafs.options import (
     Options,
     check_at_least,
@@ -238,7 +240,8 @@ class ObjectiveOptions(Options):
     objective: str = option(
         "forward",
         "forward: DiffusionNFT's, which needs clean images and no likelihood, and learns where D is large; clipped: "
-        "GRPO's surrogate, the paper's Eq. 10; awm: advantage-weighted matching, forward's simpler sibling.",
+        "GRPO's surrogate on the sampler's actions, the paper's Eq. 10; matched: Eq. 10 with the next clean image as "
+        "the action of the state before it; awm: advantage-weighted matching, forward's simpler sibling.",
     )
     forward_levels: str = option(
         "trajectory",
@@ -289,15 +292,40 @@ class LossOptions(Options):
     train_level_weighting: str | None = option(
         None,
         "clipped: balanced (default), every level moves the velocity equally; gaussian, the density as it is (Eq. 10); "
-        "uniform, without its 1/(2 sigma^2). forward, awm: adaptive (forward's default), velocity (awm's), or clean, "
-        "the error of the clean image.",
+        "uniform, without its 1/(2 sigma^2); std, times the action's (TempFlow-GRPO); diffusion, times the g of the "
+        "SDE whose step it is (SuperFlow). forward, awm, matched: adaptive (forward's default), velocity (awm's), or "
+        "clean (matched's), the error of the clean image.",
     )
     beta: float | None = option(
         None,
-        "Weight of the KL to the base without the adapter; the forward objectives': half the squared distance of the "
-        "velocities. A mean over latent elements: beside a policy term in sqrt units (train_log_prob_reduction) it "
+        "Weight of the KL to the base without the adapter; of forward, awm and matched: half the squared distance of "
+        "the velocities. A mean over latent elements: beside a policy term in sqrt units (train_log_prob_reduction) it "
         "weighs sqrt(D) times less than beside public code's mean. None: .2 for forward, which costs it a seventh of "
-        "the epochs and keeps what the reward doesn't see (docs/learning.md); 0 for the others (paper: none).",
+        "the epochs and keeps what the reward doesn't see (docs/learning.md), and for matched; 0 for the others "
+        "(paper: none).",
+    )
+    train_center_ratio: bool = option(
+        False,
+        "Take the drift out of the log-ratio, which grows with D and clips advantages below 0 long before those above "
+        "(GRPO-Guard). Felt with several optimizer steps an epoch.",
+    )
+    train_kl_limit: float | None = option(
+        None,
+        "Instead of the clip: leave out what pushes the policy away from the old one where their KL is past this, in "
+        "nats per latent element (Flow-DPPO). Felt with several optimizer steps an epoch.",
+    )
+    delta: float | None = option(
+        None,
+        "Where an advantage is below 0, a ratio above this counts as this (TRL's delta; dual-clip PPO), in the units "
+        "of train_log_prob_reduction. Felt with several optimizer steps an epoch.",
+    )
+    train_negative_weight: float = option(
+        1.0, "clipped, awm, matched: advantages below 0 are multiplied by this; 0: only what compares well teaches."
+    )
+    old_policy_beta: float = option(
+        0.0,
+        "clipped, awm, matched: weight of the KL to the policy that sampled, in nats per latent element (PPO's KL "
+        "penalty). Felt with several optimizer steps an epoch, or with old_policy_decay.",
     )
     objective_kwargs: dict | str | None = option(
         None, "Options of the objective's own (JSON), for one that isn't of this package (docs/extending.md)."
@@ -306,7 +334,19 @@ class LossOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "train_log_prob_reduction", REDUCTIONS)
-        check_positive(self, "train_clip_range")
+        check_positive(self, "train_clip_range", "train_kl_limit")
+        check_at_least(self, 0, "train_negative_weight", "old_policy_beta")
+        if self.train_kl_limit is not None and (self.train_clip_range, self.delta) != (None, None):
+            raise ValueError(
+                f"train_kl_limit={self.train_kl_limit} takes the place of the clip, and train_clip_range="
+                f"{self.train_clip_range} with delta={self.delta} has no effect; leave one side out"
+            )
+
+    @property
+    def needs_several_updates(self) -> list[str]:
+        """Those of the options that are set and act on an old policy alone."""
+        defaults = {"train_center_ratio": False, "train_kl_limit": None, "delta": None, "old_policy_beta": 0.0}
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
 @dataclass
@@ -348,6 +388,12 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
             )
         self._check_objective()
         self._check_credit()
+        if self.objective_class.warns_without_beta and self.beta == 0:
+            warnings.warn(
+                f"beta is 0: objective={self.objective!r} pushes away from images that compare badly without an end, "
+                "and long runs leave what the base draws; use beta=0.2",
+                stacklevel=4,  # where the configuration is made
+            )
 
     def _check_objective(self) -> None:
         objective, kernel = self.objective_class, self.kernel_class.from_options(self)
