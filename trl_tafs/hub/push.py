@@ -32,7 +32,7 @@ def prepare_repo(repo_id: str, *, private: bool | None = None, token: str | None
         PushError: there is no token, or it may not write there. Call it before training, to learn that in time.
     """
     api = _api(repo_id, token)
-    with _push_errors(repo_id):
+    with push_errors(repo_id):
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
@@ -66,7 +66,7 @@ def push_folder(
         raise FileNotFoundError(f"nothing to push to {repo_id!r}: no {WEIGHT_NAME} in {folder}; save it first")
     kept = f". Nothing is lost, the adapter is in {folder.resolve()}"
     api = _api(repo_id, token, kept)
-    with _push_errors(repo_id, kept):
+    with push_errors(repo_id, kept):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -100,7 +100,8 @@ _REMEDIES = {
 
 
 @contextmanager
-def _push_errors(repo_id: str, kept: str = "") -> Iterator[None]:
+def push_errors(repo_id: str, kept: str = "") -> Iterator[None]:
+    """Turn whatever the Hub or the network answers inside into a PushError, with the remedy and where the work is."""
     try:
         yield
     except Exception as error:  # HTTP, transport, LFS and validation errors share no base class
