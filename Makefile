@@ -45,7 +45,7 @@ bench-methods: setup
 	$(ONE_THREAD) $(BIN)/python examples/benchmarks/methods.py
 
 test: setup
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-method: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/method

@@ -17,6 +17,8 @@ BY_CHANCE = {
     "tests/training/test_memory.py: torchao",  # by importorskip
 }
 
+BY_NAME = {"require", "import_module", "importlib.import_module"}  # functions that import what they are given
+
 
 def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -46,6 +48,10 @@ def imports(path, own):
                 modules.update(name.name.partition(".")[0] for name in child.names)
             elif isinstance(child, ast.ImportFrom) and not child.level:
                 modules.add(child.module.partition(".")[0])
+            elif isinstance(child, ast.Call) and ast.unparse(child.func) in BY_NAME:
+                modules.update(
+                    name.value.partition(".")[0] for name in child.args[:1] if isinstance(name, ast.Constant)
+                )
             function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             walk(child, found.later if function else modules)
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import tiny
 import torch
+import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from hub_stub import HubStub
 
@@ -12,33 +13,60 @@ from trl_tafs.hub.push import PushError
 
 TOKEN = "hf_" + "trainertoken" * 3
 SETTINGS = {"num_epochs": 2, "train_learning_rate": 1e-2, "push_to_hub": True, "run_name": "tiny"}
+WRONG = [
+    ({"data_set": "x"}, "unexpected keyword argument 'data_set'"),
+    ({"branch": "a", "revision": "b"}, "branch is 'a' and revision 'b'"),
+    ({"dataset_name": "no name"}, "dataset_name is 'no name', which is no name on the Hub"),
+]
 
 
 def latents():
     return torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+def trained(pipeline_folder):
+    """A trainer that has trained and pushed, after one that was refused before its first epoch."""
+    with pytest.raises(PushError):
+        tiny.trainer(tiny.load(pipeline_folder), "refused", **SETTINGS, hub_model_id="stranger/tiny-tafs").train()
+    trainer = tiny.trainer(tiny.load(pipeline_folder), "run", **SETTINGS, hub_model_id="tiny-tafs")
+    trainer.train()
+    return trainer
+
+
+def loaded(pipeline_folder):
+    """The images of plain diffusers with what is on the Hub."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
+    pipe.load_lora_weights("user/tiny-tafs")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("user/tiny-tafs", subfolder="scheduler")
+    torch.manual_seed(0)
+    call = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "output_type": "pt"}
+    return pipe(["two", "six"], latents=latents(), max_sequence_length=8, **call).images
+
+
 def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with HubStub(tokens={TOKEN: "user"}) as stub:
         stub.connect(monkeypatch, tmp_path / "home", token=TOKEN)
-        with pytest.raises(PushError):  # before the first epoch
-            tiny.trainer(tiny.load(pipeline_folder), "refused", **SETTINGS, hub_model_id="stranger/tiny-tafs").train()
-        trainer = tiny.trainer(tiny.load(pipeline_folder), "run", **SETTINGS, hub_model_id="tiny-tafs")
-        trainer.train()
+        trainer = trained(pipeline_folder)
+        for wrong, told in WRONG:
+            with pytest.raises((TypeError, ValueError), match=told):
+                trainer.push_to_hub("user/never-made", **wrong)
+        closing = {"dataset_name": ["user/digits", "mnist"], "model_name": "Tiny", "tags": "handwriting"}  # TRL's
+        trainer.push_to_hub(**closing, branch="v2", commit_message="Closing", blocking=False).result()
+        trainer.push_to_hub(create_pr=True)
         torch.manual_seed(0)
         rollout = trainer.sd_pipeline.annealed_rollout(["two", "six"], latents=latents())
-        policy = trainer.sd_pipeline.decode_latents(rollout.final)
-
-        stub.connect(monkeypatch, tmp_path / "empty")  # as another user
-        pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
-        pipe.load_lora_weights("user/tiny-tafs")
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("user/tiny-tafs", subfolder="scheduler")
-        torch.manual_seed(0)
-        call = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0}
-        loaded = pipe(["two", "six"], latents=latents(), max_sequence_length=8, output_type="pt", **call).images
+        stub.connect(monkeypatch, tmp_path / "empty")  # as somebody else
+        assert torch.equal(trainer.sd_pipeline.decode_latents(rollout.final), loaded(pipeline_folder))
     assert not (tmp_path / "refused" / "checkpoints").exists()
-    assert torch.equal(policy, loaded)
+    assert "user/never-made" not in stub.repos
+    assert stub.messages == ["Upload a TAFS-GRPO adapter", "Closing", "Upload a TAFS-GRPO adapter"]
+    for branch in ("v2", "refs/pr/1"):  # a card keeps what it was told
+        card = stub.files("user/tiny-tafs", branch)["README.md"].decode()
+        metadata = yaml.safe_load(card.split("---\n")[1])
+        assert metadata["datasets"] == ["user/digits", "mnist"] and metadata["model_name"] == "Tiny"
+        assert {"handwriting", "tafs-grpo"} <= set(metadata["tags"]) and "# Tiny\n" in card
+        assert "on prompts of [user/digits](https://huggingface.co/datasets/user/digits), [mnist](" in card
     files = stub.files("user/tiny-tafs")
     card = files["README.md"].decode()
     assert 'load_lora_weights("user/tiny-tafs")' in card and "sigmas=[1.0, 0.75, 0.5, 0.25]" in card
