@@ -34,6 +34,7 @@ def speaking(talk):
     listener, threads = socket.create_server(("127.0.0.1", 0)), []
 
     def answer(connection):
+        connection.settimeout(LIMIT)
         with connection, suppress(OSError):
             head = b""
             while b"\r\n\r\n" not in head and (part := connection.recv(65536)):

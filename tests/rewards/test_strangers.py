@@ -82,7 +82,7 @@ def drip_body(connection):
 
 
 def drip_head(connection):
-    while True:  # until the other side hangs up
+    for _ in range(18_000):  # until the other side hangs up, or LIMIT
         connection.sendall(b"H")
         time.sleep(0.05)
 
