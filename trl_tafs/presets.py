@@ -65,9 +65,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "step_credit": "step",
         "beta": 0.2,
     },
-    # Chen et al. 2025, arXiv 2512.17951: group sizes by the rewards' variance, step-level advantages in continuous
-    # time. Its paper is known here by its abstract; trace, discount, optimism and memory are our choice.
-    "superflow": {
+    # group sizes by the rewards' variance, step-level advantages in continuous time: both ours
+    "tafs_trace": {
         **_TAFS,
         "train_level_weighting": "balanced",
         "group_allocation": "variance",
@@ -87,6 +86,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_window_order": "random",
         "sample_window_interval": 1,
         "beta": 0.0,  # train.beta
+    },
+    # Chen et al. 2025, arXiv 2512.17951, on its Flow-GRPO base. Its formulas are those of three study notes of the full
+    # text; its code isn't published. The law of rho (group_memory an epoch), eps, the prior and K are ours
+    # (method/superflow.py), as is that the sizes add up to an epoch's images.
+    "superflow": {
+        **_FLOW_GRPO,
+        **_SD3_GUIDANCE,
+        "group_allocation": "superflow",  # Beta tracker, prompts by weight, bins, the tracker as the baseline
+        "group_bins": 4,
+        "train_level_weighting": "diffusion",  # A_t = eta sigma_t A; eta goes into the learning rate
     },
     # Xue et al. 2025, arXiv 2505.07818; DanceGRPO, scripts/finetune/finetune_flux_grpo.sh
     "dance_grpo": {
