@@ -327,6 +327,11 @@ class LossOptions(Options):
         "the epochs and keeps what the reward doesn't see (docs/learning.md), and for matched; 0 for the others "
         "(paper: none).",
     )
+    train_kl_weighting: str = option(
+        "gaussian",
+        "clipped: gaussian, beta's KL of an action's two densities; diffusion, that times the gap to the next level, "
+        "|m - m_base|^2 / (2 g^2), as Flow-GRPO's code has it.",
+    )
     train_center_ratio: bool = option(
         False,
         "Take the drift out of the log-ratio, which grows with D and clips advantages below 0 long before those above "
@@ -361,6 +366,7 @@ class LossOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "train_log_prob_reduction", REDUCTIONS)
+        check_choice(self, "train_kl_weighting", ("gaussian", "diffusion"))
         check_positive(self, "train_clip_range", "train_kl_limit")
         check_at_least(self, 0, "train_negative_weight", "old_policy_beta")
         if self.train_kl_limit is not None and (self.train_clip_range, self.delta) != (None, None):
@@ -404,6 +410,8 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
         """Raise ValueError for what can't work together."""
         if self.beta < 0:
             raise ValueError(f"beta is {self.beta}; the KL's weight can't be negative")
+        if self.train_kl_weighting != "gaussian" and self.beta == 0:
+            raise ValueError(f"train_kl_weighting={self.train_kl_weighting!r} weighs a KL, and beta is 0; leave it out")
         if self.num_advantage_steps is not None and not 1 <= self.num_advantage_steps <= self.num_trained_steps:
             raise ValueError(
                 f"num_advantage_steps is {self.num_advantage_steps}; with sample_num_steps={self.sample_num_steps} "
