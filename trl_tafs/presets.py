@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trl_tafs.output.errors import did_you_mean, shown
+
 # TAFS-GRPO's own: Yue et al. 2026, arXiv 2602.01591. N = 4, groups of 48, LoRA 32 / 64 and AdamW 3e-4 / 1e-4 are the
 # defaults already.
 _TAFS = {
@@ -202,6 +204,8 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none of that name; says which there are.
     """
-    if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(
+            f"there is no preset {shown(name)}; use one of {', '.join(PRESETS)}{did_you_mean(str(name), PRESETS)}"
+        )
     return dict(PRESETS[name])

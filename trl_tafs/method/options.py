@@ -17,11 +17,13 @@ from trl_tafs.options import (
     Options,
     check_at_least,
     check_at_least_1_or_none,
+    check_at_most,
     check_choice,
     check_positive,
-    decode_dict,
     option,
 )
+
+MAX_STEPS = 1000  # of a sampler: as many as the schedulers have timesteps
 
 
 @dataclass
@@ -124,8 +126,7 @@ class SamplingOptions(Options):
         return self.sample_window_size or self.sample_num_steps - 1
 
     def complete(self) -> None:
-        """Decode `sampler_kwargs`; give `sample_eta` the kernel's default, 1 where the kernel has none."""
-        self.sampler_kwargs = decode_dict("sampler_kwargs", self.sampler_kwargs)
+        """Give `sample_eta` the kernel's default, 1 where the kernel has none."""
         if self.sample_eta is None:
             default = self.kernel_class.default_eta()
             self.sample_eta = 1.0 if default is None else default
@@ -136,21 +137,27 @@ class SamplingOptions(Options):
         check_choice(self, "group_allocation", ("fixed", "variance", "streaming", "superflow"))
         check_choice(self, "group_averaging", ("images", "prompts"))
         check_choice(self, "sample_window_order", ("progressive", "random"))
-        check_at_least(self, 2, "sample_num_steps")
+        check_at_least(self, 2, "sample_num_steps", "num_generations", "max_generations")
+        check_at_most(self, MAX_STEPS, "sample_num_steps")
         check_at_least(self, 1, "sample_batch_size", "sample_num_batches_per_epoch", "num_perturbations")
         check_at_least(self, 1, "sample_window_interval", "group_tracker_capacity", "group_bins")
-        check_at_least(self, 0, "sample_guidance_scale", "group_optimism")
+        check_at_least(self, 0, "sample_guidance_scale", "sample_embedded_guidance_scale", "group_optimism")
         check_at_least_1_or_none(self, "sample_window_size", "min_generations")
         check_positive(self, "sample_kappa")
         if not 0 < self.group_memory <= 1:
             raise ValueError(f"group_memory is {self.group_memory}; it must lie in (0, 1]")
-        if (self.min_generations, self.max_generations) != (None, None):
-            if self.group_allocation not in ("variance", "streaming"):
-                raise ValueError("min_generations and max_generations need group_allocation='variance' or 'streaming'")
+        bounds = self.min_generations, self.max_generations
+        if bounds != (None, None) and self.group_allocation not in ("variance", "streaming"):
+            raise ValueError("min_generations and max_generations need group_allocation='variance' or 'streaming'")
         if self.group_allocation == "fixed" and self.group_averaging != "images":
             raise ValueError(
                 f"group_averaging={self.group_averaging!r} has no effect with group_allocation='fixed', whose groups "
                 "are of one size; leave it out"
+            )
+        if None not in bounds and self.min_generations > self.max_generations:
+            raise ValueError(
+                f"min_generations={self.min_generations} is above max_generations={self.max_generations}; no prompt's "
+                "images are as many"
             )
         if self.min_generations == 1 and self.group_allocation == "streaming":
             raise ValueError(
@@ -234,10 +241,6 @@ class CreditOptions(Options):
         """The rule of `step_credit` with its options."""
         return credit_rule(self)
 
-    def complete(self) -> None:
-        """Decode `credit_kwargs`."""
-        self.credit_kwargs = decode_dict("credit_kwargs", self.credit_kwargs)
-
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_at_least(self, 0, "credit_trace", "credit_discount")
@@ -246,6 +249,7 @@ class CreditOptions(Options):
             len(self.reward_range) == 2 and -math.inf < self.reward_range[0] < self.reward_range[1] < math.inf
         ):
             raise ValueError(f"reward_range is {self.reward_range}; it must be two numbers, the lower one first")
+        check_at_least(self, 1, "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count")
         if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
             raise ValueError(
                 f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is never reached with "
@@ -359,10 +363,6 @@ class LossOptions(Options):
         None, "Options of the objective's own (JSON), for one that isn't of this package (docs/extending.md)."
     )
 
-    def complete(self) -> None:
-        """Decode `objective_kwargs`."""
-        self.objective_kwargs = decode_dict("objective_kwargs", self.objective_kwargs)
-
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "train_log_prob_reduction", REDUCTIONS)
@@ -408,8 +408,7 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
 
     def check(self) -> None:
         """Raise ValueError for what can't work together."""
-        if self.beta < 0:
-            raise ValueError(f"beta is {self.beta}; the KL's weight can't be negative")
+        check_at_least(self, 0, "beta")
         if self.train_kl_weighting != "gaussian" and self.beta == 0:
             raise ValueError(f"train_kl_weighting={self.train_kl_weighting!r} weighs a KL, and beta is 0; leave it out")
         if self.num_advantage_steps is not None and not 1 <= self.num_advantage_steps <= self.num_trained_steps:

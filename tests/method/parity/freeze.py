@@ -97,9 +97,8 @@ def flow_grpo(sources: Sources) -> dict:
         found[str(n)] = plain({"mean": mean, "g": std[:, 0, 0, 0], "log_prob": log_prob, "gradient": gradient}) | plain(
             {"loss": scope["loss"], "kl": scope["kl_loss"]}
         )
-    tracker = sources.define("yifan123/flow_grpo", "flow_grpo/stat_tracking.py", "PerPromptStatTracker")(
-        global_std=True
-    )
+    tracker_of = sources.define("yifan123/flow_grpo", "flow_grpo/stat_tracking.py", "PerPromptStatTracker")
+    tracker = tracker_of(global_std=True)
     return found | {"advantages": tracker.update(cases.PROMPTS, cases.REWARDS).tolist()}
 
 
@@ -132,7 +131,7 @@ def diffusion_nft(sources: Sources) -> dict:
     for beta in (0.1, 1.0):
         v, t = cases.wave("v").requires_grad_(), torch.full((4, 1, 1, 1), 0.75)
         scope = sources.lines(
-            "NVlabs/DiffusionNFT", "scripts/train_nft_sd3.py", "# normalize advantage", "kl_div_loss = torch.mean(kl_div_loss)",
+            "NVlabs/DiffusionNFT", "scripts/train_nft_sd3.py", "# normalize advantage", "kl_div_loss = torch.mean(",
             advantages_clip=torch.tensor(cases.ADVANTAGES), x0=cases.wave("clean"), xt=cases.wave("x"), t_expanded=t,
             config=space(beta=beta, train=space(adv_clip_max=5.0, beta=1e-4)), forward_prediction=v,
             old_prediction=cases.wave("old"), ref_forward_prediction=cases.wave("base"), loss_terms={},
