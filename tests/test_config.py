@@ -366,10 +366,6 @@ def test_what_cannot_work_is_an_error_that_says_the_numbers(changes, told):
         ({"sample_kappa": 0.2}, "sample_kappa=0.2 needs another sample_kernel"),
         ({"objective": "clipped", "credit_trace": 1.0}, "credit_trace=1.0 needs another step_credit"),
         ({"train_timestep_fraction": 0.5, "sample_num_steps": 2}, "train_timestep_fraction=0.5 needs an objective"),
-        (
-            {"logdir": "a", "project_kwargs": {"project_dir": "b"}},
-            "logdir='a' needs project_kwargs without a project_d",
-        ),
         ({"project_kwargs": {"total_limit": 2}, "num_checkpoint_limit": 3}, "total_limit=2, and num_checkpoint_limit"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -92,7 +92,6 @@ def idle_options(config: TAFSGRPOConfig) -> dict[str, str]:
     window, tracked = config.sample_window_size is not None, config.per_prompt_stat_tracking
     varying, guided = config.group_allocation != "fixed", is_guided(config.sample_guidance_scale)
     read = {  # whether something reads an option, and what would
-        "logdir": ("project_dir" not in config.project_kwargs, "project_kwargs without a project_dir"),
         "negative_prompts": (guided, "sample_guidance_scale above 1"),
         "sample_window_interval": (window, "a sample_window_size"),
         "sample_window_order": (window, "a sample_window_size"),
