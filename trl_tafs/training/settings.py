@@ -44,7 +44,7 @@ def resolved_settings(
         "num_processes": plan.world_size,
         "levels": [round(level, 6) for level in algorithm.levels.tolist()],
     }
-    if "train_clip_range" in config.objective_class.reads.values():
+    if "train_clip_range" in config.objective_class.reads.values() and config.train_kl_limit is None:
         resolved["train_clip_range"] = algorithm.clip_range
     values = without_secrets(dataclasses.asdict(config) | resolved)
     return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v, default=str) for k, v in values.items()}
