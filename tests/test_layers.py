@@ -46,6 +46,7 @@ METHOD = {
     "image_objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective"},
     "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective", "image_objectives"},
 }
+METHOD["superflow"] = {"noise", "advantages", "allocation"}
 METHOD["options"] = set(METHOD)
 
 HEAVY = {"diffusers", "transformers", "open_clip", "accelerate", "peft", "trl", "datasets", "huggingface_hub"}

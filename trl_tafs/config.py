@@ -57,6 +57,16 @@ class TAFSGRPOConfig(PublishingOptions):
                 f"scale_rewards={self.scale_rewards!r} has no effect with per_prompt_stat_tracking, which divides by a "
                 "prompt's own deviation; leave one of them out"
             )
+        if self.group_allocation == "superflow" and self.scale_rewards == "group":
+            raise ValueError(
+                "group_allocation='superflow' compares with what is expected of a prompt, not with its group, and "
+                "scale_rewards='group' has no effect; use scale_rewards='batch'"
+            )
+        if self.group_allocation == "superflow" and self.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "group_allocation='superflow' knows what is expected of the sum of the rewards: use "
+                "multi_objective_aggregation='sum_then_normalize'"
+            )
         if self.min_generations == 1 and self.multi_objective_aggregation == "normalize_then_sum":
             raise ValueError(
                 "min_generations=1 takes a prompt's expected reward as the baseline, which is known of the sum of the "
@@ -82,7 +92,6 @@ def idle_options(config: TAFSGRPOConfig) -> dict[str, str]:
     window, tracked = config.sample_window_size is not None, config.per_prompt_stat_tracking
     varying, guided = config.group_allocation != "fixed", is_guided(config.sample_guidance_scale)
     read = {  # whether something reads an option, and what would
-        "logdir": ("project_dir" not in config.project_kwargs, "project_kwargs without a project_dir"),
         "negative_prompts": (guided, "sample_guidance_scale above 1"),
         "sample_window_interval": (window, "a sample_window_size"),
         "sample_window_order": (window, "a sample_window_size"),

@@ -27,7 +27,8 @@ from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
 from trl_tafs.training.hooks import DDPOHooks
 from trl_tafs.training.launch import check_launch
-from trl_tafs.training.logs import EpochLog, Stopwatch
+from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
+from trl_tafs.training.notes import run_notes
 from trl_tafs.training.plan import plan_epoch
 from trl_tafs.training.preflight import Preflight
 from trl_tafs.training.progress import Progress
@@ -75,6 +76,10 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         self.evaluator = Evaluator.of(config, eval_prompts, self.rewards, eval_reward_function)
         self.accelerator, self.local_tracker = make_accelerator(config)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
+        held_out = None if self.evaluator is None else (self.evaluator.prompts, self.evaluator.rewards)
+        drawn, size = (self.prompts, self.rewards), (self.height, self.width)
+        for note in run_notes(config, self.plan, sd_pipeline, size, drawn, held_out):
+            warn_main(self.accelerator, note)
         set_seed(config.seed, device_specific=True)
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True

@@ -18,7 +18,7 @@ Normalize = Callable[..., Tensor]  # (values, reward's name = "")
 
 
 def trace_advantages(values: Tensor, levels: Tensor, trace: float = 0.0, discount: float = 0.0) -> Tensor:
-    r"""SuperFlow's step-level advantages as we read its abstract (arXiv 2512.17951), in continuous time.
+    r"""Step-level advantages in continuous time.
 
     .. math:: A_n = \sum_{m \ge n} e^{-(\kappa + \rho)(s_n - s_m)} \delta_m, \qquad
         \delta_m = e^{-\rho (s_m - s_{m+1})} V_{m+1} - V_m.
