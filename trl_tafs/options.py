@@ -298,7 +298,7 @@ class RunOptions(Options):
                 raise ValueError(f"{place} is no option; use {', '.join(PROJECT_OPTIONS)}{known}")
             value = self.project_kwargs[name] = typed(place, value, PROJECT_OPTIONS[name])
             if value == "" or (name == "total_limit" and value is not None and value < 1):
-                raise ValueError(f"{place} is {value!r}; it must be at least 1, or left out")
+                raise ValueError(f"{place} is {shown(value)}; it must be at least 1, or left out")
 
     @property
     def project_dir(self) -> str:

@@ -15,6 +15,7 @@ from trl_tafs.method.options import (
     SamplingOptions,
 )
 from trl_tafs.options import Options, RunOptions, check_at_least, check_at_least_1_or_none, check_not_empty, option
+from trl_tafs.output.errors import shown
 from trl_tafs.pipelines.options import PipelineOptions
 from trl_tafs.policy.options import AdapterOptions, OldPolicyOptions, OptimizerOptions, PolicyOptions
 from trl_tafs.rewards.options import RewardOptions
@@ -72,7 +73,7 @@ class EvaluationOptions(Options):
         check_at_least_1_or_none(self, "eval_batch_size", "early_stopping_patience")
         check_not_empty(self, "metric_for_best_model")
         if not set(self.eval_samplers) <= {"annealed", "ode"}:
-            raise ValueError(f"eval_samplers is {self.eval_samplers!r}; use a list of annealed and ode")
+            raise ValueError(f"eval_samplers is {shown(self.eval_samplers)}; use a list of annealed and ode")
         if not all(1 <= steps <= MAX_STEPS for steps in self.eval_num_steps):
             raise ValueError(f"eval_num_steps is {self.eval_num_steps}; give step counts of 1 to {MAX_STEPS}")
         if self.early_stopping_patience is not None and not (self.eval_freq and self.metric_for_best_model):
