@@ -32,17 +32,18 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # Within the mathematics: which files a file may import.
 METHOD = {
     "types": set(),
-    "levels": set(),
+    "levels": {"papers"},
     "noise": set(),
     "guidance": set(),
-    "parts": set(),
+    "papers": set(),
+    "parts": {"papers"},
     "losses": {"types"},
-    "credit": {"types", "parts"},
+    "credit": {"types", "papers", "parts"},
     "advantages": {"types", "credit"},
-    "allocation": {"noise", "advantages"},
-    "kernels": {"types", "levels", "parts"},
+    "allocation": {"noise", "advantages", "papers"},
+    "kernels": {"types", "levels", "papers", "parts"},
     "rollout": {"types", "levels", "noise", "kernels"},
-    "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "parts"},
+    "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "papers", "parts"},
 }
 METHOD["options"] = set(METHOD)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+T = TypeVar("T")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -46,6 +49,17 @@ class Options:
             for group in reversed(type(self).__mro__):
                 if stage in vars(group):
                     vars(group)[stage](self)
+
+
+def own_copy(options: T) -> T:
+    """Return a copy whose lists and mappings are its own; what can't be copied in them (a handler) is shared."""
+    copied = copy.copy(options)
+    for name, value in vars(options).items():
+        try:
+            setattr(copied, name, copy.deepcopy(value))
+        except Exception:  # the value's own code can't
+            setattr(copied, name, copy.copy(value))
+    return copied
 
 
 def check_choice(options: Options, name: str, allowed: Collection[str]) -> None:

@@ -42,7 +42,7 @@ def test_card_metadata(elsewhere):
         "| 2 | 0.75 | 0.9 |",
         "| 4 annealed steps | 0.19 | 0.845 |",
         "| legible | 1 |",
-        "2512.17951",
+        "2602.01591",
     ):
         assert part in text
     assert [part for part in PRIVATE if part in text] == []
@@ -106,7 +106,7 @@ def test_base_model_facts(tmp_path):
     assert of(folder).items() >= expected.items()
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\nText\n")
     expected = {**expected, "base_license": "other", "base_license_name": "mine", "base_license_link": None}
-    assert of(folder) == {**expected, "base_revision": None, "base_llama": None}
+    assert of(folder) == {**expected, "base_revision": None, "base_llama": None, "base_fused": ()}
     snapshot = tmp_path / "models--org--sd3-tiny" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "README.md").write_text((folder / "README.md").read_text())

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from trl_tafs.method.advantages import group_mean_std
 from trl_tafs.method.noise import noise_seed
+from trl_tafs.method.papers import SUPERFLOW, Paper
 
 
 def neyman_allocation(deviations: Sequence[float], total: int, low: int, high: int) -> list[int]:
@@ -209,6 +210,7 @@ class VarianceGroups:
     low: int
     high: int
     optimism: float = 0.5
+    paper: ClassVar[Paper | None] = SUPERFLOW
 
     def first(self, prompts: Sequence[str], epoch: int) -> list[int]:
         """`P * G` images in all."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from trl_tafs.method.papers import SUPERFLOW, Paper
 from trl_tafs.method.parts import Part, check_own_options
 
 Normalize = Callable[..., Tensor]  # (values, reward's name = "")
@@ -117,6 +118,7 @@ class TraceCredit(GainCredit):
     trace: float = 0.0  # kappa
     discount: float = 0.0  # rho
     description: ClassVar[str] = "each step answers for what it added, and less for what was added later"
+    paper: ClassVar[Paper | None] = SUPERFLOW
     reads: ClassVar[Mapping[str, str]] = {"trace": "credit_trace", "discount": "credit_discount"}
 
     def values(self, rewards: Tensor, levels: Tensor | None) -> Tensor:
@@ -152,6 +154,11 @@ class FunctionCredit(CreditRule):
     def description(self) -> str:  # type: ignore[override]
         """The function's name."""
         return f"each step is credited by `{getattr(self.function, '__name__', 'a function')}`"
+
+    @property
+    def paper(self) -> Paper | None:  # type: ignore[override]
+        """The function's attribute of that name."""
+        return getattr(self.function, "paper", None)
 
     def __call__(self, normalised: Tensor) -> Tensor:
         """Return what the function does."""

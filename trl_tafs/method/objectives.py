@@ -25,6 +25,7 @@ from trl_tafs.method.losses import (
     negative_aware,
 )
 from trl_tafs.method.noise import Noise
+from trl_tafs.method.papers import AWM, DIFFUSION_NFT, Paper
 from trl_tafs.method.parts import Part
 from trl_tafs.method.rollout import KEPT, Velocity, replay
 from trl_tafs.method.types import Conditioning, ForwardItems, LossOutput, Rollout, Transitions
@@ -312,6 +313,7 @@ class ForwardObjective(ImageObjective):
     nft_beta: float = 1.0
     adv_clip: float = 5.0
     default_weighting: ClassVar[str | None] = "adaptive"
+    paper: ClassVar[Paper | None] = DIFFUSION_NFT
     default_beta: ClassVar[float] = 0.2
     reads: ClassVar[Mapping[str, str]] = {
         **ImageObjective.reads,
@@ -343,6 +345,7 @@ class MatchingObjective(ImageObjective):
     clip_range: float = 0.025
     reduction: str = "sqrt"
     default_weighting: ClassVar[str | None] = "velocity"
+    paper: ClassVar[Paper | None] = AWM
     reads: ClassVar[Mapping[str, str]] = {
         **ImageObjective.reads,
         "clip_range": "train_clip_range",

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+from trl_tafs.method.papers import Paper
+
 
 class Part:
     """A frozen dataclass that says by which options its fields are set.
@@ -16,6 +18,7 @@ class Part:
 
     reads: ClassVar[Mapping[str, str]] = {}
     description: ClassVar[str]  # a phrase for the model card
+    paper: ClassVar[Paper | None] = None  # where it comes from, if that isn't TAFS-GRPO's: cited on the card
 
     @classmethod
     def _fields(cls) -> dict[str, dataclasses.Field[Any]]:
