@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
 from trl_tafs.training.hooks import DDPOHooks
 from trl_tafs.training.logs import EpochLog, Stopwatch
-from trl_tafs.training.memory import announce_plan
 from trl_tafs.training.plan import plan_epoch
+from trl_tafs.training.preflight import Preflight
 from trl_tafs.training.progress import Progress
 from trl_tafs.training.samples import SampleViewer
 from trl_tafs.training.sampling import RolloutSampler
@@ -107,9 +107,8 @@ class TAFSGRPOTrainer(DDPOHooks):
         self.updater = Updater(
             config, self.plan, policy, objective, self.encode, lambda *b: self.compute_loss(*b), watch
         )
-        clip = f"{algorithm.clip_range:.3g} ({config.train_log_prob_reduction})"
         varying_groups = algorithm.prompt_tracker is not None
-        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, clip, varying_groups)
+        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, algorithm.ratio_limit, varying_groups)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         states, log, done = algorithm.states(), self.local_tracker, self.progress
         self.checkpoints = Checkpoints(config, accelerator, policy, done, states, self.settings, log, watch)
@@ -118,6 +117,19 @@ class TAFSGRPOTrainer(DDPOHooks):
         levels, prompts, papers = algorithm.levels[:-1].tolist(), self._card_prompts, algorithm.papers()
         self.publisher = Publisher(
             policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec, papers
+        )
+        self.preflight = Preflight(
+            config,
+            accelerator,
+            policy,
+            self.encode,
+            self.prompts,
+            self.rewards,
+            self.plan,
+            size=(self.height, self.width),
+            logs=self.logs,
+            held_out=self.evaluator,
+            prepare_push=partial(self.publisher.prepare_repo, None, config.hub_private_repo),
         )
 
     def _card_prompts(self) -> list[str]:
@@ -131,7 +143,7 @@ class TAFSGRPOTrainer(DDPOHooks):
     def train(self, epochs: int | None = None) -> None:
         """Train until `epochs` (by default `config.num_epochs`) epochs are done, counted from the run's beginning."""
         config, progress = self.config, self.progress
-        self._preflight()
+        self.preflight(progress.epoch)
         if config.eval_freq and progress.epoch == 0:
             self.evaluate(epoch=0)
         last = config.num_epochs if epochs is None else epochs
@@ -191,25 +203,6 @@ class TAFSGRPOTrainer(DDPOHooks):
         """Return a way of drawing at the size and guidance of training."""
         guidance, embedded = self.config.sample_guidance_scale, self.config.sample_embedded_guidance_scale
         return DrawSpec(sampler, num_steps, self.height, self.width, guidance, embedded)
-
-    def _preflight(self) -> None:
-        """Try one prompt, one call of each reward and the right to push, before anything is spent."""
-        config = self.config
-        if config.push_to_hub:
-            self.publisher.prepare_repo(None, config.hub_private_repo)
-        prompt, metadata = self.prompts.groups(self.progress.epoch, 1)[0]
-        if config.prompt_cache_dir is not None:
-            self.encode.prepare(self.prompts.known())
-        conditioning = self.encode([prompt])
-        if self.accelerator.is_main_process:
-            size = self.height, self.width
-            self.logs.memory_plan = announce_plan(self.policy, conditioning, self.plan.local_images, size)
-        self.rewards.try_once(prompt, metadata, self.height, self.width)
-        if config.eval_freq:
-            prompt, metadata = self.evaluator.items[0]
-            self.evaluator.rewards.try_once(prompt, metadata, self.height, self.width)
-        if self.progress.epoch == 0 and config.eval_freq == 0 and self.evaluator is not None:
-            warnings.warn("eval_prompts were given, and eval_freq is 0: nothing will be evaluated", stacklevel=3)
 
     # Saving ---------------------------------------------------------------------------------------------------
 

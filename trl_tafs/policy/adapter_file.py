@@ -329,8 +329,8 @@ def _check_pairs(name: str, layers: Mapping[str, torch.Tensor]) -> None:
     if lonely := sorted(down ^ up):
         has, lacks = ("lora_A", "lora_B") if lonely[0] in down else ("lora_B", "lora_A")
         raise ValueError(
-            f"{name}: {len(lonely)} of {len(down | up)} layers are halves, the first {lonely[0]!r}, which has {has} and "
-            f"lacks {lacks}; the file was cut, give the whole one"
+            f"{name}: {len(lonely)} of {len(down | up)} layers are halves, the first {lonely[0]!r}, which has {has} "
+            f"and lacks {lacks}; the file was cut, give the whole one"
         )
 
 

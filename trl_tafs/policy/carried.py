@@ -215,7 +215,7 @@ def _check_process(config: PolicyOptions) -> None:
     if is_initialized() and (before := AcceleratorState().mixed_precision) != config.mixed_precision:
         raise ValueError(
             f"mixed_precision is {config.mixed_precision!r}, and an earlier trainer or Accelerator of this process has "
-            f"{before!r}, which Accelerate keeps for the whole process; use mixed_precision={before!r}, or another process"
+            f"{before!r}, which Accelerate keeps for a process; use mixed_precision={before!r}, or another process"
         )
     if (dtype := torch.get_default_dtype()) != torch.float32:
         raise ValueError(

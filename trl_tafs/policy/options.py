@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.options import SamplingOptions
-from trl_tafs.options import Options, RunOptions, check_at_least, check_choice, check_positive, option
+from trl_tafs.options import (
+    Options,
+    RunOptions,
+    check_at_least,
+    check_choice,
+    check_not_empty,
+    check_positive,
+    check_share,
+    option,
+)
 from trl_tafs.pipelines.options import PipelineOptions
 
 # Those of diffusers' get_scheduler that need a number of steps and no more, and are a factor on the rate.
@@ -35,7 +44,9 @@ class OptimizerOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "train_lr_scheduler_type", LR_SCHEDULERS)
-        check_positive(self, "train_learning_rate", "train_max_grad_norm")
+        check_positive(self, "train_learning_rate", "train_adam_epsilon", "train_max_grad_norm")
+        check_at_least(self, 0, "train_lr_warmup_steps", "train_adam_weight_decay")
+        check_share(self, "train_adam_beta1", "train_adam_beta2")
 
 
 @dataclass
@@ -70,8 +81,8 @@ class AdapterOptions(Options):
                 f"model_adapter_name is {self.model_adapter_name!r}; use letters, digits, _ and - (PEFT puts it into "
                 "the names of weights)"
             )
-        if not 0 <= self.train_ema_decay < 1:
-            raise ValueError(f"train_ema_decay is {self.train_ema_decay}; it must lie in [0, 1)")
+        check_share(self, "train_ema_decay")
+        check_not_empty(self, "adapter_name_or_path")
 
 
 @dataclass
@@ -89,8 +100,8 @@ class OldPolicyOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
-        if not 0 <= self.old_policy_decay < 1:
-            raise ValueError(f"old_policy_decay is {self.old_policy_decay}; it must lie in [0, 1)")
+        check_share(self, "old_policy_decay")
+        check_at_least(self, 0, "old_policy_ramp")
         if self.old_policy_decay and not self.old_policy_ramp > 0:
             raise ValueError(f"old_policy_ramp is {self.old_policy_ramp}; it must be above 0 for old_policy_decay")
 
