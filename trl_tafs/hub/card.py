@@ -14,10 +14,11 @@ from trl_tafs.hub.comfyui import recipe
 from trl_tafs.hub.facts import CardFacts
 from trl_tafs.output.files import write_whole
 from trl_tafs.output.markdown import table
-from trl_tafs.policy.carried import FrozenAdapter
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+
+    from trl_tafs.policy.carried import FrozenAdapter
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 CURVE_FILE = "images/reward_curve.png"

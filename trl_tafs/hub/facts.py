@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from trl_tafs.hub.scrub import scrub
 from trl_tafs.method.papers import TAFS_GRPO, Paper
 from trl_tafs.pipelines.identity import REPOSITORY, base_identity
-from trl_tafs.policy.carried import FrozenAdapter
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from trl_tafs.policy.carried import FrozenAdapter
 
 logger = logging.getLogger(__name__)
 
