@@ -22,8 +22,8 @@ MAY_IMPORT = {
     "policy": {"method", "options", "output", "pipelines"},
     "evaluation": {"method", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
     "training": {"algorithm", "method", "options", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
-    "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "rewards", "training"},
-    "config": {"hub", "options", "output", "presets", "training"},
+    "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "processes", "rewards", "training"},
+    "config": {"hub", "method", "options", "output", "presets", "training"},
 }
 MAY_IMPORT["trainer"] = set(MAY_IMPORT) - {"presets"}
 MAY_IMPORT["trl_tafs"] = set(MAY_IMPORT)  # the package itself, lazily
@@ -40,13 +40,14 @@ METHOD = {
     "losses": {"types"},
     "credit": {"types", "papers", "parts"},
     "advantages": {"types", "credit"},
-    "allocation": {"noise", "advantages", "papers"},
+    "allocation": {"noise", "advantages"},
     "kernels": {"types", "levels", "papers", "parts"},
     "rollout": {"types", "levels", "noise", "kernels"},
     "objective": {"types", "levels", "noise", "losses", "kernels", "rollout", "parts"},
     "image_objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "papers", "objective"},
     "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective", "image_objectives"},
 }
+METHOD["superflow"] = {"noise", "papers", "advantages", "allocation"}
 METHOD["options"] = set(METHOD)
 
 HEAVY = {"diffusers", "transformers", "open_clip", "accelerate", "peft", "trl", "datasets", "huggingface_hub"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -75,7 +76,8 @@ def _copied(place: str, value: Any, depth: int = 0) -> Any:
         return {key: _copied(f"{place}[{key!r}]", item, depth + 1) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_copied(f"{place}[{i}]", item, depth + 1) for i, item in enumerate(value))
-    value = _plain(value)
+    with contextlib.suppress(TypeError):
+        value = _plain(value)
     if isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value):
         raise ValueError(f"{place} is {shown(value)}; it must be a finite number")
     return value
@@ -110,7 +112,10 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _typed_list(name: str, value: Any, kind: Any, optional: bool) -> list[Any]:
-    items = value.tolist() if hasattr(value, "tolist") else value  # of numpy and torch
+    try:
+        items = value.tolist() if hasattr(value, "tolist") else value  # of numpy and torch
+    except (RuntimeError, NotImplementedError):  # torch's meta device
+        items = None
     if not isinstance(items, Sequence) or isinstance(items, (str, bytes)) or not items:
         other = " or None" if optional else ""
         raise ValueError(f"{name} is {shown(value)}; it must be a list with at least one item{other}")
@@ -118,8 +123,13 @@ def _typed_list(name: str, value: Any, kind: Any, optional: bool) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return Python's own number for a scalar of numpy or torch."""
-    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    """Return Python's own number for a scalar of numpy or torch; raise TypeError for one without a value."""
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except RuntimeError as error:  # torch's meta device
+        raise TypeError from error
 
 
 def _bool(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trl_tafs.method.papers import SUPERFLOW, Paper
+from trl_tafs.method.papers import Paper
 from trl_tafs.method.parts import Part, own_options
 from trl_tafs.options import check_choice
 
@@ -19,7 +19,7 @@ Normalize = Callable[..., Tensor]  # (values, reward's name = "")
 
 
 def trace_advantages(values: Tensor, levels: Tensor, trace: float = 0.0, discount: float = 0.0) -> Tensor:
-    r"""SuperFlow's step-level advantages as we read its abstract (arXiv 2512.17951), in continuous time.
+    r"""Step-level advantages in continuous time.
 
     .. math:: A_n = \sum_{m \ge n} e^{-(\kappa + \rho)(s_n - s_m)} \delta_m, \qquad
         \delta_m = e^{-\rho (s_m - s_{m+1})} V_{m+1} - V_m.
@@ -119,7 +119,6 @@ class TraceCredit(GainCredit):
     trace: float = 0.0  # kappa
     discount: float = 0.0  # rho
     description: ClassVar[str] = "each step answers for what it added, and less for what was added later"
-    paper: ClassVar[Paper | None] = SUPERFLOW
     reads: ClassVar[Mapping[str, str]] = {"trace": "credit_trace", "discount": "credit_discount"}
 
     def values(self, rewards: Tensor, levels: Tensor | None) -> Tensor:

@@ -68,7 +68,7 @@ def own_options(
             elsewhere = f"; use the option {read[name]}" if read and name in read else did_you_mean(name, own)
             raise ValueError(f"{kwargs} has {name!r}, which {title} doesn't take: {there}{elsewhere}")
     try:
-        hints = get_type_hints(part)
+        hints = get_type_hints(part) if found else {}
     except (NameError, TypeError):  # names of a function in which the part was made; a callable object
         hints = {}
     return {name: typed(f"{kwargs}[{name!r}]", value, hints.get(name, Any)) for name, value in found.items()}

@@ -48,6 +48,8 @@ class TAFSPipelineMixin(ABC):
     text_multiple: int | None = None
     # The scale that a guidance-distilled denoiser is given where none is asked for; None: it takes none.
     default_embedded_guidance: float | None = None
+    counting_tokenizers: tuple[str, ...] = ("tokenizer",)  # those whose tokens `max_sequence_length` limits
+    uncounted_tokens = 0  # of the template that a prompt is put into, those that it leaves out of the count
     stock_sequence_limit: int | None = None  # tokens of a prompt that the stock pipeline takes at most; None: any
     comfyui_shift: float | None = None  # of this family's levels in ComfyUI; None: it isn't known to load its LoRAs
     card_tags: tuple[str, ...] = ()  # the Hub's tags of this family on an adapter's card
@@ -109,8 +111,12 @@ class TAFSPipelineMixin(ABC):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, *) to images (B, 3, H, W), float32 in [0, 1]."""
-        images = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
-        return self.image_processor.postprocess(images, output_type="pt").float()
+        return self.pixels(self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0])
+
+    def pixels(self, decoded: Tensor) -> Tensor:
+        """What the VAE decoded, (B, 3, H, W), to images, float32 in [0, 1]; infinity to NaN, which clamping keeps."""
+        decoded = decoded.masked_fill(decoded.isinf(), float("nan"))
+        return self.image_processor.postprocess(decoded, output_type="pt").float()
 
     def decode_in_batches(self, latents: Tensor, batch_size: int) -> Tensor:
         """Latents (B, *) to images (B, 3, H, W) on the CPU, `batch_size` at a time."""
@@ -160,6 +166,24 @@ class TAFSPipelineMixin(ABC):
     def stock_max_sequence_length(cls) -> int:
         """Tokens of a prompt in the stock pipeline where none are given."""
         return inspect.signature(cls.stock_class().__call__).parameters["max_sequence_length"].default
+
+    def templated(self, prompt: str) -> str:
+        """Return what the tokenizer is given of a prompt: within a chat's template, where the family has one."""
+        return prompt
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return the tokens of each prompt as `max_sequence_length` counts them, before any are cut off.
+
+        Of several tokenizers the one that makes most of it counts; without tokenizers it is 0.
+        """
+        counts = [0] * len(prompts)
+        for tokenizer in (getattr(self, name, None) for name in self.counting_tokenizers):
+            if tokenizer is not None and prompts:
+                tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+                encoded = tokenizer([self.templated(prompt) for prompt in prompts], verbose=False).input_ids
+                found = (len(ids) - self.uncounted_tokens for ids in encoded)
+                counts = [max(pair) for pair in zip(counts, found, strict=True)]
+        return counts
 
     def check_sequence_length(self, max_sequence_length: int | None) -> None:
         """Raise ValueError if the stock pipeline doesn't take so many tokens of a prompt; None, the default, fits."""

@@ -40,6 +40,15 @@ class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline)
         """The last block's text stream is discarded."""
         return [f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}.attn.to_add_out"]
 
+    @property
+    def uncounted_tokens(self) -> int:  # type: ignore[override]
+        """Those of the template's beginning, which are dropped."""
+        return self.prompt_template_encode_start_idx
+
+    def templated(self, prompt: str) -> str:
+        """Within the stock pipeline's template."""
+        return self.prompt_template_encode.format(prompt)
+
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Qwen2.5-VL: text (B, L, C), as long as the longest prompt, and a mask where they differ."""
         text, mask = self.encode_prompt(prompts, max_sequence_length=max_sequence_length)
@@ -73,5 +82,5 @@ class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline)
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, rows, columns, 4C) to images (B, 3, H, W), float32 in [0, 1]: the video VAE's one frame."""
-        images = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0][:, :, 0]
-        return self.image_processor.postprocess(images, output_type="pt").float()
+        decoded = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
+        return self.pixels(decoded[:, :, 0])

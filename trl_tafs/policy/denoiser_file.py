@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import write_folder_whole
 from trl_tafs.pipelines.components import denoiser_name, denoiser_of
 from trl_tafs.pipelines.quantized import is_quantized
@@ -84,7 +85,10 @@ def _applied_lora(pipeline: DiffusionPipeline, source: str | os.PathLike) -> Ite
     check_attached(denoiser)
     _warn_of_a_part(pipeline, source)
     carried, name = tuple(active_adapters(denoiser)), "applied"
-    pipeline.load_lora_weights(source, adapter_name=name)
+    try:
+        pipeline.load_lora_weights(source, adapter_name=name)
+    except Exception as error:  # files, the network, and what libraries make of what they find there
+        raise ValueError(f"the adapter {source} can't be loaded: {first_line(error)}") from error
     activate(denoiser, (*carried, name))
     try:
         yield

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from trl_tafs.method.advantages import combine_rewards
 from trl_tafs.method.types import PromptBatch, RewardTable
-from trl_tafs.processes import any_process, gather_rows, progress_bar, same_everywhere, share
+from trl_tafs.pipelines.finite import NonFiniteError
+from trl_tafs.processes import any_process, gather_rows, progress_bar, raise_everywhere, same_everywhere, share
 from trl_tafs.prompts.source import PromptSource, expand_groups
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training.experience import Draw, Experience, ScoredBatch
@@ -38,6 +39,10 @@ class Collector:
     plan: EpochPlan
     settings: dict[str, Any]  # those that make what is drawn: kept rollouts of others aren't used
 
+    def __post_init__(self) -> None:
+        if self.sampler.algorithm.groups.weights is not None:
+            self.prompts.check_fixed()
+
     @property
     def pending(self) -> PendingRollouts:
         """The rollouts of an interrupted epoch that this process keeps."""
@@ -48,10 +53,11 @@ class Collector:
 
         Raises:
             RewardError: a reward failed, or gave no score for any image; the message says where the rollouts are kept.
+            NonFiniteError: the denoiser or the VAE made NaN or infinity, on any process.
         """
         allocation, draws = self.sampler.algorithm.groups, []
         # The main process's prompts: a prompt function with randomness of its own would split the groups.
-        groups = same_everywhere(self.accelerator, self.prompts.groups(epoch, self.plan.num_groups))
+        groups = same_everywhere(self.accelerator, self.draw_prompts(epoch))
         sizes = allocation.first([prompt for prompt, _ in groups], epoch)
         while sizes is not None:
             prompts = expand_groups(groups, sizes, sum(len(draw.prompts) for draw in draws))
@@ -60,6 +66,13 @@ class Collector:
             final = combine_rewards(first.rewards, first.prompts.group_ids)[:, -1].mean(1)
             sizes = allocation.rest(final, first.prompts.group_ids) if len(draws) == 1 else None
         return Experience.of(draws)
+
+    def draw_prompts(self, epoch: int) -> list[tuple[str, dict[str, Any]]]:
+        """Return the (prompt, metadata) of each of an epoch's groups: in turn, or by the allocation's weights."""
+        weigh = self.sampler.algorithm.groups.weights
+        if weigh is None:
+            return self.prompts.groups(epoch, self.plan.num_groups)
+        return self.prompts.by_weight(epoch, self.plan.num_groups, weigh)
 
     def forget(self) -> None:
         """Drop the kept rollouts of an epoch that is done."""
@@ -88,6 +101,7 @@ class Collector:
         for progress in bars.values():
             progress.close()
         if any_process(self.accelerator, fault is not None):
+            raise_everywhere(self.accelerator, fault, NonFiniteError, f"epoch {epoch}, step {global_step}")
             self._keep(done, key, fault, epoch, global_step, earlier)
         local_images = torch.arange(place.start, place.stop)
         return Draw(prompts, done, self._gather_rewards(done), local_images)

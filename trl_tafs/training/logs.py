@@ -43,6 +43,10 @@ class MeanMetrics:
             self.totals[name] = self.totals[name] + value if name in self.totals else value.detach().clone()
         self.count += 1
 
+    def mean(self, name: str) -> float:
+        """Return the mean of one metric so far, by a host copy; NaN if there is none."""
+        return self.totals[name].item() / self.count if name in self.totals else float("nan")
+
     def pop(self) -> dict[str, Tensor]:
         """Return the means since the last `pop`."""
         means = {name: total / max(self.count, 1) for name, total in self.totals.items()} | self.last
