@@ -301,7 +301,7 @@ def test_the_process_s_modes(pipeline_folder, tmp_path):
 def test_what_is_handed_over_stays_as_it_was_and_what_is_handed_out_may_be_changed(pipeline_folder, tmp_path):
     rows = [{"prompt": "two", "tags": ["a"]}, {"prompt": "six", "tags": ["b"]}]
     own = LoraConfig(r=2, target_modules=["attn.to_q"], base_model_name_or_path="mine")
-    config = tiny.config(tmp_path / "a", **QUICK, eval_freq=1, tracker_kwargs={"wandb": {"tags": ["x"]}})
+    config = tiny.config(tmp_path / "a", **QUICK, eval_freq=1)
     given = copy.deepcopy((rows, own.to_dict(), dataclasses.asdict(config)))
 
     def spoiling(images, prompts, metadata):
