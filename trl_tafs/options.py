@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -12,10 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from trl_tafs.output.errors import did_you_mean, one_line, shown
 from trl_tafs.output.secrets import remember_all
+
+T = TypeVar("T")
 
 MAX_DEPTH = 32  # of a mapping's values
 MAX_SEED = 4_000_000_000  # numpy takes 32 bits, and each process adds its number
@@ -192,6 +195,17 @@ class Options:
             for group in reversed(type(self).__mro__):
                 if stage in vars(group):
                     vars(group)[stage](self)
+
+
+def own_copy(options: T) -> T:
+    """Return a copy whose lists and mappings are its own; what can't be copied in them (a handler) is shared."""
+    copied = copy.copy(options)
+    for name, value in vars(options).items():
+        try:
+            setattr(copied, name, copy.deepcopy(value))
+        except Exception:  # the value's own code can't
+            setattr(copied, name, copy.copy(value))
+    return copied
 
 
 def check_choice(options: Options, name: str, allowed: Collection[str]) -> None:

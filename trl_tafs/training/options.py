@@ -53,7 +53,10 @@ class EvaluationOptions(Options):
 
     title: ClassVar[str] = "Evaluation and pictures"
 
-    eval_freq: int = option(0, "Epochs between evaluations on the held-out prompts, and before the first; 0: none.")
+    eval_freq: int = option(
+        0,
+        "Epochs between evaluations on the held-out prompts; before the first and after the last, too; 0: none.",
+    )
     eval_num_steps: list[int] = option([4, 8], "Step counts to evaluate.")
     eval_samplers: list[str] = option(["annealed", "ode"], "Samplers to evaluate: annealed, ode.")
     eval_images_per_prompt: int = option(1, "Images of each held-out prompt; their noise is the same each time.")
@@ -65,6 +68,10 @@ class EvaluationOptions(Options):
     early_stopping_patience: int | None = option(None, "Stop after so many evaluations without a better one.")
     sample_grid_freq: int = option(10, "Epochs between sample grids (PNG: a row a prompt, a column a step); 0: none.")
     sample_grid_rows: int = option(6, "Images in a sample grid.")
+
+    def evaluates_at(self, epoch: int, last: int) -> bool:
+        """Return whether there is an evaluation when `epoch` epochs are done: every `eval_freq`, and after the last."""
+        return bool(self.eval_freq) and (epoch % self.eval_freq == 0 or epoch == last)
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
