@@ -107,7 +107,6 @@ CASES: dict[str, dict[str, Any]] = {
         "train_lr_scheduler_type": "cosine",
         "train_lr_warmup_steps": 1,
         "train_gradient_checkpointing": True,
-        "lora_fold_alpha": True,
     },
     "full": {"full_finetuning": True, "train_learning_rate": 1e-3, "beta": 0.1},
     "offload-bf16": {"model_cpu_offload": True, "mixed_precision": "bf16", "objective": "forward"},

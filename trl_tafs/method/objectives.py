@@ -36,6 +36,8 @@ class ClippedObjective(RatioObjective):
         reduction: of the log-probabilities, the rollout's.
         level_weighting: one of `losses.LEVEL_WEIGHTINGS`.
         beta: weight of `KL(policy || base)`, in nats per latent element.
+        kl_weighting: "gaussian", the KL of the two densities; "diffusion", that times the gap to the next level,
+            `|m - m_base|^2 / (2 g^2)`, which is Flow-GRPO's code.
     """
 
     kernel: Kernel
@@ -43,6 +45,7 @@ class ClippedObjective(RatioObjective):
     reduction: str = "sqrt"
     level_weighting: str = "gaussian"
     beta: float = 0.0
+    kl_weighting: str = "gaussian"
     from_actions: ClassVar[bool] = True
     weightings: ClassVar[Collection[str]] = LEVEL_WEIGHTINGS
     default_weighting: ClassVar[str | None] = "balanced"
@@ -53,6 +56,7 @@ class ClippedObjective(RatioObjective):
         **RatioObjective.ratio_reads,
         "level_weighting": "train_level_weighting",
         "beta": "beta",
+        "kl_weighting": "train_kl_weighting",
     }
 
     def __post_init__(self) -> None:
@@ -116,7 +120,8 @@ class ClippedObjective(RatioObjective):
             raise ValueError(f"beta is {self.beta}: the KL term needs the base policy's velocity as `reference`")
         with torch.no_grad():
             base = replay(reference, self.kernel, items, conditioning)
-        kl = policy.kl(base, "mean").mean()
+        kl = policy.kl(base, "mean")
+        kl = (kl if self.kl_weighting == "gaussian" else kl * gap.flatten()).mean()
         return LossOutput(output.loss + self.beta * kl, output.metrics | {"kl": kl.detach()})
 
 

@@ -97,7 +97,7 @@ class RewardSet:
             on_failure=options.reward_on_failure,
         )
 
-    def check_rows(self, rows: Iterable[tuple[str, Mapping[str, Any]]], where: str = "prompt row") -> list[str]:
+    def check_rows(self, rows: Iterable[tuple[str, Mapping[str, Any]]], where: str = "prompts") -> list[str]:
         """Ask each reward of every row whether it can score it, before anything is drawn.
 
         A reward says so by a method `applies(prompt, metadata)`, which may raise for a row that is malformed, and by
@@ -126,19 +126,20 @@ class RewardSet:
                 missing = [key for key in getattr(function, "required_metadata", ()) if metadata.get(key) is None]
                 if missing:
                     raise ValueError(
-                        f"{where} {number}, {prompt!r:.80}, has no {', '.join(missing)}, which reward {name!r} needs"
+                        f"{where}, row {number} ({prompt!r:.80}) has no {', '.join(missing)}, which reward {name!r} "
+                        "needs"
                     )
                 try:
                     scored[name] += bool(function.applies(prompt, metadata)) if hasattr(function, "applies") else 1
                 except Exception as error:  # whatever a reward finds wrong with the row
-                    raise ValueError(f"{where} {number}, {prompt!r:.80}: reward {name!r} says {error}") from error
+                    raise ValueError(f"{where}, row {number} ({prompt!r:.80}): reward {name!r} says {error}") from error
         for name, number in scored.items():
             if count and not number:
                 raise ValueError(
-                    f"reward {name!r} scores none of the {count} {where}s: they lack the columns, or the form, that it "
+                    f"reward {name!r} scores none of the {count} {where}: they lack the columns, or the form, that it "
                     "goes by (docs/rewards.md)"
                 )
-        return [f"reward {name!r} scores {n} of {count} {where}s" for name, n in scored.items() if n < count]
+        return [f"reward {name!r} scores {n} of {count} {where}" for name, n in scored.items() if n < count]
 
     def try_once(self, prompt: str, metadata: dict[str, Any], height: int, width: int) -> None:
         """Call each reward on two images of noise, before anything is spent on it.

@@ -118,6 +118,14 @@ def group_bounds(options: TrainingOptions, group_size: int, total: int, world_si
     """
     if options.group_allocation == "fixed":
         return group_size, group_size
+    if options.group_allocation == "superflow":
+        least = group_size - options.group_bins + 1
+        if least < 1:
+            raise ValueError(
+                f"group_bins={options.group_bins} takes up to {options.group_bins - 1} images from a group of "
+                f"num_generations={group_size}; use group_bins={group_size} at most"
+            )
+        return least, group_size + options.group_bins
     least, most = options.min_generations or max(2, group_size // 4), options.max_generations or 4 * group_size
     if options.group_allocation == "streaming":
         least = _first_wave(options, group_size, total // group_size, world_size, least)

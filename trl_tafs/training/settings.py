@@ -20,13 +20,12 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
         "reward_on_failure",
         "train_max_skipped_steps",
         "prompt_cache_dir",
-        "lora_fold_alpha",
         "model_cpu_offload",
         "decode_batch_size",
     ),
 }
 
-FACTS = ("num_processes", "levels")  # of a run, beside the options
+FACTS = ("num_processes", "levels", "frozen_adapters")  # of a run, beside the options
 
 
 def resolved_settings(
@@ -44,7 +43,7 @@ def resolved_settings(
         "num_processes": plan.world_size,
         "levels": [round(level, 6) for level in algorithm.levels.tolist()],
     }
-    if "train_clip_range" in config.objective_class.reads.values():
+    if "train_clip_range" in config.objective_class.reads.values() and config.train_kl_limit is None:
         resolved["train_clip_range"] = algorithm.clip_range
     values = without_secrets(dataclasses.asdict(config) | resolved)
     return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v, default=str) for k, v in values.items()}
