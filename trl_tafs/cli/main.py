@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from trl_tafs.cli.doctor import doctor
 from trl_tafs.cli.evaluate import evaluate
 from trl_tafs.cli.sample import sample
 from trl_tafs.cli.serve import serve_reward
@@ -30,7 +31,14 @@ def _env() -> None:
     print(f"devices: {', '.join(devices) if devices else 'CPU only'}")
 
 
-COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "serve-reward": serve_reward, "env": env}
+COMMANDS: dict[str, Callable[[Sequence[str]], Callable[[], int | None]]] = {
+    "train": train,
+    "doctor": doctor,
+    "sample": sample,
+    "evaluate": evaluate,
+    "serve-reward": serve_reward,
+    "env": env,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,19 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trl_tafs.hub.push import PushError
     from trl_tafs.rewards.scoring import RewardError
     from trl_tafs.training.checkpoint_files import CheckpointError
+    from trl_tafs.training.preflight import PreflightError
 
-    refused: tuple[type[Exception], ...] = (RewardError, CheckpointError, PushError)
+    refused: tuple[type[Exception], ...] = (RewardError, CheckpointError, PushError, PreflightError)
     try:
         try:
             work = COMMANDS[argv[0]](argv[1:])
         except (ValueError, OSError) as error:  # while setting up: what was asked for can't be
             print(f"trl-tafs {argv[0]}: {error}", file=sys.stderr)
             return 1
-        work()  # errors that aren't ours are shown whole
+        return work() or 0  # errors that aren't ours are shown whole
     except refused as error:
         print(f"trl-tafs {argv[0]}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":
