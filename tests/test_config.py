@@ -20,12 +20,13 @@ train_gradient_accumulation_steps train_max_grad_norm train_num_inner_epochs tra
 train_clip_range train_timestep_fraction per_prompt_stat_tracking per_prompt_stat_tracking_buffer_size
 per_prompt_stat_tracking_min_count async_reward_computation max_workers
 """.split()
-GRPO_FIELDS = "num_generations beta scale_rewards reward_weights multi_objective_aggregation".split()
+GRPO_FIELDS = "num_generations beta delta scale_rewards reward_weights multi_objective_aggregation".split()
 NAMES = """
 exp_name run_name seed log_with tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name logdir
 num_epochs save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from preflight_rollout disable_tqdm
 sample_num_steps sample_eta sample_guidance_scale sample_embedded_guidance_scale sample_batch_size
-sample_num_batches_per_epoch sample_kernel sample_window_size sample_window_interval sample_window_order sample_window_range sample_kappa
+sample_num_batches_per_epoch sample_kernel sample_window_size sample_window_interval sample_window_order
+sample_window_range sample_kappa
 num_perturbations antithetic_perturbations share_initial_noise clean_baseline num_generations group_allocation
 min_generations max_generations group_optimism group_memory group_tracker_capacity sampler_kwargs height width
 max_sequence_length negative_prompts offload_text_encoders model_cpu_offload vae_tiling decode_batch_size
@@ -35,8 +36,10 @@ train_adv_clip_max per_prompt_stat_tracking per_prompt_stat_tracking_buffer_size
 credit_kwargs objective forward_levels forward_num_levels forward_images nft_beta old_policy_decay old_policy_ramp
 train_batch_size train_gradient_accumulation_steps train_num_inner_epochs train_timestep_fraction train_cfg
 train_learning_rate train_lr_scheduler_type train_lr_warmup_steps train_adam_beta1 train_adam_beta2
-train_adam_weight_decay train_adam_epsilon train_use_8bit_adam train_max_grad_norm train_clip_range
-train_log_prob_reduction train_level_weighting beta objective_kwargs train_gradient_checkpointing train_use_ema
+train_adam_weight_decay train_adam_epsilon train_use_8bit_adam train_max_grad_norm
+train_max_skipped_steps train_clip_range train_log_prob_reduction
+train_level_weighting beta train_center_ratio train_kl_limit delta train_negative_weight
+old_policy_beta objective_kwargs train_gradient_checkpointing train_use_ema
 train_ema_decay full_finetuning lora_rank lora_alpha lora_target_modules lora_fold_alpha adapter_name_or_path
 eval_freq eval_num_steps eval_samplers eval_images_per_prompt eval_batch_size metric_for_best_model greater_is_better
 early_stopping_patience sample_grid_freq sample_grid_rows push_to_hub hub_model_id hub_private_repo
@@ -174,10 +177,17 @@ def test_what_was_read_can_be_written_and_read_again(tmp_path):
     assert equal(parse("--config", str(path)), config)
 
 
-@pytest.mark.parametrize("name", ["project_kwargs", "tracker_kwargs", "accelerator_kwargs"])
-def test_dictionaries_are_json_mappings_or_an_error_that_names_the_field(name):
-    assert getattr(TAFSGRPOConfig(**{name: '{"a": {"b": 1}}'}), name) == {"a": {"b": 1}}
-    assert getattr(TAFSGRPOConfig(**{name: {"a": 1}}), name) == {"a": 1}
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("project_kwargs", {"total_limit": 3}),
+        ("tracker_kwargs", {"a": {"b": 1}}),
+        ("accelerator_kwargs", {"a": {"b": 1}}),
+    ],
+)
+def test_dictionaries_are_json_mappings_or_an_error_that_names_the_field(name, value):
+    assert getattr(TAFSGRPOConfig(**{name: json.dumps(value)}), name) == value
+    assert getattr(TAFSGRPOConfig(**{name: value}), name) == value
     assert getattr(TAFSGRPOConfig(**{name: ""}), name) == getattr(TAFSGRPOConfig(), name) == {}
     with pytest.raises(ValueError, match=f"{name} isn't JSON"):
         TAFSGRPOConfig(**{name: "a=1"})
@@ -273,7 +283,7 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ),
         (
             {"objective": "clipped", "train_level_weighting": "adaptive"},
-            "use one of gaussian, uniform, balanced with objective='clipped'",
+            "use one of gaussian, uniform, balanced, std, diffusion with objective='clipped'",
         ),
         ({"objective": "forward", "forward_levels": "all"}, "forward_levels is 'all'; use one of sampler, random, tr"),
         ({"objective": "forward", "forward_images": "first"}, "forward_images is 'first'; use one of final, every"),

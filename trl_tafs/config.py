@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from trl_tafs.hub.options import PublishingOptions
+from trl_tafs.options import annotations
+from trl_tafs.output.errors import did_you_mean, one_line
+from trl_tafs.output.secrets import REMOVED
 from trl_tafs.presets import preset
+from trl_tafs.training.settings import FACTS
 
 
 @dataclass
@@ -23,6 +32,19 @@ class TAFSGRPOConfig(PublishingOptions):
     def from_preset(cls, name: str, **options: Any) -> Self:
         """Return a configuration with a preset's options (`trl_tafs.presets`), and `options` on top of them."""
         return cls(**preset(name) | options)
+
+    @classmethod
+    def from_settings(cls, path: str | os.PathLike, **options: Any) -> Self:
+        """Return the configuration of a run by its `training_settings.json` or `config.json`, and `options` on top.
+
+        A new run by it has the same settings, given the same number of processes, but for `resume_from`, which is left
+        out, and for what was taken out before the file was written (secrets, names, folders of a path): a warning
+        names what is missing altogether.
+
+        Raises:
+            ValueError: the file can't be read, or isn't such settings.
+        """
+        return cls(**read_settings(path) | options)
 
     def check(self) -> None:
         """Raise ValueError for what can't work together."""
@@ -41,3 +63,29 @@ class TAFSGRPOConfig(PublishingOptions):
                 "model_cpu_offload takes the denoiser off the GPU while rewards score, and async_reward_computation "
                 "scores while the denoiser samples; use one of them"
             )
+
+
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the options of a run that `training_settings.json` or `config.json` holds; see `from_settings`."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # no file, no UTF-8, no JSON
+        raise ValueError(f"{path} can't be read as settings: {one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}, not settings by name")
+    hints, found, removed = annotations(TAFSGRPOConfig), {}, []
+    for name, value in settings.items():
+        if name in (*FACTS, "resume_from"):
+            continue
+        if name not in hints:
+            raise ValueError(f"{path}: there is no option {name!r}{did_you_mean(name, hints)}")
+        if REMOVED in json.dumps(value):
+            removed.append(name)
+            continue
+        if isinstance(value, str) and (value == "null" or "list" in str(hints[name])):  # as trackers store them
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+        found[name] = value
+    if removed:
+        warnings.warn(f"{path}: {', '.join(removed)} can't be read, since secrets or names were removed", stacklevel=3)
+    return found

@@ -102,11 +102,10 @@ class TAFSGRPOTrainer(DDPOHooks):
         objective, watch = algorithm.objective, self.stopwatch
         # a lambda, so that a compute_loss that is overridden later is found
         self.updater = Updater(
-            config, self.plan, policy, objective, self.encode, lambda *b: self.compute_loss(*b), watch
+            config, self.plan, policy, objective, self.encode, lambda *b: self.compute_loss(*b), watch, self.progress
         )
-        clip = f"{algorithm.clip_range:.3g} ({config.train_log_prob_reduction})"
         varying_groups = algorithm.prompt_tracker is not None
-        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, clip, varying_groups)
+        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, algorithm.ratio_limit, varying_groups)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         states, log, done = algorithm.states(), self.local_tracker, self.progress
         self.checkpoints = Checkpoints(config, accelerator, policy, done, states, self.settings, log, watch)
@@ -152,7 +151,7 @@ class TAFSGRPOTrainer(DDPOHooks):
             progress.global_step = self.step(epoch, progress.global_step)
             progress.epoch = epoch + 1
             enough = bool(config.eval_freq) and (epoch + 1) % config.eval_freq == 0 and self.evaluate(epoch + 1)
-            if config.save_freq and (epoch + 1) % config.save_freq == 0:
+            if self.checkpoints.due(epoch + 1):
                 self.save_checkpoint()
             if enough:
                 break

@@ -145,7 +145,7 @@ def load_pipeline(arguments: ScriptArguments | argparse.Namespace, precision: st
     pipeline = AutoTAFSPipeline.from_pretrained(
         arguments.pretrained_model,
         revision=arguments.pretrained_revision,
-        torch_dtype=dtypes,
+        dtype=dtypes,
         quantization_config=quantization_config(arguments.quantization, arguments.quantized_components),
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {name:13} {(command.__doc__ or '').splitlines()[0]}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     from trl_tafs.hub.push import PushError
+    from trl_tafs.pipelines.finite import NonFiniteError
     from trl_tafs.rewards.scoring import RewardError
     from trl_tafs.training.checkpoint_files import CheckpointError
-    from trl_tafs.training.preflight import PreflightError
 
-    refused: tuple[type[Exception], ...] = (RewardError, CheckpointError, PushError, PreflightError)
+    refused: tuple[type[Exception], ...] = (RewardError, NonFiniteError, CheckpointError, PushError)
     try:
         try:
             work = COMMANDS[argv[0]](argv[1:])

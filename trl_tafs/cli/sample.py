@@ -58,6 +58,8 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
     """Return an image of each prompt, (B, 3, H, W)."""
     import torch
 
+    from trl_tafs.pipelines.finite import check_images
+
     default = pipeline.default_size()
     call = pipeline.call_arguments(
         options.num_steps, options.guidance_scale, options.negative_prompt, options.embedded_guidance_scale
@@ -66,7 +68,13 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
         pipeline.scheduler = pipeline.euler_scheduler()  # its own may stretch the levels, or be another solver
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * len(options.prompt)
-    return pipeline(
+    latents: list[Any] = []
+
+    def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents[:] = [tensors["latents"]]
+        return {}
+
+    images = pipeline(
         prompt=options.prompt,
         height=options.height or default[0],
         width=options.width or default[1],
@@ -74,5 +82,8 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
         annealed=options.sampler == "annealed",
         max_sequence_length=options.max_sequence_length or pipeline.default_max_sequence_length(),
         output_type="pt",
+        callback_on_step_end=keep,
         **call,
     ).images
+    check_images(pipeline, images, latents[0])
+    return images

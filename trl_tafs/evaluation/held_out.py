@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec, draw_and_score
-from trl_tafs.processes import any_process
+from trl_tafs.pipelines.finite import NonFiniteError
+from trl_tafs.processes import any_process, raise_everywhere
 from trl_tafs.prompts.source import row_to_prompt
 from trl_tafs.rewards.scoring import RewardError, RewardSet
 
@@ -50,20 +51,26 @@ class Evaluator:
 
         Raises:
             RewardError: a reward failed on any process; raised on all of them.
+            NonFiniteError: the denoiser or the VAE made NaN or infinity on any process; raised on all of them.
         """
         world, rank = accelerator.num_processes, accelerator.process_index
         share = -(-len(self.items) // world)
         mine = [i % len(self.items) for i in range(rank * share, (rank + 1) * share)]  # padded: equal work everywhere
-        items, results, fault = [self.items[i] for i in mine], {}, None
+        items, results = [self.items[i] for i in mine], {}
+        fault: Exception | None = None
         for spec in specs:
             try:
                 values = draw_and_score(drawer, spec, self.rewards, items, mine)[1][:, 0].to(accelerator.device)
-            except RewardError as error:  # the other processes wait in the gather: fail together, below
+            except (
+                RewardError,
+                NonFiniteError,
+            ) as error:  # the other processes wait in the gather: fail together, below
                 fault = fault or error
                 values = torch.full((len(mine), len(self.rewards.names)), torch.nan, device=accelerator.device)
             everyone = accelerator.gather(values)[: len(self.items)]
             for name, mean in zip(self.rewards.names, everyone.nanmean(dim=0).tolist(), strict=True):
                 results[f"eval/{spec.sampler}_{spec.num_steps}/{name}"] = mean
         if any_process(accelerator, fault is not None):
-            raise RewardError(f"evaluation: {fault or 'a reward failed on another process'}") from fault
+            raise_everywhere(accelerator, fault, NonFiniteError, "evaluation")
+            raise_everywhere(accelerator, fault, RewardError, "evaluation")
         return results

@@ -54,7 +54,7 @@ class CardFacts:
     credited: str = "each step answers for its own image"  # `CreditRule.description`
     scores_every_step: bool = False  # or the final image alone
     max_sequence_length: int | None = None  # tokens of a prompt, where it isn't the pipeline's default
-    torch_dtype: str = "float32"  # the base model's
+    dtype: str = "float32"  # the base model's
     base_model: str | None = None  # "org/name", None if it isn't on the Hub
     base_name: str = "base model"  # what the card calls it
     base_revision: str | None = None  # of base_model, the branch, tag or commit that was trained on, if asked for

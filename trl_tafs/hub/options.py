@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trl_tafs.options import Options, option
+from trl_tafs.options import Options, check_not_empty, option
 from trl_tafs.training.options import TrainingOptions
 
 
@@ -18,6 +18,10 @@ class HubOptions(Options):
     push_to_hub: bool = option(False, "Push the adapter when training ends.")
     hub_model_id: str | None = option(None, "Repository to push to; None: `run_name` below your user name.")
     hub_private_repo: bool | None = option(None, "Create it as a private one.")
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_not_empty(self, "hub_model_id")
 
 
 @dataclass

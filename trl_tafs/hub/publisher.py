@@ -17,8 +17,11 @@ from trl_tafs.hub.options import PublishingOptions
 from trl_tafs.hub.push import prepare_repo, push_folder
 from trl_tafs.method.levels import uniform_levels
 from trl_tafs.output.pictures import save_png, tensor_to_image
+from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.policy.policy import Policy
+from trl_tafs.processes import raise_everywhere
 from trl_tafs.rewards.scoring import RewardSet
+from trl_tafs.training.divergence import check_weights
 from trl_tafs.training.progress import Progress
 
 CARD_PICTURES = 4
@@ -46,14 +49,22 @@ class Publisher:
         """Write the averaged weights as plain diffusers loads them, the scheduler, pictures and the card.
 
         Every process calls it; the main one writes. By default to `<run>/adapter`.
+
+        Raises:
+            NonFiniteError: a trained weight isn't finite, and nothing is written; or the weights are, and draw NaN.
         """
-        folder = Path(folder or self.default_folder)
-        if self.policy.accelerator.is_main_process:
+        folder, accelerator = Path(folder or self.default_folder), self.policy.accelerator
+        check_weights(self.policy, self.config, f"after {self.progress.epoch} epochs")
+        fault: NonFiniteError | None = None
+        if accelerator.is_main_process:
             with self.policy.averaged():
                 self.policy.save(folder, fold_alpha=self.config.lora_fold_alpha)
-                self._draw_pictures(folder)
+                try:
+                    self._draw_pictures(folder)
+                except NonFiniteError as error:  # the other processes wait below
+                    fault = error
             self.write_card(folder, repo_id)
-        self.policy.accelerator.wait_for_everyone()
+        raise_everywhere(accelerator, fault, NonFiniteError, f"the weights in {folder} can't be sampled")
         return folder
 
     def write_card(self, folder: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
@@ -135,11 +146,11 @@ class Publisher:
             credited=config.credit_rule.description,
             scores_every_step=not (config.credits_final_image or config.credit_rule.final_only),
             max_sequence_length=None if length == pipeline.stock_max_sequence_length() else length,
-            torch_dtype=str(pipeline.model_dtype).removeprefix("torch."),
+            dtype=str(pipeline.model_dtype).removeprefix("torch."),
             **base_model_facts(pipeline),
             repo_id=repo_id,
             prompts=prompts,
-            training={k: v for k, v in self.settings.items() if v not in ("", "null")},
+            training=self.settings,
             rewards=dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
             reward_curve=progress.reward_curve,
             metrics=metrics,

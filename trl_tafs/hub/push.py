@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_tafs.output.errors import first_line
+from trl_tafs.output.secrets import remember
 from trl_tafs.policy.adapter_file import SCHEDULER_FILE, WEIGHT_NAME
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def _api(repo_id: str, token: str | None, kept: str = "") -> HfApi:
     from huggingface_hub import HfApi, get_token
 
     token = token or get_token()
+    remember(token)
     if token is None:
         raise PushError(f"no token to push to {repo_id!r} with: run `hf auth login`, or set HF_TOKEN{kept}")
     return HfApi(token=token)

@@ -31,7 +31,7 @@ def load_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> Non
     """Put the weights that `save_denoiser` wrote into the pipeline's denoiser."""
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
-    saved = type(denoiser).from_pretrained(Path(folder, name), torch_dtype=torch.float32)
+    saved = type(denoiser).from_pretrained(Path(folder, name), dtype=torch.float32)
     denoiser.load_state_dict(saved.state_dict())
 
 

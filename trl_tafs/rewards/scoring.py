@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_tafs.options import typed
+from trl_tafs.output.errors import shown
+from trl_tafs.output.secrets import hide
 from trl_tafs.rewards.options import RewardOptions
 
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
@@ -125,22 +128,21 @@ class RewardSet:
             try:
                 return function(*own)
             except Exception as error:  # a reward is the user's code: whatever it raises is retried, then reported
+                told = f"raised {type(error).__name__}: {hide(str(error))}"
                 refused = isinstance(error, RewardRefused)
                 last = attempt == self.max_retries or isinstance(error, RewardError)
                 if last and self.on_failure == "mask" and not refused:
                     warnings.warn(
-                        f"reward {name!r} raised {type(error).__name__}: {error} ({attempt + 1} calls); its "
-                        f"{len(prompts)} images get no score",
+                        f"reward {name!r} {told} ({attempt + 1} calls); its {len(prompts)} images get no score",
                         stacklevel=2,
                     )
                     return [None] * len(prompts)
                 if last:
                     shown = ", ".join(repr(prompt) for prompt in dict.fromkeys(prompts))[:300]
                     raise (RewardRefused if refused else RewardError)(
-                        f"reward {name!r} raised {type(error).__name__}: {error} ({attempt + 1} calls; {len(prompts)} "
-                        f"images of the prompts {shown})"
+                        f"reward {name!r} {told} ({attempt + 1} calls; {len(prompts)} images of the prompts {shown})"
                     ) from error
-                warnings.warn(f"reward {name!r} raised {type(error).__name__}: {error}; it is retried", stacklevel=2)
+                warnings.warn(f"reward {name!r} {told}; it is retried", stacklevel=2)
                 time.sleep(self.retry_delay * 2**attempt)
 
 
@@ -205,7 +207,10 @@ def _copy_or_share(value: Any) -> Any:
 
 def _named(rewards: Any) -> dict[str, tuple[RewardFunction, float]]:
     if isinstance(rewards, Mapping):
-        pairs = {n: r if isinstance(r, tuple) else (r, 1.0) for n, r in rewards.items()}
+        # a name is written everywhere, and an address may be one
+        pairs = {hide(str(n)): r if isinstance(r, tuple) else (r, 1.0) for n, r in rewards.items()}
+        if len(pairs) < len(rewards):
+            raise ValueError(f"two rewards have one name once what is secret is left out: {', '.join(pairs)}")
     else:
         pairs = {}
         for function in rewards if isinstance(rewards, (list, tuple)) else [rewards]:
@@ -215,7 +220,11 @@ def _named(rewards: Any) -> dict[str, tuple[RewardFunction, float]]:
             pairs[name] = (function, 1.0)
     if not pairs:
         raise ValueError("no reward given; pass a callable, a list or a dict of them")
-    for name, (function, _) in pairs.items():
-        if not callable(function):
-            raise ValueError(f"reward {name!r} is {function!r}, not a callable (images, prompts, prompt_metadata)")
+    for name, pair in pairs.items():
+        if len(pair) != 2 or not callable(pair[0]):
+            told = shown(pair[0] if len(pair) == 2 else pair)
+            raise ValueError(
+                f"reward {name!r} is {told}, not a callable (images, prompts, prompt_metadata), nor one with a weight"
+            )
+        pairs[name] = (pair[0], typed(f"the weight of reward {name!r}", pair[1], float))
     return pairs

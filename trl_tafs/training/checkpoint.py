@@ -13,9 +13,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from trl_tafs.output.files import tolerating_disk_faults, write_whole
+from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.policy.policy import Policy
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training import checkpoint_files as files
+from trl_tafs.training.divergence import check_weights, left_over
 from trl_tafs.training.logs import Stopwatch, warn_main
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.progress import Progress
@@ -47,7 +49,12 @@ class Checkpoints:
         return self.policy.states() | self.other_states
 
     def save(self) -> Path | None:
-        """Write a checkpoint of everything that moves, at the end of an epoch; None where the disk failed."""
+        """Write a checkpoint of everything that moves, at the end of an epoch; None where the disk failed.
+
+        Raises:
+            NonFiniteError: a trained weight isn't finite; what was written before stays.
+        """
+        check_weights(self.policy, self.config, f"after {self.progress.epoch} epochs")
 
         def write(path: Path) -> None:
             files.save_generators(path, self.accelerator.process_index)
@@ -60,6 +67,13 @@ class Checkpoints:
         with self.stopwatch("save"):
             return files.write_checkpoint(self.folder, self.progress.epoch, self.accelerator, write, limit)
 
+    def due(self, epoch: int) -> bool:
+        """Return whether to save when `epoch` epochs are done; not while the last optimizer steps were left out.
+
+        Those checkpoints would have the weights of an earlier one, and push those out that a diverged run goes back to.
+        """
+        return bool(self.config.save_freq) and epoch % self.config.save_freq == 0 and not self.progress.skipped_steps
+
     def save_last(self) -> None:
         """Save, unless the newest checkpoint is of this epoch."""
         done = files.checkpoints(self.folder)
@@ -68,12 +82,17 @@ class Checkpoints:
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
-        """Save the epochs before this one if a reward fails inside: the failure costs this epoch's scores alone."""
+        """Save the epochs before this one if a reward fails inside: the failure costs this epoch's scores alone.
+
+        Where the weights draw NaN nothing is saved, and the error says which checkpoints there are.
+        """
         try:
             yield
         except RewardError:
             self.save()
             raise
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}. {left_over(self.config)}") from error
 
     def begin(self) -> None:
         """Resume from `resume_from`, or set aside what an earlier run left in the folder.
@@ -107,7 +126,12 @@ class Checkpoints:
         self.accelerator.print(f"resumed from {path}: epoch {self.progress.epoch}, step {self.progress.global_step}")
 
     def save_best(self, epoch: int, name: str, value: float) -> None:
-        """Keep the weights of the best evaluation apart, in `best/`."""
+        """Keep the weights of the best evaluation apart, in `best/`.
+
+        Raises:
+            NonFiniteError: a trained weight isn't finite; the best so far stays.
+        """
+        check_weights(self.policy, self.config, f"after {epoch} epochs")
         if not self.accelerator.is_main_process:
             return
         folder = Path(self.config.project_dir) / "best"

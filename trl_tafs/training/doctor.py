@@ -60,7 +60,7 @@ class Doctor:
             images=visit.plan.total_images,
             groups=visit.plan.num_groups,
             findings=(*checks.plan_findings(plan), *found),
-            finite=tuple(dict.fromkeys(visit.finite)),
+            finite=tuple(visit.finite),
             **report,
         )
 
@@ -131,11 +131,6 @@ class Visit:
 
         return list(dict.fromkeys(gather_object(self.findings)))
 
-    def _check(self, findings: Sequence[Finding], *finite: str) -> None:
-        """Take findings; without any, what was looked at is finite."""
-        self.findings += findings
-        self.finite += () if findings else finite
-
     def _choose_prompts(self) -> None:
         """Choose the images of all processes, in groups of one size up to the last."""
         found = self.preflight.prompts.groups(self.epoch, self.plan.num_groups)
@@ -148,12 +143,11 @@ class Visit:
         prompt, metadata = self.prompts.prompts[0], self.prompts.metadata[0]
         plan = self.preflight.plan_memory(prompt)
         self.report["memory_gib"] = None if plan is None else plan.peak() / GIB
-        look = self.preflight.look(prompt, metadata, self.epoch)
-        self.findings += look.findings
-        self.finite += look.finite
+        self.finite.append("prompts")
+        self.preflight.look(prompt, metadata, self.epoch)
 
     def _sample(self) -> None:
-        """Draw this process's images as an epoch does, score them, and look at latents and pictures."""
+        """Draw this process's images as an epoch does, and score them; what isn't finite raises."""
         watch = Stopwatch()
         sampler = dataclasses.replace(
             self.collector.sampler, stopwatch=watch, keep_images=False, keep=frozenset({"states", "clean"})
@@ -163,10 +157,9 @@ class Visit:
         self.seconds = watch.pop()
         if fault is not None:
             raise fault
-        latents = [found for batch in self.batches for found in checks.latent_findings(batch.rollout, self.dtype)]
-        self._check(latents, "velocities")
         images = torch.cat([sampler.decode(batch.rollout.final) for batch in self.batches])
-        self._check(checks.picture_findings(images, self.policy.pipeline.vae.dtype), "pictures")
+        self.finite += ("velocities", "pictures")
+        self.findings += checks.picture_findings(images, self.policy.pipeline.vae.dtype)
         self.pixels = torch.stack([images.min(), images.max()])
         mine = self.prompts[share(self.accelerator, len(self.prompts))]
         self.twice = [self.rewards(images, mine.prompts, mine.metadata).values for _ in range(2)]
@@ -182,7 +175,7 @@ class Visit:
         facts = checks.reward_facts(self.table, ids, checks.noise_shares(first, second, ids))
         self.report["rewards"] = facts
         self.findings += checks.reward_findings(facts, self.rewards.weights)
-        self._check([], "rewards")  # an infinite one has been refused
+        self.finite.append("rewards")  # an infinite one has been refused
 
     def _update(self) -> None:
         """Take two optimizer steps on the images, as lora_A has no gradient before the first one."""
@@ -226,7 +219,8 @@ class Visit:
         weights = [name for name, p in zip(names, self.policy.parameters, strict=True) if not p.isfinite().all()]
         found = checks.overflow_findings(gradients, "gradients", moved, rate, self.dtype)
         found += checks.overflow_findings(weights, "trained weights", True, rate, self.dtype)
-        self._check(found, *(("gradients", "weights after an update") if moved else ()))
+        self.findings += found
+        self.finite += () if found or not moved else ("gradients", "weights after an update")
         return not found
 
     def _see_drift(self, drift: Drift) -> None:

@@ -11,12 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from trl_tafs.pipelines.finite import check_images
 from trl_tafs.policy.policy import Policy
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.source import PromptSource, expand_groups
 from trl_tafs.rewards.scoring import RewardSet, Scores
-from trl_tafs.training.checks import latent_findings, picture_findings, prompt_findings
-from trl_tafs.training.findings import Finding
 from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
 from trl_tafs.training.memory import MemoryPlan, announce_plan
 from trl_tafs.training.options import TrainingOptions
@@ -27,25 +26,11 @@ from trl_tafs.training.trace import generators_kept
 NUM_IMAGES = 2  # the least that can differ
 
 
-class PreflightError(RuntimeError):
-    """A run that can't train as it is: what was tried before it isn't finite."""
-
-
 class HeldOut(Protocol):
     """What an evaluation draws from: held-out prompts, and the rewards that score them."""
 
     items: list[tuple[str, dict[str, Any]]]
     rewards: RewardSet
-
-
-@dataclass(frozen=True)
-class FirstLook:
-    """Two images of one prompt; where something isn't finite, what came before it."""
-
-    findings: list[Finding]
-    finite: tuple[str, ...] = ()  # what is
-    images: Tensor | None = None  # (2, 3, H, W)
-    scores: Scores | None = None  # of 2
 
 
 @dataclass
@@ -69,8 +54,7 @@ class Preflight:
         """Try what the epochs from `epoch` on will need, and say how an epoch is made up.
 
         Raises:
-            PreflightError: what was drawn isn't finite.
-            PushError, RewardError, ValueError: it would fail later.
+            NonFiniteError, PushError, RewardError, ValueError: what would fail later.
         """
         config = self.config
         if config.push_to_hub:
@@ -95,28 +79,21 @@ class Preflight:
         self.logs.memory_plan = announce_plan(self.policy, conditioning, self.plan.local_images, self.size)
         return self.logs.memory_plan
 
-    def look(self, prompt: str, metadata: dict[str, Any], epoch: int) -> FirstLook:
-        """Draw two images of a prompt, in batches no larger than the run's, and score them.
+    def look(self, prompt: str, metadata: dict[str, Any], epoch: int) -> tuple[Tensor, Scores]:
+        """Draw two images of a prompt, in batches no larger than the run's; return them (2, 3, H, W) and their scores.
 
         Raises:
+            NonFiniteError: the denoiser or the VAE made NaN or infinity.
             RewardError: a reward raises, or returns what can't be used.
         """
-        findings = prompt_findings(self.encode([prompt]))
-        if findings:
-            return FirstLook(findings)
         batch = expand_groups([(prompt, metadata)], [NUM_IMAGES])
         sampler, size = dataclasses.replace(self.sampler, stopwatch=Stopwatch()), self.config.sample_batch_size
         with self.policy.sampling():
             rollouts = [sampler.roll_out(batch[i : i + size], epoch).rollout for i in range(0, NUM_IMAGES, size)]
-        findings = [found for item in rollouts for found in latent_findings(item, self.policy.pipeline.model_dtype)]
-        if findings:
-            return FirstLook(findings, ("prompts",))
-        images = sampler.decode(torch.cat([item.final for item in rollouts]))
-        findings = picture_findings(images, self.policy.pipeline.vae.dtype)
-        if findings:
-            return FirstLook(findings, ("prompts", "velocities"), images)
-        scores = self.rewards.try_once(prompt, metadata, images)
-        return FirstLook([], ("prompts", "velocities", "pictures"), images, scores)
+        latents = torch.cat([item.final for item in rollouts])
+        images = sampler.decode(latents)
+        check_images(self.policy.pipeline, images, latents)
+        return images, self.rewards.try_once(prompt, metadata, images)
 
     def _first_images(self, prompt: str, metadata: dict[str, Any], epoch: int) -> Tensor:
         """Return two images that the training rewards have scored: drawn ones, or noise if that isn't wanted."""
@@ -124,13 +101,11 @@ class Preflight:
             images = torch.rand(NUM_IMAGES, 3, *self.size, generator=torch.Generator().manual_seed(0))
             self.rewards.try_once(prompt, metadata, images)
             return images
-        look = self.look(prompt, metadata, epoch)
-        if look.images is None or look.scores is None:
-            raise PreflightError("; ".join(str(finding) for finding in look.findings))
-        scores = zip(self.rewards.names, look.scores.values.unbind(1), strict=True)
-        told = ", ".join(f"{name} {' and '.join(f'{value:.4g}' for value in row.tolist())}" for name, row in scores)
+        images, scores = self.look(prompt, metadata, epoch)
+        rows = zip(self.rewards.names, scores.values.unbind(1), strict=True)
+        told = ", ".join(f"{name} {' and '.join(f'{value:.4g}' for value in row.tolist())}" for name, row in rows)
         self._say(f"two images of {prompt[:60]!r} were drawn and scored: {told}")
-        return look.images
+        return images
 
     def _say(self, line: str) -> None:
         if not self.config.disable_tqdm:

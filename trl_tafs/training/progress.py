@@ -14,6 +14,8 @@ class Progress:
 
     epoch: int = 0  # epochs done
     global_step: int = 0  # optimizer steps done
+    skipped_steps: int = 0  # optimizer steps left out in a row, up to now
+    idle_epochs: int = 0  # epochs without any advantage in a row, up to now
     best_metric: float | None = None
     evaluations_without_gain: int = 0
     reward_curve: list[tuple[int, float]] = field(default_factory=list)  # (epoch, mean reward)

@@ -19,6 +19,7 @@ from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.training.experience import Experience, ScoredBatch
 from trl_tafs.training.logs import Stopwatch
 from trl_tafs.training.memory import removed
+from trl_tafs.training.progress import Progress
 from trl_tafs.training.updater import Updater
 
 SCALED_STEPS = 12  # optimizer steps that float16's loss scale may take to come down
@@ -63,7 +64,7 @@ def trial_step(updater: Updater, experience: Experience, advantages: Tensor, epo
     with removed(parameter.register_hook(partial(hook, i)) for i, parameter in trained):
         for _ in range(1 if accelerator.scaler is None else SCALED_STEPS):
             peaks.zero_()
-            updates = updater.update(experience, advantages, epoch)
+            updates = dataclasses.replace(updater, progress=Progress()).update(experience, advantages, epoch)
             next(updates)
             updates.close()
             seconds = watch.pop()["time/update"]
