@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "evaluation": {"method", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
     "training": {"algorithm", "method", "options", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
     "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "processes", "rewards", "training"},
-    "config": {"hub", "options", "output", "presets", "training"},
+    "config": {"hub", "method", "options", "output", "presets", "training"},
 }
 MAY_IMPORT["trainer"] = set(MAY_IMPORT) - {"presets"}
 MAY_IMPORT["trl_tafs"] = set(MAY_IMPORT)  # the package itself, lazily

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from trl_tafs.algorithm import build_algorithm
 from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.evaluation.held_out import Evaluator
+from trl_tafs.hub.closing import ClosingLines
 from trl_tafs.hub.publisher import Publisher
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.policy.base import image_size
@@ -27,6 +27,7 @@ from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
 from trl_tafs.training.doctor import Doctor
 from trl_tafs.training.hooks import DDPOHooks
+from trl_tafs.training.launch import check_launch
 from trl_tafs.training.logs import EpochLog, Stopwatch
 from trl_tafs.training.plan import plan_epoch
 from trl_tafs.training.preflight import Preflight
@@ -38,7 +39,7 @@ from trl_tafs.training.trackers import make_accelerator, start_trackers
 from trl_tafs.training.updater import Updater
 
 
-class TAFSGRPOTrainer(DDPOHooks):
+class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
     """TAFS-GRPO on a flow-matching pipeline, by the conventions of TRL's DDPOTrainer.
 
     Args:
@@ -68,11 +69,11 @@ class TAFSGRPOTrainer(DDPOHooks):
         eval_reward_function: Any | None = None,
     ) -> None:
         self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
+        check_launch(config, image_samples_hook)
         self.height, self.width = image_size(sd_pipeline, config)
         self.prompts = PromptSource(prompt_function, config.seed)
         self.rewards = RewardSet.of(config, reward_function, config.reward_weights)
-        judges = self.rewards if eval_reward_function is None else RewardSet.of(config, eval_reward_function)
-        self.evaluator = Evaluator.of(config, eval_prompts, judges)
+        self.evaluator = Evaluator.of(config, eval_prompts, self.rewards, eval_reward_function)
         self.accelerator, self.local_tracker = make_accelerator(config)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
         set_seed(config.seed, device_specific=True)
@@ -207,23 +208,6 @@ class TAFSGRPOTrainer(DDPOHooks):
     def save_checkpoint(self) -> Path | None:
         """Write a checkpoint of everything that moves, at the end of an epoch; None where the disk failed."""
         return self.checkpoints.save()
-
-    def save_pretrained(self, save_directory: str | os.PathLike | None = None, *, repo_id: str | None = None) -> Path:
-        """Write the adapter as plain diffusers loads it, with scheduler, model card and pictures.
-
-        By default to `<run>/adapter`. Every process may call it; the main one writes.
-        """
-        return self.publisher.save(save_directory, repo_id)
-
-    save_model = save_pretrained
-
-    def create_model_card(self, path: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
-        """Write README.md, training settings and pictures into `path`, by default `<run>/adapter`."""
-        return self.publisher.write_card(path, repo_id)
-
-    def push_to_hub(self, repo_id: str | None = None, *, token: str | None = None, **kwargs: Any) -> Any:
-        """Save, then push the adapter to `repo_id` (by default `hub_model_id`, or the run's name below your user's)."""
-        return self.publisher.push(repo_id, token, kwargs.pop("private", self.config.hub_private_repo), **kwargs)
 
     def _finish(self) -> None:
         """The last checkpoint, the adapter, the push."""

@@ -36,7 +36,9 @@ def only(report, severity, what, remedy):
 
 
 def test_a_healthy_run_has_no_findings_and_its_report_says_what_was_seen(pipeline, tmp_path):
-    trainer = tiny.trainer(pipeline, tmp_path, train_lr_warmup_steps=1, num_epochs=7)
+    trainer = tiny.trainer(
+        pipeline, tmp_path, train_lr_scheduler_type="constant_with_warmup", train_lr_warmup_steps=1, num_epochs=7
+    )
     report = trainer.doctor()
     assert report.healthy and report.findings == () and report.finite == ALL
     assert report.epoch == "16 images: 2 prompts x 8; 1 optimizer step an epoch"
@@ -81,6 +83,7 @@ NO_TRACE = {
         "per_prompt_stat_tracking": True,
         "per_prompt_stat_tracking_min_count": 2,
         "train_num_inner_epochs": 2,
+        "train_lr_scheduler_type": "constant_with_warmup",
         "train_lr_warmup_steps": 2,
         "async_reward_computation": True,
     },

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trl_tafs.cli.arguments import ScriptArguments, load_pipeline, load_rewards, parse_arguments
+from trl_tafs.output.errors import require
 from trl_tafs.prompts.sets import load_prompts
 
 
@@ -18,10 +19,12 @@ def make_trainer(arguments: ScriptArguments, config: Any) -> Any:
     """Load what the arguments name, and make the trainer of it.
 
     Raises:
-        ValueError, OSError: something that was asked for can't be.
+        ValueError, OSError, ImportError: something that was asked for can't be.
     """
     from trl_tafs import TAFSGRPOTrainer
 
+    if config.train_use_8bit_adam:
+        require("bitsandbytes", "train_use_8bit_adam", "8bit")
     if arguments.prompts is None:
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
     prompts = load_prompts(arguments.prompts)

@@ -84,6 +84,8 @@ def create_model_card(facts: CardFacts) -> ModelCard:
     other = facts.base_license == "other"
     data = ModelCardData(
         library_name="diffusers",
+        model_name=facts.model_name,
+        datasets=list(facts.datasets) or None,
         base_model=facts.base_model,
         base_model_relation=("finetune" if facts.whole_denoiser else "adapter") if facts.base_model else None,
         license=facts.base_license,
@@ -93,7 +95,7 @@ def create_model_card(facts: CardFacts) -> ModelCard:
         tags=[
             *("text-to-image", "diffusers", "diffusers-training"),
             *(() if facts.whole_denoiser else ("lora", "template:sd-lora")),
-            *("trl", "tafs-grpo", *facts.card_tags),
+            *("trl", "tafs-grpo", *facts.card_tags, *facts.tags),
         ],
         widget=[{"text": prompt, "output": {"url": after}} for prompt, _, after in facts.pictures] or None,
     )
@@ -103,7 +105,8 @@ def create_model_card(facts: CardFacts) -> ModelCard:
         data,
         template_path=str(TEMPLATE),
         facts=facts,
-        title=(facts.repo_id or f"{name}-tafs-lora").split("/")[-1],
+        title=facts.model_name or (facts.repo_id or f"{name}-tafs-lora").split("/")[-1],
+        datasets=", ".join(f"[{one}](https://huggingface.co/datasets/{one})" for one in facts.datasets),
         base=base,
         usage=usage_code(facts),
         method=_method(facts),

@@ -62,6 +62,9 @@ class CardFacts:
     base_license: str | None = None  # the Hub's identifier, None if unknown
     base_license_name: str | None = None  # where the identifier is "other"
     base_license_link: str | None = None
+    model_name: str | None = None  # the card's title; None: the repository's name, or one made of the base's
+    datasets: Sequence[str] = ()  # the Hub's, that the prompts are of
+    tags: Sequence[str] = ()  # the user's
     repo_id: str | None = None  # where the adapter is going, None for this folder
     prompts: Sequence[str] = ()  # the first one is the example's
     training: Mapping[str, Any] = field(default_factory=dict)

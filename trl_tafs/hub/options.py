@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trl_tafs.hub.names import check_repo_id
 from trl_tafs.options import Options, check_not_empty, option
 from trl_tafs.training.options import TrainingOptions
 
@@ -27,3 +28,10 @@ class HubOptions(Options):
 @dataclass
 class PublishingOptions(HubOptions, TrainingOptions):
     """All that the publication of a run is made from."""
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work together."""
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "hub_model_id")
+        elif self.push_to_hub:
+            check_repo_id(self.run_name, "run_name, the repository's name without a hub_model_id,")

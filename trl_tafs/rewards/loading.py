@@ -74,19 +74,34 @@ def evaluation_options(name: str) -> dict[str, Any]:
     return {} if name.startswith(WEB) else dict(getattr(_find(name), "evaluation_options", {}))
 
 
+def find_object(path: str, what: str) -> Any:
+    """Return what `module:name` or `file.py:name` names.
+
+    Args:
+        path: of it.
+        what: it is for, at the beginning of an error.
+
+    Raises:
+        ValueError: there is none, or its module raises.
+    """
+    module_name, colon, attribute = path.rpartition(":" if ":" in path else ".")
+    if not module_name or not colon or not attribute:
+        raise ValueError(f"{what} can't be imported: write 'module:name' or 'file.py:name'")
+    module = import_module_or_file(module_name, what)
+    if not hasattr(module, attribute):
+        known = did_you_mean(attribute, vars(module))
+        raise ValueError(f"{what} can't be imported: {module_name} has no {attribute!r}{known}")
+    return getattr(module, attribute)
+
+
 def _find(name: str) -> Any:
     path = REWARDS.get(name, name)
-    module_name, colon, attribute = path.rpartition(":" if ":" in path else ".")
-    if not module_name or not colon:
+    if ":" not in path and "." not in path:
         raise ValueError(
             f"no reward {name!r}; use one of {', '.join(REWARDS)}, or your own as 'module:name' or 'file.py:name'"
             f"{did_you_mean(name, REWARDS)}"
         )
-    module = import_module_or_file(module_name, f"reward {name!r}")
-    if not hasattr(module, attribute):
-        known = did_you_mean(attribute, vars(module))
-        raise ValueError(f"reward {name!r} can't be imported: {module_name} has no {attribute!r}{known}")
-    return getattr(module, attribute)
+    return find_object(path, f"reward {name!r}")
 
 
 def import_module_or_file(name: str, what: str) -> ModuleType:

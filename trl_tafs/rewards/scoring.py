@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import reprlib
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from trl_tafs.options import typed
 from trl_tafs.output.errors import shown
 from trl_tafs.output.secrets import hide
+from trl_tafs.rewards.model import ModelReward
 from trl_tafs.rewards.options import RewardOptions
 
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
@@ -47,7 +49,7 @@ class RewardSet:
 
     Args:
         rewards: a callable, a list of them, or a dict of name to callable or (callable, weight).
-        weights: one a reward, in order; overrides those in the dict.
+        weights: one a reward, in order; not beside weights in the dict.
         max_retries: calls after the first one that raises; none after a `RewardError`, with which a reward gives up.
         retry_delay: seconds before the first retry, doubled each time.
         on_failure: what becomes of images whose reward still raises then: "error", or "mask", no score (NaN);
@@ -76,7 +78,11 @@ class RewardSet:
             raise ValueError(
                 f"{len(weights)} reward_weights for {len(named)} rewards ({', '.join(named)}); give one each"
             )
-        chosen = [weight for _, weight in named.values()] if weights is None else list(weights)
+        own = [weight for _, weight in named.values()]
+        if weights is not None and any(weight != 1.0 for weight in own) and own != list(weights):
+            told = ", ".join(f"{name}={weight}" for name, (_, weight) in named.items())
+            raise ValueError(f"reward_weights={list(weights)}, and the rewards have weights ({told}); give one set")
+        chosen = own if weights is None else list(weights)
         self.weights = torch.tensor(chosen, dtype=torch.float32)
         self.max_retries, self.retry_delay, self.on_failure = max_retries, retry_delay, on_failure
 
@@ -90,6 +96,49 @@ class RewardSet:
             retry_delay=options.reward_retry_delay,
             on_failure=options.reward_on_failure,
         )
+
+    def check_rows(self, rows: Iterable[tuple[str, Mapping[str, Any]]], where: str = "prompt row") -> list[str]:
+        """Ask each reward of every row whether it can score it, before anything is drawn.
+
+        A reward says so by a method `applies(prompt, metadata)`, which may raise for a row that is malformed, and by
+        `required_metadata`, the keys that every row must have (docs/rewards.md). Those that say neither aren't asked.
+
+        Args:
+            rows: (prompt, metadata) each; nothing is copied or changed.
+            where: what the rows are, for errors.
+
+        Returns:
+            A sentence for each reward that scores some of the rows alone.
+
+        Raises:
+            ValueError: a row that a reward can't score, by number; or a reward that scores none.
+        """
+        every = ModelReward.applies  # without a question: it scores all
+        asked = {
+            name: function
+            for name, function in zip(self.names, self.functions, strict=True)
+            if getattr(type(function), "applies", every) is not every or hasattr(function, "required_metadata")
+        }
+        scored, count = dict.fromkeys(asked, 0), 0
+        for number, (prompt, metadata) in enumerate(rows if asked else ()):
+            count += 1
+            for name, function in asked.items():
+                missing = [key for key in getattr(function, "required_metadata", ()) if metadata.get(key) is None]
+                if missing:
+                    raise ValueError(
+                        f"{where} {number}, {prompt!r:.80}, has no {', '.join(missing)}, which reward {name!r} needs"
+                    )
+                try:
+                    scored[name] += bool(function.applies(prompt, metadata)) if hasattr(function, "applies") else 1
+                except Exception as error:  # whatever a reward finds wrong with the row
+                    raise ValueError(f"{where} {number}, {prompt!r:.80}: reward {name!r} says {error}") from error
+        for name, number in scored.items():
+            if count and not number:
+                raise ValueError(
+                    f"reward {name!r} scores none of the {count} {where}s: they lack the columns, or the form, that it "
+                    "goes by (docs/rewards.md)"
+                )
+        return [f"reward {name!r} scores {n} of {count} {where}s" for name, n in scored.items() if n < count]
 
     def try_once(self, prompt: str, metadata: dict[str, Any], images: Tensor) -> Scores:
         """Call each reward on images (B, 3, H, W) of one prompt, before anything is spent on it.
@@ -226,5 +275,27 @@ def _named(rewards: Any) -> dict[str, tuple[RewardFunction, float]]:
             raise ValueError(
                 f"reward {name!r} is {told}, not a callable (images, prompts, prompt_metadata), nor one with a weight"
             )
+        check_signature(pair[0], f"reward {name!r}", "images, prompts, prompt_metadata")
         pairs[name] = (pair[0], typed(f"the weight of reward {name!r}", pair[1], float))
     return pairs
+
+
+def check_signature(function: Any, what: str, arguments: str) -> None:
+    """Raise ValueError if a function of the user's can't be called with these arguments, by position.
+
+    Args:
+        function: a callable; one that doesn't say what it takes is taken.
+        what: its name in the error.
+        arguments: their names, with commas between; "" for none.
+    """
+    names = arguments.split(", ") if arguments else []
+    if isinstance(function, type):
+        raise ValueError(f"{what} is the class {function.__name__}; give an instance of it")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of C, for instance
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        raise ValueError(f"{what} takes {signature}, and is called with ({arguments}): {error}") from error

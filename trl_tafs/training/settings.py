@@ -48,7 +48,7 @@ def resolved_settings(
     if "train_clip_range" in config.objective_class.reads.values():
         resolved["train_clip_range"] = algorithm.clip_range
     values = without_secrets(dataclasses.asdict(config) | resolved)
-    return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
+    return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v, default=str) for k, v in values.items()}
 
 
 def lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
