@@ -29,7 +29,8 @@ def only(report, severity, what, remedy):
     ((found_severity, found_what, found_remedy),) = found(report)
     assert (found_severity, report.healthy) == (severity, severity == "warning")
     assert what in found_what and remedy in found_remedy, (found_what, found_remedy)
-    assert "What to change:" in str(report) and remedy.split()[0] in str(report)
+    assert f"{severity.upper():10} {found_what.split()[0]}" in str(report)
+    assert f"change     {found_remedy.split()[0]}" in str(report)
 
 
 # A run that is well -------------------------------------------------------------------------------------------

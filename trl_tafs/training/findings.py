@@ -157,11 +157,9 @@ class DoctorReport:
         if self.memory_gib is not None:
             lines.append(("memory", f"{self.memory_gib:.2f} GiB planned at the peak, rewards not counted"))
         told = [_wrapped(f"{name:10} {text}", 11) for name, text in lines]
-        told += [_wrapped(f"{finding.severity.upper():10} {finding.what}", 11) for finding in self.findings]
-        if self.findings:
-            told.append("What to change:")
-            remedies = dict.fromkeys(finding.remedy for finding in self.findings)
-            told += [_wrapped(f"- {remedy}", 2) for remedy in remedies]
+        for finding in self.findings:
+            told.append(_wrapped(f"{finding.severity.upper():10} {finding.what}", 11))
+            told.append(_wrapped(f"{'change':10} {finding.remedy}", 11))
         told.append("healthy: nothing stands in the way of training" if self.healthy else "not healthy")
         return "\n".join(told)
 
