@@ -286,6 +286,9 @@ class RunOptions(Options):
     mixed_precision: str = option("bf16", "no, fp16 or bf16. Trained LoRA weights are float32 always.")
     allow_tf32: bool = option(True, "TF32 matrix products on Ampere and later.")
     resume_from: str = option("", "Checkpoint to continue from, or `latest` for the newest of this run.")
+    preflight_rollout: bool = option(
+        True, "Before training, draw two images and score them, to stop at once where pictures or rewards are broken."
+    )
     disable_tqdm: bool = option(False, "No progress bars.")
 
     def complete(self) -> None:
