@@ -69,8 +69,9 @@ class TAFSGRPOTrainer(DDPOHooks):
         self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
         self.height, self.width = image_size(sd_pipeline, config)
         self.prompts = PromptSource(prompt_function, config.seed)
-        self.rewards = RewardSet.of(config, reward_function, config.reward_weights)
-        judges = self.rewards if eval_reward_function is None else RewardSet.of(config, eval_reward_function)
+        self.reward_functions = RewardSet.of(config, reward_function, config.reward_weights)
+        self.rewards = self.training_rewards()
+        judges = self.reward_functions if eval_reward_function is None else RewardSet.of(config, eval_reward_function)
         self.evaluator = Evaluator.of(config, eval_prompts, judges)
         self.accelerator, self.local_tracker = make_accelerator(config)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
@@ -105,7 +106,7 @@ class TAFSGRPOTrainer(DDPOHooks):
         )
         clip = f"{algorithm.clip_range:.3g} ({config.train_log_prob_reduction})"
         varying_groups = algorithm.prompt_tracker is not None
-        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, clip, varying_groups)
+        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, clip, varying_groups, self.progress)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         states, log, done = algorithm.states(), self.local_tracker, self.progress
         self.checkpoints = Checkpoints(config, accelerator, policy, done, states, self.settings, log, watch)

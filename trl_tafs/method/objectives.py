@@ -20,6 +20,7 @@ from trl_tafs.method.kernels import REDUCTIONS, Kernel, clean_estimate, expand
 from trl_tafs.method.losses import (
     FORWARD_WEIGHTINGS,
     LEVEL_WEIGHTINGS,
+    Surrogate,
     clipped_surrogate,
     matching_log_prob,
     negative_aware,
@@ -160,14 +161,22 @@ class ClippedObjective(Objective):
         return (items.advantage == 0).all(1) & (self.beta == 0)
 
     def __call__(
-        self, velocity: Velocity, items: Transitions, conditioning: Conditioning, reference: Velocity | None = None
+        self,
+        velocity: Velocity,
+        items: Transitions,
+        conditioning: Conditioning,
+        reference: Velocity | None = None,
+        surrogate: Surrogate | None = None,
     ) -> LossOutput:
-        """The loss of T items with their T conditionings; `reference` is needed where `beta` > 0."""
+        """The loss of T items with their T conditionings; `reference` is needed where `beta` > 0.
+
+        `surrogate` is another formula than Eq. 10's, see `losses.clipped_surrogate`.
+        """
         policy = replay(velocity, self.kernel, items, conditioning)
         sensitivity = expand(self.kernel.sensitivity(items.level, items.next_level), items.state)
         weight = LEVEL_WEIGHTINGS[self.level_weighting](policy.std, sensitivity).reshape(-1, 1)
         log_prob = policy.log_prob(items.action, self.reduction)
-        output = clipped_surrogate(log_prob, items.old_log_prob, items.advantage, self.clip_range, weight)
+        output = clipped_surrogate(log_prob, items.old_log_prob, items.advantage, self.clip_range, weight, surrogate)
         if self.beta == 0.0:
             return output
         if reference is None:

@@ -74,7 +74,9 @@ class SamplingOptions(Options):
     )
     clean_baseline: str = option("state", "Clean kernel: state (the state's own value is the baseline) or group.")
     num_generations: int | None = option(
-        None, "G, images of a prompt (paper: 48). None: 48, or the largest divisor of the epoch's images below it."
+        None,
+        "G, images of a prompt (paper: 48). None: 48, or the largest divisor of the epoch's images below it. 1, as in "
+        "DDPO, needs per_prompt_stat_tracking.",
     )
     group_allocation: str = option(
         "fixed",

@@ -58,7 +58,7 @@ class SampleViewer:
 
     def _call_hook(self, experience: Experience, combined: Tensor, global_step: int) -> None:
         sizes = [len(batch.prompts) for batch in experience.batches]
-        final = experience.local(combined)[:, -1, 0].split(sizes)
+        final = experience.local(combined)[:, -1, 0].float().split(sizes)
         shown = [
             [batch.images, batch.prompts.prompts, batch.prompts.metadata, rewards, batch.metadata]
             for batch, rewards in zip(experience.batches, final, strict=True)
