@@ -82,7 +82,8 @@ def default(field: dataclasses.Field) -> str:
 def preset_rows() -> str:
     """Each preset with the options that set it apart."""
     shown = {name: [f"`{k}={v!r}`" for k, v in options.items()] for name, options in presets.PRESETS.items()}
-    return table(["Preset", "Options"], [(f"`{name}`", ", ".join(options)) for name, options in shown.items()])
+    rows = [(f"`{name}`", ", ".join(options), presets.DIFFERENCES.get(name, "")) for name, options in shown.items()]
+    return table(["Preset", "Options", "Differs from its source in"], rows)
 
 
 def text() -> str:
@@ -98,7 +99,9 @@ def text() -> str:
     parts.append(
         "## Presets\n\n`TAFSGRPOConfig.from_preset(name, ...)`, `--preset NAME`: the methods of the papers, whose "
         "options you can still change. Where each value is from stands beside it in `trl_tafs/presets.py`; how they "
-        f"compare: [benchmarks.md](benchmarks.md).\n\n{preset_rows()}\n"
+        f"compare: [benchmarks.md](benchmarks.md). Steps, log-probabilities, losses, gradients and advantages are "
+        "tested against the public code's (`tests/method/test_preset_parity.py`); the last column says what differs."
+        f"\n\n{preset_rows()}\n"
     )
     return "\n".join(parts)
 

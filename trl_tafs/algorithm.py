@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,16 @@ from trl_tafs.method.allocation import (
     PromptTracker,
     StreamingGroups,
     VarianceGroups,
+    images_of_equal_prompts,
 )
 from trl_tafs.method.credit import Credit, TerminalCredit
 from trl_tafs.method.kernels import Kernel, Windowed
 from trl_tafs.method.levels import SlidingWindow
 from trl_tafs.method.losses import clip_range_for
-from trl_tafs.method.objectives import Objective
+from trl_tafs.method.objective import Objective
 from trl_tafs.method.options import MethodOptions
 from trl_tafs.method.rollout import default_scored_steps
+from trl_tafs.method.superflow import BetaBelief, ExpectedBaseline, SuperFlowGroups
 from trl_tafs.method.types import PromptBatch, RewardTable
 
 
@@ -37,10 +40,12 @@ class Algorithm:
     latent_shape: tuple[int, ...]
     groups: GroupSizes
     prompt_tracker: PromptTracker | None
+    averages_prompts: bool  # the loss is the mean over prompts, or over images
     advantages: Advantages
     stat_tracker: PerPromptStatTracker | None
     clip_range: float  # in the units of the reduction
     objective: Objective
+    ratio_limit: str  # what clips ratios, with its value, for a warning
 
     def kernel_at(self, epoch: int) -> Kernel:
         """Return the kernel of an epoch: with its window, where there is one."""
@@ -50,7 +55,11 @@ class Algorithm:
         """Return an epoch's advantages (B, S, M), with the combined rewards that they come from (Eq. 9 and 10)."""
         scored = self.levels[list(self.scored_steps_at(epoch))]
         trained = len(self.kernel_at(epoch).trained_steps(len(self.levels) - 1))
-        return self.advantages(rewards, prompts.group_ids, prompts.prompts, trained, scored)
+        table = self.advantages(rewards, prompts.group_ids, prompts.prompts, trained, scored)
+        if not self.averages_prompts:
+            return table
+        weights = images_of_equal_prompts(prompts.group_ids)[:, None, None]
+        return dataclasses.replace(table, advantages=table.advantages * weights)
 
     def states(self) -> dict[str, Any]:
         """Return what it learns from epoch to epoch, by name: objects with `state_dict` and `load_state_dict`."""
@@ -78,14 +87,22 @@ def build_algorithm(
     buffer, least = config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
     tracker = PerPromptStatTracker(buffer, least) if config.per_prompt_stat_tracking else None
     prompt_tracker = build_prompt_tracker(config)
+    groups = build_groups(config, sizes, prompt_tracker)
+    normalizer = (
+        ExpectedBaseline(groups.belief, config.scale_rewards) if isinstance(groups, SuperFlowGroups) else tracker
+    )
     clip_range = config.train_clip_range or clip_range_for(config.train_log_prob_reduction, math.prod(latent_shape))
+    limit = f"train_clip_range={clip_range:.3g} ({config.train_log_prob_reduction})"
+    if config.train_kl_limit is not None:
+        limit = f"train_kl_limit={config.train_kl_limit:g}"
     return Algorithm(
         kernel=kernel,
         window=build_window(config),
         levels=levels,
         latent_shape=latent_shape,
-        groups=build_groups(config, sizes, prompt_tracker),
+        groups=groups,
         prompt_tracker=prompt_tracker,
+        averages_prompts=config.group_averaging == "prompts",
         advantages=Advantages(
             credit=build_credit(config),
             scale=config.scale_rewards,
@@ -93,12 +110,13 @@ def build_algorithm(
             own_baseline=kernel.scores_mean or kernel.num_actions > 1,
             drop_mean=kernel.scores_mean,
             clip=config.train_adv_clip_max,
-            tracker=tracker,
-            baseline=prompt_tracker.means if prompt_tracker is not None and sizes.least == 1 else None,
+            tracker=normalizer,
+            baseline=prompt_tracker.means if normalizer is None and prompt_tracker and sizes.least == 1 else None,
         ),
         stat_tracker=tracker,
         clip_range=clip_range,
         objective=config.objective_class.from_options(config, kernel, clip_range),
+        ratio_limit=limit,
     )
 
 
@@ -133,5 +151,8 @@ def build_groups(config: MethodOptions, sizes: GroupBounds, tracker: PromptTrack
     """Choose how an epoch's images are shared among its prompts."""
     if tracker is None:
         return FixedGroups(sizes.mean)
+    if config.group_allocation == "superflow":
+        reward_range = None if config.reward_range is None else (config.reward_range[0], config.reward_range[1])
+        return SuperFlowGroups(BetaBelief(tracker, reward_range), sizes.mean, config.group_bins)
     allocation = {"variance": VarianceGroups, "streaming": StreamingGroups}[config.group_allocation]
     return allocation(tracker, sizes.mean, sizes.least, sizes.most, config.group_optimism)

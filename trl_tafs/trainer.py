@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from trl_tafs.algorithm import build_algorithm
 from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.evaluation.held_out import Evaluator
+from trl_tafs.hub.closing import ClosingLines
 from trl_tafs.hub.publisher import Publisher
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.policy.base import image_size
@@ -26,9 +26,11 @@ from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
 from trl_tafs.training.hooks import DDPOHooks
-from trl_tafs.training.logs import EpochLog, Stopwatch
-from trl_tafs.training.memory import announce_plan
+from trl_tafs.training.launch import check_launch
+from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
+from trl_tafs.training.notes import run_notes
 from trl_tafs.training.plan import plan_epoch
+from trl_tafs.training.preflight import Preflight
 from trl_tafs.training.progress import Progress
 from trl_tafs.training.samples import SampleViewer
 from trl_tafs.training.sampling import RolloutSampler
@@ -37,7 +39,7 @@ from trl_tafs.training.trackers import make_accelerator, start_trackers
 from trl_tafs.training.updater import Updater
 
 
-class TAFSGRPOTrainer(DDPOHooks):
+class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
     """TAFS-GRPO on a flow-matching pipeline, by the conventions of TRL's DDPOTrainer.
 
     Args:
@@ -67,14 +69,18 @@ class TAFSGRPOTrainer(DDPOHooks):
         eval_reward_function: Any | None = None,
     ) -> None:
         self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
+        check_launch(config, image_samples_hook)
         self.height, self.width = image_size(sd_pipeline, config)
         self.prompts = PromptSource(prompt_function, config.seed)
         self.reward_functions = RewardSet.of(config, reward_function, config.reward_weights)
         self.rewards = self.training_rewards()
-        judges = self.reward_functions if eval_reward_function is None else RewardSet.of(config, eval_reward_function)
-        self.evaluator = Evaluator.of(config, eval_prompts, judges)
+        self.evaluator = Evaluator.of(config, eval_prompts, self.reward_functions, eval_reward_function)
         self.accelerator, self.local_tracker = make_accelerator(config)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
+        held_out = None if self.evaluator is None else (self.evaluator.prompts, self.evaluator.rewards)
+        drawn, size = (self.prompts, self.rewards), (self.height, self.width)
+        for note in run_notes(config, self.plan, sd_pipeline, size, drawn, held_out):
+            warn_main(self.accelerator, note)
         set_seed(config.seed, device_specific=True)
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -104,9 +110,9 @@ class TAFSGRPOTrainer(DDPOHooks):
         self.updater = Updater(
             config, self.plan, policy, objective, self.encode, lambda *b: self.compute_loss(*b), watch, self.progress
         )
-        clip = f"{algorithm.clip_range:.3g} ({config.train_log_prob_reduction})"
         varying_groups = algorithm.prompt_tracker is not None
-        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, clip, varying_groups, self.progress)
+        actions, limit = algorithm.kernel.num_actions, algorithm.ratio_limit
+        self.logs = EpochLog(accelerator, actions, limit, varying_groups, self.progress)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         states, log, done = algorithm.states(), self.local_tracker, self.progress
         self.checkpoints = Checkpoints(config, accelerator, policy, done, states, self.settings, log, watch)
@@ -115,6 +121,19 @@ class TAFSGRPOTrainer(DDPOHooks):
         levels, prompts = algorithm.levels[:-1].tolist(), self._card_prompts
         self.publisher = Publisher(
             policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec
+        )
+        self.preflight = Preflight(
+            config,
+            accelerator,
+            policy,
+            self.encode,
+            self.prompts,
+            self.rewards,
+            self.plan,
+            size=(self.height, self.width),
+            logs=self.logs,
+            held_out=self.evaluator,
+            prepare_push=partial(self.publisher.prepare_repo, None, config.hub_private_repo),
         )
 
     def _card_prompts(self) -> list[str]:
@@ -127,7 +146,7 @@ class TAFSGRPOTrainer(DDPOHooks):
     def train(self, epochs: int | None = None) -> None:
         """Train until `epochs` (by default `config.num_epochs`) epochs are done, counted from the run's beginning."""
         config, progress = self.config, self.progress
-        self._preflight()
+        self.preflight(progress.epoch)
         if config.eval_freq and progress.epoch == 0:
             self.evaluate(epoch=0)
         last = config.num_epochs if epochs is None else epochs
@@ -188,47 +207,11 @@ class TAFSGRPOTrainer(DDPOHooks):
         guidance, embedded = self.config.sample_guidance_scale, self.config.sample_embedded_guidance_scale
         return DrawSpec(sampler, num_steps, self.height, self.width, guidance, embedded)
 
-    def _preflight(self) -> None:
-        """Try one prompt, one call of each reward and the right to push, before anything is spent."""
-        config = self.config
-        if config.push_to_hub:
-            self.publisher.prepare_repo(None, config.hub_private_repo)
-        prompt, metadata = self.prompts.groups(self.progress.epoch, 1)[0]
-        if config.prompt_cache_dir is not None:
-            self.encode.prepare(self.prompts.known())
-        conditioning = self.encode([prompt])
-        if self.accelerator.is_main_process:
-            size = self.height, self.width
-            self.logs.memory_plan = announce_plan(self.policy, conditioning, self.plan.local_images, size)
-        self.rewards.try_once(prompt, metadata, self.height, self.width)
-        if config.eval_freq:
-            prompt, metadata = self.evaluator.items[0]
-            self.evaluator.rewards.try_once(prompt, metadata, self.height, self.width)
-        if self.progress.epoch == 0 and config.eval_freq == 0 and self.evaluator is not None:
-            warnings.warn("eval_prompts were given, and eval_freq is 0: nothing will be evaluated", stacklevel=3)
-
     # Saving ---------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> Path | None:
         """Write a checkpoint of everything that moves, at the end of an epoch; None where the disk failed."""
         return self.checkpoints.save()
-
-    def save_pretrained(self, save_directory: str | os.PathLike | None = None, *, repo_id: str | None = None) -> Path:
-        """Write the adapter as plain diffusers loads it, with scheduler, model card and pictures.
-
-        By default to `<run>/adapter`. Every process may call it; the main one writes.
-        """
-        return self.publisher.save(save_directory, repo_id)
-
-    save_model = save_pretrained
-
-    def create_model_card(self, path: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
-        """Write README.md, training settings and pictures into `path`, by default `<run>/adapter`."""
-        return self.publisher.write_card(path, repo_id)
-
-    def push_to_hub(self, repo_id: str | None = None, *, token: str | None = None, **kwargs: Any) -> Any:
-        """Save, then push the adapter to `repo_id` (by default `hub_model_id`, or the run's name below your user's)."""
-        return self.publisher.push(repo_id, token, kwargs.pop("private", self.config.hub_private_repo), **kwargs)
 
     def _finish(self) -> None:
         """The last checkpoint, the adapter, the push."""

@@ -6,6 +6,7 @@ import sys
 
 import numpy
 import tiny
+import yaml
 from hub_stub import HubStub
 
 TOKEN = "hf_" + "trainertoken" * 3
@@ -22,6 +23,15 @@ except PushError as error:
     print("refused before the first epoch:", error)
 trainer = tiny.trainer(tiny.load(sys.argv[1]), "run", **settings)
 trainer.train()
+for wrong in ({"data_set": "x"}, {"branch": "a", "revision": "b"}, {"dataset_name": "no name"}):
+    try:
+        trainer.push_to_hub("user/never-made", **wrong)
+    except (TypeError, ValueError) as error:
+        print("refused:", error)
+closing = {"dataset_name": ["user/digits", "mnist"], "model_name": "Tiny", "tags": "handwriting"}  # TRL's closing lines
+future = trainer.push_to_hub(**closing, branch="v2", commit_message="Closing", blocking=False)
+print("pushed:", future.result().commit_url, trainer.push_to_hub(create_pr=True).pr_num)
+torch.manual_seed(0)
 x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 torch.manual_seed(0)
 rollout = trainer.sd_pipeline.annealed_rollout(["two", "six"], latents=x)
@@ -59,6 +69,16 @@ def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, tmp_path
         run(LOAD, tmp_path, stub.environment(tmp_path / "empty"), pipeline_folder)
     assert "refused before the first epoch" in said and not (tmp_path / "refused" / "checkpoints").exists()
     assert numpy.array_equal(numpy.load(tmp_path / "policy.npy"), numpy.load(tmp_path / "loaded.npy"))
+    assert "user/never-made" not in stub.repos and said.count("refused: ") == 3
+    assert "unexpected keyword argument 'data_set'" in said and "branch is 'a' and revision 'b'" in said
+    assert "dataset_name is 'no name', which is no name on the Hub" in said and "pushed: " in said
+    assert stub.messages == ["Upload a TAFS-GRPO adapter", "Closing", "Upload a TAFS-GRPO adapter"]
+    for branch in ("v2", "refs/pr/1"):  # a card keeps what it was told
+        card = stub.files("user/tiny-tafs", branch)["README.md"].decode()
+        metadata = yaml.safe_load(card.split("---\n")[1])
+        assert metadata["datasets"] == ["user/digits", "mnist"] and metadata["model_name"] == "Tiny"
+        assert {"handwriting", "tafs-grpo"} <= set(metadata["tags"]) and "# Tiny\n" in card
+        assert "on prompts of [user/digits](https://huggingface.co/datasets/user/digits), [mnist](" in card
     files = stub.files("user/tiny-tafs")
     card = files["README.md"].decode()
     assert 'load_lora_weights("user/tiny-tafs")' in card and "sigmas=[1.0, 0.75, 0.5, 0.25]" in card

@@ -16,6 +16,7 @@ from trl_tafs.evaluation.scores import Task, read_scores, score_lines
 from trl_tafs.evaluation.tables import write
 from trl_tafs.output.files import write_whole
 from trl_tafs.output.pictures import save_png, tensor_to_image
+from trl_tafs.output.secrets import without_secrets
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import is_text_encoder
 from trl_tafs.pipelines.finite import NonFiniteError
@@ -186,7 +187,7 @@ def _base_settings(pipeline: TAFSPipelineMixin) -> dict[str, Any]:
 
 def _record_settings(folder: Path, settings: dict[str, Any], state: Any) -> None:
     """Record the settings in the folder; raise ValueError if it already holds other settings."""
-    path, settings = folder / "evaluation.json", json.loads(json.dumps(settings, default=str))
+    path, settings = folder / "evaluation.json", json.loads(json.dumps(without_secrets(settings), default=str))
     if state.is_main_process and not path.exists():
         write_whole(path, json.dumps(settings, indent=1))
     state.wait_for_everyone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.hub.card import write_model_card
 from trl_tafs.hub.facts import CardFacts, base_model_facts
+from trl_tafs.hub.names import check_repo_id
 from trl_tafs.hub.options import PublishingOptions
-from trl_tafs.hub.push import prepare_repo, push_folder
+from trl_tafs.hub.push import prepare_repo, push_folder, push_in_background
 from trl_tafs.method.levels import uniform_levels
 from trl_tafs.output.pictures import save_png, tensor_to_image
 from trl_tafs.pipelines.finite import NonFiniteError
@@ -40,6 +41,22 @@ class Publisher:
     prompts: Callable[[], Sequence[str]]  # some of which are shown on the card
     drawer: Drawer
     spec: DrawSpec  # how its pictures are drawn
+    naming: dict[str, Any] = field(default_factory=dict)  # facts that the user gives the card
+
+    def name_card(
+        self, model_name: str | None, dataset_name: str | Sequence[str] | None, tags: str | Sequence[str] | None
+    ) -> None:
+        """Take a title, datasets and tags for this card and later ones; None leaves each as it was.
+
+        Raises:
+            ValueError: a name that no dataset on the Hub can have.
+        """
+        given: dict[str, Any] = {"model_name": model_name}
+        for name, value in (("datasets", dataset_name), ("tags", tags)):
+            given[name] = (value,) if isinstance(value, str) else None if value is None else tuple(value)
+        for name in given["datasets"] or ():
+            check_repo_id(name, "dataset_name")
+        self.naming |= {name: value for name, value in given.items() if value is not None}
 
     def card_prompts(self) -> list[str]:
         """Return the few prompts that the card shows."""
@@ -75,21 +92,29 @@ class Publisher:
         folder.mkdir(parents=True, exist_ok=True)
         return write_model_card(self.facts(folder, repo_id), folder)
 
-    def push(self, repo_id: str | None, token: str | None, private: bool | None, **options: Any) -> Any:
-        """Save, then push; `options` as `push_folder` takes them. None on all but the main process."""
+    def push(
+        self, repo_id: str | None, token: str | None, private: bool | None, *, blocking: bool = True, **options: Any
+    ) -> Any:
+        """Save, then push; `options` as `push_folder` takes them. None on all but the main process.
+
+        Without `blocking` the folder is uploaded in the background, and a future comes back.
+        """
         repo_id = self.prepare_repo(repo_id, private, token)
         folder = self.save(repo_id=repo_id)
         if not self.policy.accelerator.is_main_process:
             return None
-        return push_folder(folder, repo_id, private=private, token=token, **options)
+        push = push_folder if blocking else push_in_background
+        return push(folder, repo_id, private=private, token=token, **options)
 
     def prepare_repo(self, repo_id: str | None, private: bool | None, token: str | None = None) -> str:
         """Make the repository on the main process if it is missing, and return its whole name.
 
         Raises:
+            ValueError: no repository can have that name.
             PushError: there is no token, or none that may write there.
         """
         repo_id = repo_id or self.default_repo
+        check_repo_id(repo_id, "the repository")
         if not self.policy.accelerator.is_main_process:
             return repo_id
         return prepare_repo(repo_id, private=private, token=token)
@@ -146,11 +171,12 @@ class Publisher:
             credited=config.credit_rule.description,
             scores_every_step=not (config.credits_final_image or config.credit_rule.final_only),
             max_sequence_length=None if length == pipeline.stock_max_sequence_length() else length,
-            torch_dtype=str(pipeline.model_dtype).removeprefix("torch."),
+            dtype=str(pipeline.model_dtype).removeprefix("torch."),
             **base_model_facts(pipeline),
+            **self.naming,
             repo_id=repo_id,
             prompts=prompts,
-            training={k: v for k, v in self.settings.items() if v not in ("", "null")},
+            training=self.settings,
             rewards=dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
             reward_curve=progress.reward_curve,
             metrics=metrics,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -105,6 +105,13 @@ def normalize_states(values: Tensor, group_ids: Tensor, scale: str = "group") ->
     ids = torch.zeros_like(ids) if scale == "batch" else ids
     std = torch.ones_like(flat) if scale == "none" else group_mean_std(flat, ids)[1] + EPS
     return (flat / std).reshape(batch, -1, steps).transpose(1, 2)
+
+
+class RewardNormalizer(Protocol):
+    """Statistics that take the place of the group's."""
+
+    def update(self, prompts: Sequence[str], values: Tensor) -> Tensor:
+        """Return the rewards (B, Q, K) of B images' prompts normalised, same shape, NaN where they are."""
 
 
 class PerPromptStatTracker:
@@ -205,7 +212,7 @@ class Advantages:
     own_baseline: bool = False  # the state's own value is the baseline (clean kernel)
     drop_mean: bool = False  # the last of the K images is the mean, a baseline and no action
     clip: float = 5.0
-    tracker: PerPromptStatTracker | None = None
+    tracker: RewardNormalizer | None = None
     baseline: Callable[[Sequence[str]], Tensor] | None = None
 
     def __call__(

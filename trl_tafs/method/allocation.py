@@ -1,14 +1,14 @@
 """How many images each prompt of an epoch gets.
 
-Fixed groups, or SuperFlow's (arXiv 2512.17951): more images where a prompt's rewards vary, since only there a
-group-relative advantage says anything. Its paper is known here by its abstract; the formulas are our reading.
+Fixed groups, or more images where a prompt's rewards vary, since only there a group-relative advantage says anything.
+The latter are ours; SuperFlow's are in `superflow`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from torch import Tensor
 from trl_tafs.method.advantages import group_mean_std
 from trl_tafs.method.noise import noise_seed
 
+PromptWeights = Callable[[Sequence[str]], Tensor]  # of P prompts, (P,), all above 0
+
 
 def neyman_allocation(deviations: Sequence[float], total: int, low: int, high: int) -> list[int]:
     """Neyman's allocation in whole images: `n_p` proportional to `deviations[p]`, within [low, high], `total` in all.
 
-    A fixed budget so spent estimates the mean over prompts with the least variance. Where bounds bind, the others share
-    what is left in proportion; where nothing varies, all get the same. Rounded by the largest remainders.
+    A fixed budget so spent estimates the mean over prompts with the least variance: the mean of each prompt's mean, so
+    that images must weigh `1 / n_p` (`images_of_equal_prompts`). Where bounds bind, the others share what is left in
+    proportion; where nothing varies, all get the same. Rounded by the largest remainders.
 
     Args:
         deviations: P standard deviations of a prompt's rewards, at least 0.
@@ -53,6 +56,18 @@ def neyman_allocation(deviations: Sequence[float], total: int, low: int, high: i
     left = total - int(sizes.sum())
     sizes[remainders.argsort(descending=True, stable=True)[:left]] += 1
     return sizes.int().tolist()
+
+
+def images_of_equal_prompts(group_ids: Tensor) -> Tensor:
+    """Return weights of images with which a mean over them is the mean over prompts of each one's mean, (B,).
+
+    They are `n / n_p`, n the mean size of a group, and 1 where all groups are of one size.
+
+    Args:
+        group_ids: (B,) int64, 0 to P - 1.
+    """
+    sizes = torch.bincount(group_ids).float()
+    return (sizes[sizes > 0].mean() / sizes)[group_ids]
 
 
 class PromptTracker:
@@ -169,6 +184,10 @@ class GroupBounds:
 class GroupSizes(Protocol):
     """What the trainer asks of an allocation. An epoch's images are drawn in one wave or two."""
 
+    @property
+    def weights(self) -> PromptWeights | None:
+        """By which weights an epoch's prompts are drawn; None: in turn."""
+
     def first(self, prompts: Sequence[str], epoch: int) -> list[int]:
         """Images of each of P prompts in the first wave."""
 
@@ -184,6 +203,7 @@ class FixedGroups:
     """G images of every prompt, the paper's."""
 
     group_size: int
+    weights: ClassVar[None] = None
 
     def first(self, prompts: Sequence[str], epoch: int) -> list[int]:
         """G each."""
@@ -198,7 +218,7 @@ class FixedGroups:
 
 @dataclass(frozen=True)
 class VarianceGroups:
-    """SuperFlow's variance-aware groups: a fixed budget spent by what a tracker knows of each prompt.
+    """Variance-aware groups: a fixed budget spent by what a tracker knows of each prompt.
 
     A prompt never seen gets the default G; the others share the rest by `neyman_allocation` of their optimistic
     deviations. Prompts whose rewards don't vary get the least.
@@ -209,6 +229,7 @@ class VarianceGroups:
     low: int
     high: int
     optimism: float = 0.5
+    weights: ClassVar[None] = None
 
     def first(self, prompts: Sequence[str], epoch: int) -> list[int]:
         """`P * G` images in all."""
@@ -233,7 +254,7 @@ class VarianceGroups:
 
 @dataclass(frozen=True)
 class StreamingGroups(VarianceGroups):
-    """SuperFlow's streaming: `low` images of each prompt first, then the rest of the budget where these varied."""
+    """Streaming: `low` images of each prompt first, then the rest of the budget where these varied."""
 
     def first(self, prompts: Sequence[str], epoch: int) -> list[int]:
         """`low` each."""

@@ -48,6 +48,8 @@ class TAFSPipelineMixin(ABC):
     text_multiple: int | None = None
     # The scale that a guidance-distilled denoiser is given where none is asked for; None: it takes none.
     default_embedded_guidance: float | None = None
+    counting_tokenizers: tuple[str, ...] = ("tokenizer",)  # those whose tokens `max_sequence_length` limits
+    uncounted_tokens = 0  # of the template that a prompt is put into, those that it leaves out of the count
     stock_sequence_limit: int | None = None  # tokens of a prompt that the stock pipeline takes at most; None: any
     card_tags: tuple[str, ...] = ()  # the Hub's tags of this family on an adapter's card
     # Parts of a LoRA's keys that this family has and few others have, and what such a LoRA is called in an error.
@@ -163,6 +165,24 @@ class TAFSPipelineMixin(ABC):
     def stock_max_sequence_length(cls) -> int:
         """Tokens of a prompt in the stock pipeline where none are given."""
         return inspect.signature(cls.stock_class().__call__).parameters["max_sequence_length"].default
+
+    def templated(self, prompt: str) -> str:
+        """Return what the tokenizer is given of a prompt: within a chat's template, where the family has one."""
+        return prompt
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return the tokens of each prompt as `max_sequence_length` counts them, before any are cut off.
+
+        Of several tokenizers the one that makes most of it counts; without tokenizers it is 0.
+        """
+        counts = [0] * len(prompts)
+        for tokenizer in (getattr(self, name, None) for name in self.counting_tokenizers):
+            if tokenizer is not None and prompts:
+                tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+                encoded = tokenizer([self.templated(prompt) for prompt in prompts], verbose=False).input_ids
+                found = (len(ids) - self.uncounted_tokens for ids in encoded)
+                counts = [max(pair) for pair in zip(counts, found, strict=True)]
+        return counts
 
     def check_sequence_length(self, max_sequence_length: int | None) -> None:
         """Raise ValueError if the stock pipeline doesn't take so many tokens of a prompt; None, the default, fits."""

@@ -22,3 +22,11 @@ def base_dtype(denoiser: nn.Module) -> torch.dtype:
     """Return the dtype in which a denoiser computes: that of its base weights, whatever the LoRA's."""
     names = ((name, p) for name, p in denoiser.named_parameters() if "lora_" not in name)
     return next(p.dtype for _, p in names if p.dtype.is_floating_point)
+
+
+def vae_tiles(vae: nn.Module, height: int, width: int) -> bool:
+    """Return whether a VAE whose tiling is on decodes an image of that size, in pixels, in more than one tile."""
+    square = getattr(vae, "tile_sample_min_size", None)
+    tile_height = square or getattr(vae, "tile_sample_min_height", 0)
+    tile_width = square or getattr(vae, "tile_sample_min_width", 0)
+    return height > tile_height or width > tile_width

@@ -31,6 +31,7 @@ class TAFSFluxPipeline(PackedLatents, TAFSPipelineMixin, FluxPipeline):
     guidance_argument = "true_cfg_scale"
     default_embedded_guidance = 3.5
     stock_sequence_limit = 512
+    counting_tokenizers = ("tokenizer_2",)
     card_tags = ("flux", "flux-diffusers")
     lora_key_marks, lora_family = ("single_transformer_blocks.",), "FLUX.1"
 

@@ -26,6 +26,7 @@ class TAFSStableDiffusion3Pipeline(TAFSPipelineMixin, StableDiffusion3Pipeline):
         "attn.to_q",
         "attn.to_v",
     )
+    counting_tokenizers = ("tokenizer_3",)
     stock_sequence_limit = 512
     card_tags = ("sd3", "sd3-diffusers")
     lora_key_marks, lora_family = ("attn.add_q_proj",), "SD3"

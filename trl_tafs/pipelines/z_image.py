@@ -26,6 +26,13 @@ class TAFSZImagePipeline(TAFSPipelineMixin, ZImagePipeline):
     card_tags = ("z-image", "z-image-diffusers")
     lora_key_marks, lora_family = ("noise_refiner.",), "Z-Image"
 
+    def templated(self, prompt: str) -> str:
+        """As a user's turn, as the stock pipeline has it."""
+        turns = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Qwen3: text (B, L, C) as long as the longest prompt, and its mask."""
         texts, _ = self.encode_prompt(

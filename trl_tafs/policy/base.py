@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.options import PolicyOptions
 
+GIB = 2**30
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -21,7 +23,7 @@ def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> tuple[int,
 
     Raises:
         TypeError: it is no TAFS pipeline.
-        ValueError: it can't draw in that size, with that guidance, or prompts of that length.
+        ValueError: it can't draw in that size, with that guidance, prompts of that length, or by its scheduler.
     """
     if not isinstance(pipeline, TAFSPipelineMixin):
         raise TypeError(
@@ -34,6 +36,7 @@ def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> tuple[int,
     pipeline.check_guidance(config.sample_guidance_scale)
     pipeline.check_sequence_length(config.max_sequence_length)
     pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
+    pipeline.rollout_levels(config.sample_num_steps, height, width)
     return height, width
 
 
@@ -53,6 +56,9 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
         )
     dtype = DTYPES[config.mixed_precision]
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        check_room(arriving_weights(pipeline, config, device), config, torch.cuda.mem_get_info(device)[0] + unused)
     for name, module in modules.items():
         if hasattr(module, "_hf_hook"):
             raise ValueError(
@@ -63,16 +69,64 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
         module.eval()  # rollout and replay alike: no dropout anywhere
         waits = config.model_cpu_offload and module is not pipeline.denoiser
         waits = waits or (config.offload_text_encoders and is_text_encoder(name))
-        if not is_bitsandbytes(module):
-            module.to("cpu" if waits else device)
         trained = config.full_finetuning and module is pipeline.denoiser
         if dtype is not None and name != "vae" and not trained and not is_quantized(module):
-            cast(module, dtype)
+            cast(module, dtype)  # before it is moved, so that the device never holds the wider one
+        if not is_bitsandbytes(module):
+            module.to("cpu" if waits else device)
     tiled = pipeline.vae if config.vae_tiling else None
     if not config.model_cpu_offload:
         return DeviceSharing(pipeline.denoiser, device, tiled=tiled)
     moved = [module for module in pipeline.text_encoders().values() if not is_bitsandbytes(module)]
     return DeviceSharing(pipeline.denoiser, device, moved, [pipeline.vae], tiled)
+
+
+def cast_bytes(module: nn.Module, dtype: torch.dtype | None) -> int:
+    """Return the bytes of a module's weights and buffers once it is cast to a dtype; None: as it is."""
+    tensors = (*module.parameters(), *module.buffers())
+    sizes = (dtype.itemsize if dtype and tensor.is_floating_point() else tensor.element_size() for tensor in tensors)
+    return sum(size * tensor.numel() for size, tensor in zip(sizes, tensors, strict=True))
+
+
+def arriving_weights(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: torch.device) -> dict[str, int]:
+    """Return the bytes of each component that isn't on the device yet, as it will be cast; quantized ones left out."""
+    dtypes = {"vae": None} | ({pipeline.denoiser_name: torch.float32} if config.full_finetuning else {})
+    return {
+        name: cast_bytes(module, dtypes.get(name, DTYPES[config.mixed_precision]))
+        for name, module in pipeline.components.items()
+        if isinstance(module, nn.Module) and not is_quantized(module)
+        if all(parameter.device.type != device.type for parameter in module.parameters())
+    }
+
+
+def check_room(weights: Mapping[str, int], config: PolicyOptions, free: int) -> None:
+    """Refuse a base whose weights alone have no room on the device, before any is moved.
+
+    Args:
+        weights: bytes of each model that isn't there yet, by component.
+        config: says which models wait on the CPU.
+        free: bytes of the device.
+
+    Raises:
+        ValueError: they don't fit; says what would.
+    """
+    without_text = {name: size for name, size in weights.items() if not is_text_encoder(name)}
+    choices = {
+        "": weights,
+        "offload_text_encoders=True": without_text,
+        "model_cpu_offload=True": {name: size for name, size in without_text.items() if name != "vae"},
+    }
+    order = list(choices)
+    chosen = order[2 if config.model_cpu_offload else 1 if config.offload_text_encoders else 0]
+    placed = choices[chosen]
+    if sum(placed.values()) <= free:
+        return
+    remedies = [name for name in order[order.index(chosen) + 1 :] if sum(choices[name].values()) <= free]
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in placed.items())
+    raise ValueError(
+        f"the models' weights take {sum(placed.values()) / GIB:.2f} GiB ({shown}), and the device has {free / GIB:.2f} "
+        f"free; use {' or '.join([*remedies, 'a quantized base'])} (docs/memory.md)"
+    )
 
 
 def take_off_autocast(denoiser: nn.Module) -> None:
@@ -91,7 +145,7 @@ def take_off_autocast(denoiser: nn.Module) -> None:
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a module as `from_pretrained(torch_dtype=dtype)` would: parts that overflow in a short dtype keep theirs.
+    """Cast a module as `from_pretrained(dtype=dtype)` would: parts that overflow in a short dtype keep theirs.
 
     Transformers' `_keep_in_fp32_modules` are those under float16 (T5's `wo`), its `_strict` ones and diffusers' always.
     """
@@ -102,6 +156,6 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
         names += getattr(module, "_keep_in_fp32_modules", None) or ()
     pattern = re.compile(rf"(^|\.)({'|'.join(names)})(\.|$)") if names else None
     kept = [(p, p.data) for name, p in module.named_parameters() if pattern is not None and pattern.search(name)]
-    module.to(dtype)
+    nn.Module.to(module, dtype)  # diffusers' own `to` warns of the parts that are kept here
     for parameter, data in kept:
         parameter.data = data

@@ -12,7 +12,9 @@ from trl_tafs.options import (
     check_at_least,
     check_at_least_1_or_none,
     check_choice,
+    check_not_empty,
     check_positive,
+    check_share,
     option,
 )
 from trl_tafs.pipelines.options import PipelineOptions
@@ -47,8 +49,10 @@ class OptimizerOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "train_lr_scheduler_type", LR_SCHEDULERS)
+        check_positive(self, "train_learning_rate", "train_adam_epsilon", "train_max_grad_norm")
+        check_at_least(self, 0, "train_lr_warmup_steps", "train_adam_weight_decay")
         check_at_least_1_or_none(self, "train_max_skipped_steps")
-        check_positive(self, "train_learning_rate", "train_max_grad_norm")
+        check_share(self, "train_adam_beta1", "train_adam_beta2")
 
 
 @dataclass
@@ -78,8 +82,8 @@ class AdapterOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_at_least(self, 1, "lora_rank", "lora_alpha")
-        if not 0 <= self.train_ema_decay < 1:
-            raise ValueError(f"train_ema_decay is {self.train_ema_decay}; it must lie in [0, 1)")
+        check_share(self, "train_ema_decay")
+        check_not_empty(self, "adapter_name_or_path")
 
 
 @dataclass
@@ -97,8 +101,8 @@ class OldPolicyOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
-        if not 0 <= self.old_policy_decay < 1:
-            raise ValueError(f"old_policy_decay is {self.old_policy_decay}; it must lie in [0, 1)")
+        check_share(self, "old_policy_decay")
+        check_at_least(self, 0, "old_policy_ramp")
         if self.old_policy_decay and not self.old_policy_ramp > 0:
             raise ValueError(f"old_policy_ramp is {self.old_policy_ramp}; it must be above 0 for old_policy_decay")
 

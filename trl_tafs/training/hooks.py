@@ -62,10 +62,15 @@ class DDPOHooks:
             if hasattr(type(self), method):
                 raise TypeError(f"{name}.{method} is a method of DDPOTrainer that nothing calls here; {instead}")
         call = inspect.signature(self.config.objective_class.__call__).parameters
-        if type(self).loss is not DDPOHooks.loss and "surrogate" not in call:
+        formula = type(self).loss is not DDPOHooks.loss
+        if formula and "surrogate" not in call:
             raise TypeError(
-                f"{name}.loss is the formula of a ratio, and objective={self.config.objective!r} has none; use "
-                "objective='clipped', or override compute_loss"
+                f"{name}.loss is the formula of the clipped ratio, which objective={self.config.objective!r} has no "
+                "use for; use objective='clipped', or override compute_loss"
+            )
+        if formula and self.config.train_kl_limit is not None:
+            raise TypeError(
+                f"{name}.loss stands for the clipped surrogate, which train_kl_limit replaces; use one of them"
             )
 
     def compute_rewards(

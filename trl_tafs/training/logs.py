@@ -85,7 +85,7 @@ class EpochLog:
     Args:
         accelerator: whose trackers are written.
         num_actions: M, of the K images of a scored step those that are actions.
-        clip: the clip range with its unit, for a warning.
+        clip: what clips ratios, with its value, for a warning.
         varying_groups: whether group sizes are worth a line.
     """
 
@@ -139,8 +139,8 @@ class EpochLog:
             self._warned = True
             warn_main(
                 self.accelerator,
-                f"epoch {epoch}: {line['clipfrac']:.0%} of the ratios are clipped at train_clip_range={self.clip}, "
-                "which throttles training; raise the range, or lower train_learning_rate or the number of updates an "
+                f"epoch {epoch}: {line['clipfrac']:.0%} of the ratios are clipped at {self.clip}, "
+                "which throttles training; raise it, or lower train_learning_rate or the number of updates an "
                 "epoch",
             )
 

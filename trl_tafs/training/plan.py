@@ -31,10 +31,7 @@ def resolve_group_size(num_generations: int | None, total: int, *, alone: bool =
     if num_generations == 1 and alone:
         return 1
     if num_generations < 2:
-        raise ValueError(
-            f"num_generations is {num_generations}; a group-relative advantage needs at least 2 (or DDPO's statistics "
-            "of each prompt, per_prompt_stat_tracking=True, and num_generations=1)"
-        )
+        raise ValueError(f"num_generations is {num_generations}; a group-relative advantage needs at least 2")
     if total < 2:
         raise ValueError(f"an epoch of {total} images has no group; raise sample_num_batches_per_epoch")
     if total % num_generations:
@@ -97,6 +94,12 @@ def plan_epoch(options: TrainingOptions, world_size: int) -> EpochPlan:
             f"{batches} minibatches an epoch don't divide into train_gradient_accumulation_steps={accumulation}; use "
             f"{fitting[-1]}, or None for one optimizer step"
         )
+    if batches == accumulation and options.train_num_inner_epochs == 1 and not options.old_policy_decay:
+        for name in options.needs_several_updates:
+            raise ValueError(
+                f"{name}={getattr(options, name)} has no effect with one optimizer step an epoch, which is on policy; "
+                f"leave it out, or use train_num_inner_epochs=2 or a train_gradient_accumulation_steps below {batches}"
+            )
     least, most = group_bounds(options, group_size, local * world_size, world_size)
     return EpochPlan(
         world_size=world_size,
@@ -119,6 +122,14 @@ def group_bounds(options: TrainingOptions, group_size: int, total: int, world_si
     """
     if options.group_allocation == "fixed":
         return group_size, group_size
+    if options.group_allocation == "superflow":
+        least = group_size - options.group_bins + 1
+        if least < 1:
+            raise ValueError(
+                f"group_bins={options.group_bins} takes up to {options.group_bins - 1} images from a group of "
+                f"num_generations={group_size}; use group_bins={group_size} at most"
+            )
+        return least, group_size + options.group_bins
     least, most = options.min_generations or max(2, group_size // 4), options.max_generations or 4 * group_size
     if options.group_allocation == "streaming":
         least = _first_wave(options, group_size, total // group_size, world_size, least)

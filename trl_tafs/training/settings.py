@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trl_tafs.algorithm import Algorithm
+from trl_tafs.output.secrets import without_secrets
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 
@@ -25,21 +26,28 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
     ),
 }
 
+FACTS = ("num_processes", "levels")  # of a run, beside the options
+
 
 def resolved_settings(
     config: TrainingOptions, plan: EpochPlan, algorithm: Algorithm, height: int, width: int
 ) -> dict[str, Any]:
-    """Return the configuration with what was resolved, as plain values that a tracker can store."""
+    """Return the configuration with what was resolved, as plain values that a tracker can store, without secrets.
+
+    Trackers, the local log, checkpoints, kept rollouts and the card take them from here.
+    `TAFSGRPOConfig.from_settings` reads them.
+    """
     resolved = {
         "num_generations": plan.group_size,
-        "train_clip_range": algorithm.clip_range,
         "height": height,
         "width": width,
         "num_processes": plan.world_size,
         "levels": [round(level, 6) for level in algorithm.levels.tolist()],
     }
-    values = dataclasses.asdict(config) | resolved
-    return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
+    if "train_clip_range" in config.objective_class.reads.values() and config.train_kl_limit is None:
+        resolved["train_clip_range"] = algorithm.clip_range
+    values = without_secrets(dataclasses.asdict(config) | resolved)
+    return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v, default=str) for k, v in values.items()}
 
 
 def lasting(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trl_tafs.method.noise import SampleNoise, noise_seed
-from trl_tafs.method.objectives import Objective
+from trl_tafs.method.objective import Objective
 from trl_tafs.method.types import Conditioning, LossOutput
 from trl_tafs.policy.policy import Policy
 from trl_tafs.processes import progress_bar
