@@ -26,7 +26,8 @@ Written by `python docs/make_configuration.py` from the help texts in the files 
 configures; change them there.
 
 Every field of `TAFSGRPOConfig` can be set in Python, on the command line and in YAML. What is given on the command line
-counts more than what is in the file. An unknown field is an error in all three.
+counts more than what is in the file. An unknown field is an error in all three, as is a value of another type, a number
+that isn't finite, or one that can't work: one line names the field, the value and what it can be.
 
 ```python
 from trl_tafs import TAFSGRPOConfig
@@ -50,6 +51,9 @@ train_gradient_checkpointing: true
 ```
 
 Lists take their items one after the other, mappings are JSON. In YAML, write `mixed_precision: "no"` with its quotes.
+A run's `training_settings.json`, published beside its adapter, and its `config.json` are configurations too:
+`--config training_settings.json`, or `TAFSGRPOConfig.from_settings(path)`, is a new run with the same settings, given
+the same number of processes.
 Names are `DDPOConfig`'s and `GRPOConfig`'s where these have one. Defaults are the paper's where it gives them; the
 text says so.
 """

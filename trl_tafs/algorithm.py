@@ -25,6 +25,7 @@ from trl_tafs.method.levels import SlidingWindow
 from trl_tafs.method.losses import clip_range_for
 from trl_tafs.method.objective import Objective
 from trl_tafs.method.options import MethodOptions
+from trl_tafs.method.papers import TAFS_GRPO, Paper
 from trl_tafs.method.rollout import default_scored_steps
 from trl_tafs.method.superflow import BetaBelief, ExpectedBaseline, SuperFlowGroups
 from trl_tafs.method.types import PromptBatch, RewardTable
@@ -65,6 +66,12 @@ class Algorithm:
         """Return what it learns from epoch to epoch, by name: objects with `state_dict` and `load_state_dict`."""
         found = {"stat_tracker": self.stat_tracker, "prompt_tracker": self.prompt_tracker}
         return {name: item for name, item in found.items() if item is not None}
+
+    def papers(self) -> list[Paper]:
+        """Return what a run by it cites: TAFS-GRPO's paper, and those of its parts that say one."""
+        parts = (self.kernel, self.window, self.advantages.credit.rule, self.groups, self.objective)
+        found = [TAFS_GRPO, *(getattr(part, "paper", None) for part in parts)]
+        return [paper for paper in dict.fromkeys(found) if paper is not None]
 
     def scored_steps_at(self, epoch: int) -> range:
         """Return the steps, 0-based, whose clean images are scored in an epoch."""

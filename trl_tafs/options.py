@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -12,10 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from trl_tafs.output.errors import did_you_mean, one_line, shown
 from trl_tafs.output.secrets import remember_all
+
+T = TypeVar("T")
 
 MAX_DEPTH = 32  # of a mapping's values
 MAX_SEED = 4_000_000_000  # numpy takes 32 bits, and each process adds its number
@@ -194,6 +197,17 @@ class Options:
                     vars(group)[stage](self)
 
 
+def own_copy(options: T) -> T:
+    """Return a copy whose lists and mappings are its own; what can't be copied in them (a handler) is shared."""
+    copied = copy.copy(options)
+    for name, value in vars(options).items():
+        try:
+            setattr(copied, name, copy.deepcopy(value))
+        except Exception:  # the value's own code can't
+            setattr(copied, name, copy.copy(value))
+    return copied
+
+
 def check_choice(options: Options, name: str, allowed: Collection[str]) -> None:
     """Raise ValueError if a field isn't one of `allowed`."""
     if (value := getattr(options, name)) not in allowed:
@@ -298,7 +312,7 @@ class RunOptions(Options):
                 raise ValueError(f"{place} is no option; use {', '.join(PROJECT_OPTIONS)}{known}")
             value = self.project_kwargs[name] = typed(place, value, PROJECT_OPTIONS[name])
             if value == "" or (name == "total_limit" and value is not None and value < 1):
-                raise ValueError(f"{place} is {value!r}; it must be at least 1, or left out")
+                raise ValueError(f"{place} is {shown(value)}; it must be at least 1, or left out")
 
     @property
     def project_dir(self) -> str:

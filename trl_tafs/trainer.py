@@ -16,8 +16,10 @@ from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.evaluation.held_out import Evaluator
 from trl_tafs.hub.closing import ClosingLines
 from trl_tafs.hub.publisher import Publisher
+from trl_tafs.options import own_copy
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.policy.base import image_size
+from trl_tafs.policy.base import image_size, normal_mode
+from trl_tafs.policy.carried import frozen_settings
 from trl_tafs.policy.policy import Policy
 from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
@@ -68,9 +70,10 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         eval_prompts: Any | None = None,
         eval_reward_function: Any | None = None,
     ) -> None:
+        config = own_copy(config)  # the caller's may be another trainer's, too
         self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
         check_launch(config, image_samples_hook)
-        self.height, self.width = image_size(sd_pipeline, config)
+        self.height, self.width = image_size(sd_pipeline, config, peft_config)
         self.prompts = PromptSource(prompt_function, config.seed)
         self.reward_functions = RewardSet.of(config, reward_function, config.reward_weights)
         self.rewards = self.training_rewards()
@@ -93,6 +96,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         )
         self.encode = PromptEncoder.of(sd_pipeline, config, self.policy.devices)
         self.settings = resolved_settings(config, self.plan, self.algorithm, self.height, self.width)
+        self.settings |= frozen_settings(self.policy.frozen)
         self.progress, self.stopwatch = Progress(), Stopwatch()
         self._make_stages()
         start_trackers(self.accelerator, config, self.settings)
@@ -118,9 +122,9 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         self.checkpoints = Checkpoints(config, accelerator, policy, done, states, self.settings, log, watch)
         self.drawer = Drawer.of(config, policy, self.encode)
         spec = self.draw_spec("annealed" if config.anneals else "ode", config.sample_num_steps)
-        levels, prompts = algorithm.levels[:-1].tolist(), self._card_prompts
+        levels, prompts, papers = algorithm.levels[:-1].tolist(), self._card_prompts, algorithm.papers()
         self.publisher = Publisher(
-            policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec
+            policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec, papers
         )
         self.preflight = Preflight(
             config,
@@ -143,6 +147,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
 
     # Algorithm 1 ----------------------------------------------------------------------------------------------
 
+    @normal_mode()
     def train(self, epochs: int | None = None) -> None:
         """Train until `epochs` (by default `config.num_epochs`) epochs are done, counted from the run's beginning."""
         config, progress = self.config, self.progress
@@ -155,7 +160,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         for epoch in progress_bar(self.accelerator, config.disable_tqdm, remaining, desc="epochs"):
             progress.global_step = self.step(epoch, progress.global_step)
             progress.epoch = epoch + 1
-            enough = bool(config.eval_freq) and (epoch + 1) % config.eval_freq == 0 and self.evaluate(epoch + 1)
+            enough = config.evaluates_at(epoch + 1, last) and self.evaluate(epoch + 1)
             if self.checkpoints.due(epoch + 1):
                 self.save_checkpoint()
             if enough:

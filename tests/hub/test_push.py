@@ -1,77 +1,65 @@
 """The trainer pushes over HTTP, and plain diffusers draws what the trained policy draws."""
 
 import os
-import subprocess
-import sys
 
-import numpy
+import pytest
 import tiny
+import torch
 import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from hub_stub import HubStub
 
-TOKEN = "hf_" + "trainertoken" * 3
-
-TRAIN = """
-import sys
-import numpy, tiny, torch
 from trl_tafs.hub.push import PushError
 
-settings = dict(num_epochs=2, train_learning_rate=1e-2, push_to_hub=True, hub_model_id="tiny-tafs", run_name="tiny")
-try:
-    tiny.trainer(tiny.load(sys.argv[1]), "refused", **(settings | {"hub_model_id": "stranger/tiny-tafs"})).train()
-except PushError as error:
-    print("refused before the first epoch:", error)
-trainer = tiny.trainer(tiny.load(sys.argv[1]), "run", **settings)
-trainer.train()
-for wrong in ({"data_set": "x"}, {"branch": "a", "revision": "b"}, {"dataset_name": "no name"}):
-    try:
-        trainer.push_to_hub("user/never-made", **wrong)
-    except (TypeError, ValueError) as error:
-        print("refused:", error)
-closing = {"dataset_name": ["user/digits", "mnist"], "model_name": "Tiny", "tags": "handwriting"}  # TRL's closing lines
-future = trainer.push_to_hub(**closing, branch="v2", commit_message="Closing", blocking=False)
-print("pushed:", future.result().commit_url, trainer.push_to_hub(create_pr=True).pr_num)
-torch.manual_seed(0)
-x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-torch.manual_seed(0)
-rollout = trainer.sd_pipeline.annealed_rollout(["two", "six"], latents=x)
-numpy.save("policy.npy", trainer.sd_pipeline.decode_latents(rollout.final).numpy())
-"""
-
-LOAD = """
-import sys
-import numpy, torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
-pipe = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
-pipe.load_lora_weights("user/tiny-tafs")
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("user/tiny-tafs", subfolder="scheduler")
-x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-torch.manual_seed(0)
-call = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "output_type": "pt"}
-numpy.save("loaded.npy", pipe(["two", "six"], latents=x, max_sequence_length=8, **call).images.numpy())
-assert not any(name.startswith("trl_tafs") for name in sys.modules)
-"""
+TOKEN = "hf_" + "trainertoken" * 3
+SETTINGS = {"num_epochs": 2, "train_learning_rate": 1e-2, "push_to_hub": True, "run_name": "tiny"}
+WRONG = [
+    ({"data_set": "x"}, "unexpected keyword argument 'data_set'"),
+    ({"branch": "a", "revision": "b"}, "branch is 'a' and revision 'b'"),
+    ({"dataset_name": "no name"}, "dataset_name is 'no name', which is no name on the Hub"),
+]
 
 
-def run(code, folder, environment, *arguments):
-    paths = os.pathsep.join([str(tiny.ROOT), str(tiny.ROOT / "tests")])
-    environment = os.environ | environment | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def latents():
+    return torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, tmp_path):
+def trained(pipeline_folder):
+    """A trainer that has trained and pushed, after one that was refused before its first epoch."""
+    with pytest.raises(PushError):
+        tiny.trainer(tiny.load(pipeline_folder), "refused", **SETTINGS, hub_model_id="stranger/tiny-tafs").train()
+    trainer = tiny.trainer(tiny.load(pipeline_folder), "run", **SETTINGS, hub_model_id="tiny-tafs")
+    trainer.train()
+    return trainer
+
+
+def loaded(pipeline_folder):
+    """The images of plain diffusers with what is on the Hub."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_folder)
+    pipe.load_lora_weights("user/tiny-tafs")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("user/tiny-tafs", subfolder="scheduler")
+    torch.manual_seed(0)
+    call = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "output_type": "pt"}
+    return pipe(["two", "six"], latents=latents(), max_sequence_length=8, **call).images
+
+
+def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with HubStub(tokens={TOKEN: "user"}) as stub:
-        said = run(TRAIN, tmp_path, stub.environment(tmp_path / "home", token=TOKEN), pipeline_folder)
-        run(LOAD, tmp_path, stub.environment(tmp_path / "empty"), pipeline_folder)
-    assert "refused before the first epoch" in said and not (tmp_path / "refused" / "checkpoints").exists()
-    assert numpy.array_equal(numpy.load(tmp_path / "policy.npy"), numpy.load(tmp_path / "loaded.npy"))
-    assert "user/never-made" not in stub.repos and said.count("refused: ") == 3
-    assert "unexpected keyword argument 'data_set'" in said and "branch is 'a' and revision 'b'" in said
-    assert "dataset_name is 'no name', which is no name on the Hub" in said and "pushed: " in said
+        stub.connect(monkeypatch, tmp_path / "home", token=TOKEN)
+        trainer = trained(pipeline_folder)
+        for wrong, told in WRONG:
+            with pytest.raises((TypeError, ValueError), match=told):
+                trainer.push_to_hub("user/never-made", **wrong)
+        closing = {"dataset_name": ["user/digits", "mnist"], "model_name": "Tiny", "tags": "handwriting"}  # TRL's
+        trainer.push_to_hub(**closing, branch="v2", commit_message="Closing", blocking=False).result()
+        trainer.push_to_hub(create_pr=True)
+        torch.manual_seed(0)
+        rollout = trainer.sd_pipeline.annealed_rollout(["two", "six"], latents=latents())
+        stub.connect(monkeypatch, tmp_path / "empty")  # as somebody else
+        assert torch.equal(trainer.sd_pipeline.decode_latents(rollout.final), loaded(pipeline_folder))
+    assert not (tmp_path / "refused" / "checkpoints").exists()
+    assert "user/never-made" not in stub.repos
     assert stub.messages == ["Upload a TAFS-GRPO adapter", "Closing", "Upload a TAFS-GRPO adapter"]
     for branch in ("v2", "refs/pr/1"):  # a card keeps what it was told
         card = stub.files("user/tiny-tafs", branch)["README.md"].decode()

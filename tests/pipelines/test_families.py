@@ -290,7 +290,8 @@ def test_an_epoch_of_the_trainer_runs(name, tmp_path):
     after = dict(mine.transformer.named_parameters())
     assert any(not torch.equal(before[n], after[n]) for n in before)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["ratio_deviation"] for line in lines if "ratio_deviation" in line] == [0.0]
+    told = [line["ratio_deviation"] for line in lines if "ratio_deviation" in line]
+    assert told == [pytest.approx(0, abs=1e-6)]  # a matrix product's last bit may depend on where its rows lie
     assert (tmp_path / "adapter" / WEIGHT_NAME).exists()
 
 

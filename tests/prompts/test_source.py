@@ -239,14 +239,14 @@ def check_any_rows(rows):
         assert prompt.strip() and prompt.encode() and isinstance(metadata, dict)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(ANYTHING | st.just("a cat"), max_size=4))
 def test_any_rows_are_prompts_or_our_error(rows):
     check_any_rows(rows)
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.lists(ANYTHING | st.just("a cat"), max_size=4))
 def test_any_rows_are_prompts_or_our_error_at_length(rows):
     check_any_rows(rows)

@@ -22,7 +22,6 @@ def two(pipeline_folder, tmp_path_factory):
         [*command, str(HERE / "distributed_run.py"), str(folder), str(pipeline_folder)],
         capture_output=True,
         text=True,
-        timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -40,6 +40,12 @@ def test_prompts_are_looked_at_before_training(pipeline, tmp_path):
     assert len(said) == 4
 
 
+def test_weights_of_held_out_rewards_are_told_to_be_idle(pipeline, tmp_path):
+    held_out = {"eval_prompts": ["four"], "eval_freq": 1, "eval_reward_function": {"judge": (tiny.brightness, 2.0)}}
+    (said,) = notes(pipeline, tmp_path, **held_out)
+    assert "the weights of eval_reward_function have no effect" in said
+
+
 def test_one_prompt_is_no_news_where_there_is_one(pipeline, tmp_path):
     assert notes(pipeline, tmp_path / "one", **ONE, prompt_function=["two"]) == []
     assert any("one prompt" in text for text in notes(pipeline, tmp_path / "function", **ONE))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,13 +103,3 @@ def check_numbers(options: argparse.Namespace, **least: float) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not (math.isfinite(number) and bound <= number < 2**63):
                 raise UsageError(f"--{name} is {number}; it must be at least {bound}, and finite")
-
-
-def check_writable(folder: str | os.PathLike, option: str) -> None:
-    """Raise ValueError if no file can be written into the folder, which is made."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option} can't be written: {one_line(error)}") from error

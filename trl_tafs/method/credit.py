@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from trl_tafs.method.papers import Paper
 from trl_tafs.method.parts import Part, own_options
 from trl_tafs.options import check_choice
 
@@ -153,6 +154,11 @@ class FunctionCredit(CreditRule):
     def description(self) -> str:  # type: ignore[override]
         """The function's name."""
         return f"each step is credited by `{getattr(self.function, '__name__', 'a function')}`"
+
+    @property
+    def paper(self) -> Paper | None:  # type: ignore[override]
+        """The function's attribute of that name."""
+        return getattr(self.function, "paper", None)
 
     def __call__(self, normalised: Tensor) -> Tensor:
         """Return what the function does."""

@@ -22,6 +22,7 @@ from trl_tafs.options import (
     check_positive,
     option,
 )
+from trl_tafs.output.errors import did_you_mean, shown
 
 MAX_STEPS = 1000  # of a sampler: as many as the schedulers have timesteps
 
@@ -457,8 +458,9 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
         objective, kernel = self.objective_class, self.kernel_class.from_options(self)
         if self.train_level_weighting is not None and self.train_level_weighting not in objective.weightings:
             raise ValueError(
-                f"train_level_weighting is {self.train_level_weighting!r}; use one of "
+                f"train_level_weighting is {shown(self.train_level_weighting)}; use one of "
                 f"{', '.join(objective.weightings)} with objective={self.objective!r}, or None for its default"
+                f"{did_you_mean(self.train_level_weighting, objective.weightings)}"
             )
         for field in (*dataclasses.fields(ObjectiveOptions), *dataclasses.fields(LossOptions)):
             value, read = getattr(self, field.name), {"objective", "objective_kwargs", *objective.reads.values()}

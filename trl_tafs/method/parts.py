@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_type_hints
 
+from trl_tafs.method.papers import Paper
 from trl_tafs.options import typed
 from trl_tafs.output.errors import did_you_mean, first_line, shown
 
@@ -19,6 +20,7 @@ class Part:
 
     reads: ClassVar[Mapping[str, str]] = {}
     description: ClassVar[str]  # a phrase for the model card
+    paper: ClassVar[Paper | None] = None  # where it comes from, if that isn't TAFS-GRPO's: cited on the card
 
     @classmethod
     def _fields(cls) -> dict[str, dataclasses.Field[Any]]:

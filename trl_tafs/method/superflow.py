@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from trl_tafs.method.advantages import EPS, group_mean_std
 from trl_tafs.method.allocation import PromptTracker
 from trl_tafs.method.noise import noise_seed
+from trl_tafs.method.papers import SUPERFLOW, Paper
 
 PRIOR = 1.0  # ours: a success and a failure of each prompt, which don't fade
 WEIGHT_FLOOR = 0.01  # ours: eps of the weight, so that a prompt that is mastered, or hopeless, is drawn now and then
@@ -123,6 +125,7 @@ class SuperFlowGroups:
     belief: BetaBelief
     group_size: int  # G, the mean
     bins: int = 4
+    paper: ClassVar[Paper | None] = SUPERFLOW
 
     def weights(self, prompts: Sequence[str]) -> Tensor:
         """Return by what the prompts of an epoch are drawn, (P,)."""

@@ -28,7 +28,7 @@ from trl_tafs.method.levels import level_to_timestep, uniform_levels
 from trl_tafs.method.noise import Noise, SequentialNoise
 from trl_tafs.method.rollout import replay, rollout
 from trl_tafs.method.types import Conditioning, Embeddings, Rollout, Transitions
-from trl_tafs.pipelines.components import base_dtype, is_text_encoder
+from trl_tafs.pipelines.components import base_dtype, denoiser_of, is_text_encoder
 from trl_tafs.pipelines.schedulers import AnnealedFlowMatchScheduler, flow_match_config
 
 
@@ -51,6 +51,7 @@ class TAFSPipelineMixin(ABC):
     counting_tokenizers: tuple[str, ...] = ("tokenizer",)  # those whose tokens `max_sequence_length` limits
     uncounted_tokens = 0  # of the template that a prompt is put into, those that it leaves out of the count
     stock_sequence_limit: int | None = None  # tokens of a prompt that the stock pipeline takes at most; None: any
+    comfyui_shift: float | None = None  # of this family's levels in ComfyUI; None: it isn't known to load its LoRAs
     card_tags: tuple[str, ...] = ()  # the Hub's tags of this family on an adapter's card
     # Parts of a LoRA's keys that this family has and few others have, and what such a LoRA is called in an error.
     lora_key_marks: tuple[str, ...] = ()
@@ -68,8 +69,8 @@ class TAFSPipelineMixin(ABC):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that is trained."""
-        return getattr(self, self.denoiser_name)
+        """The network that is trained, out of `torch.compile`'s wrapper."""
+        return denoiser_of(self)
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """Return the text encoders that are loaded, by their components' names."""
@@ -292,7 +293,7 @@ class TAFSPipelineMixin(ABC):
         With classifier-free guidance both halves go through the denoiser as the stock pipeline has them: as one batch,
         or one after the other. `model` is the denoiser to call where it isn't the pipeline's own (a DDP wrapper of it).
         """
-        model = self.denoiser if model is None else model
+        model = getattr(self, self.denoiser_name) if model is None else model
         timestep = level_to_timestep(level, self.scheduler.config.num_train_timesteps)
         if conditioning.negative is None:
             return self.denoise(model, x, timestep, conditioning.positive).float()

@@ -13,6 +13,16 @@ def denoiser_name(pipeline: Any) -> str:
     return getattr(pipeline, "denoiser_name", "transformer")
 
 
+def unwrapped(module: Any) -> Any:
+    """Return the module inside `torch.compile`'s wrapper: its weights, adapters and names are the same for both."""
+    return getattr(module, "_orig_mod", module)
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """Return the network that is trained, out of `torch.compile`'s wrapper."""
+    return unwrapped(getattr(pipeline, denoiser_name(pipeline)))
+
+
 def is_text_encoder(name: str) -> bool:
     """Return whether a component of that name is a text encoder: `text_encoder`, `text_encoder_2`, ..."""
     return name.startswith("text_encoder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Flux2Mixin(PackedLatents, TAFSPipelineMixin):
     )
     guidance_batch = None
     card_tags = ("flux2", "flux2-diffusers")
+    comfyui_shift = math.exp(2.02)
     lora_key_marks, lora_family = ("to_qkv_mlp_proj", "single_transformer_blocks."), "FLUX.2"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:

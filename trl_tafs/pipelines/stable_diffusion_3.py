@@ -29,6 +29,7 @@ class TAFSStableDiffusion3Pipeline(TAFSPipelineMixin, StableDiffusion3Pipeline):
     counting_tokenizers = ("tokenizer_3",)
     stock_sequence_limit = 512
     card_tags = ("sd3", "sd3-diffusers")
+    comfyui_shift = 3.0
     lora_key_marks, lora_family = ("attn.add_q_proj",), "SD3"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:

@@ -24,6 +24,7 @@ class TAFSZImagePipeline(TAFSPipelineMixin, ZImagePipeline):
     latent_dtype = torch.float32
     patch_size = 2
     card_tags = ("z-image", "z-image-diffusers")
+    comfyui_shift = 3.0
     lora_key_marks, lora_family = ("noise_refiner.",), "Z-Image"
 
     def templated(self, prompt: str) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.pipelines.components import is_text_encoder
+from trl_tafs.pipelines.components import is_text_encoder, unwrapped
 from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
+from trl_tafs.policy.carried import check_carried
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.options import PolicyOptions
 
@@ -18,12 +21,13 @@ GIB = 2**30
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> tuple[int, int]:
-    """Return height and width, and check all that the pipeline must be able to do.
+def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: Any | None = None) -> tuple[int, int]:
+    """Return height and width, and check what the pipeline carries and must be able to do, before it is touched.
 
     Raises:
         TypeError: it is no TAFS pipeline.
-        ValueError: it can't draw in that size, with that guidance, prompts of that length, or by its scheduler.
+        ValueError: it carries what can't be trained with (`carried.check_carried`), or can't draw in that size, with
+            that guidance, prompts of that length, or by its scheduler.
     """
     if not isinstance(pipeline, TAFSPipelineMixin):
         raise TypeError(
@@ -37,6 +41,7 @@ def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> tuple[int,
     pipeline.check_sequence_length(config.max_sequence_length)
     pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
     pipeline.rollout_levels(config.sample_num_steps, height, width)
+    check_carried(pipeline, config, lora_config)
     return height, width
 
 
@@ -47,7 +52,7 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
     keeps its own, and one of bitsandbytes its place.
 
     Raises:
-        ValueError: a model has a hook that moves it, or can't be moved as `model_cpu_offload` asks.
+        ValueError: a model can't be moved as `model_cpu_offload` asks.
     """
     if config.model_cpu_offload and is_quantized(pipeline.denoiser):
         raise ValueError(
@@ -55,16 +60,11 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
             "use offload_text_encoders=True"
         )
     dtype = DTYPES[config.mixed_precision]
-    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    modules = {n: unwrapped(module) for n, module in pipeline.components.items() if isinstance(module, nn.Module)}
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         check_room(arriving_weights(pipeline, config, device), config, torch.cuda.mem_get_info(device)[0] + unused)
     for name, module in modules.items():
-        if hasattr(module, "_hf_hook"):
-            raise ValueError(
-                f"the pipeline's {name} has a hook of Accelerate, as enable_model_cpu_offload or device_map leave one; "
-                "call pipeline.remove_all_hooks() and use model_cpu_offload=True"
-            )
         module.requires_grad_(False)
         module.eval()  # rollout and replay alike: no dropout anywhere
         waits = config.model_cpu_offload and module is not pipeline.denoiser
@@ -127,6 +127,23 @@ def check_room(weights: Mapping[str, int], config: PolicyOptions, free: int) -> 
         f"the models' weights take {sum(placed.values()) / GIB:.2f} GiB ({shown}), and the device has {free / GIB:.2f} "
         f"free; use {' or '.join([*remedies, 'a quantized base'])} (docs/memory.md)"
     )
+
+
+def compiled_as(component: nn.Module, prepared: nn.Module) -> nn.Module:
+    """Return the prepared network compiled as the pipeline's component is, if it is.
+
+    Accelerate prepares the network itself, so that its weights have the same names in either case.
+    """
+    if unwrapped(component) is component:
+        return prepared
+    return component if unwrapped(component) is prepared else component.dynamo_ctx(prepared)
+
+
+@contextmanager
+def normal_mode() -> Iterator[None]:
+    """Inside, gradients can be taken, whatever mode the process is in; a decorator, too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def take_off_autocast(denoiser: nn.Module) -> None:

@@ -218,6 +218,7 @@ class PromptEncoder:
         """Return a prompt's file, named by a digest of all that the embedding depends on: base, dtype, arguments."""
         base = base_identity(self.pipeline)
         known = [base.pipeline_class, base.source, *([base.commit] if base.commit else []), f"torch.{base.dtype}"]
+        known += [f"fused {name}" for name in base.fused]
         key = json.dumps([*known, self.arguments, prompt], sort_keys=True)
         return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 

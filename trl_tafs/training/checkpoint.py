@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.policy.policy import Policy
+from trl_tafs.policy.resuming import check_resumes
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training import checkpoint_files as files
 from trl_tafs.training.divergence import check_weights, left_over
@@ -112,11 +113,12 @@ class Checkpoints:
 
     def _resume(self) -> None:
         path = files.find_checkpoint(self.config.resume_from, self.folder)
+        state = files.read_state(path)
+        check_resumes(self.policy, path, state["settings"])
         self.policy.load(path)
         files.load_states(path, self.states)
         files.load_generators(path, self.accelerator.process_index)
         self.policy.apply_settings()
-        state = files.read_state(path)
         self.progress.load_state_dict(state["progress"])
         if changed := changes(state["settings"], self.settings):
             warn_main(self.accelerator, f"resumed with other settings than the checkpoint's: {'; '.join(changed)}")
@@ -137,5 +139,5 @@ class Checkpoints:
         folder = Path(self.config.project_dir) / "best"
         with tolerating_disk_faults(f"the best adapter, {folder},"):
             with self.policy.averaged():
-                self.policy.save(folder)
+                self.policy.publish(folder)
             write_whole(folder / "best.json", json.dumps({"epoch": epoch, "metric": name, "value": value}))

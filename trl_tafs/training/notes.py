@@ -13,6 +13,7 @@ from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 
 COUNTED = 100_000  # prompts whose tokens are counted: seconds
+CHUNK = 1000  # of them at once
 SHOWN = 3
 
 
@@ -38,6 +39,8 @@ def run_notes(
         ValueError: a row that a reward can't score, or a reward that scores none.
     """
     yield from setting_notes(options, plan, pipeline, size)
+    if held_out is not None and held_out[1] is not drawn[1] and any(weight != 1.0 for weight in held_out[1].weights):
+        yield "the weights of eval_reward_function have no effect: an evaluation logs each reward by itself"
     for name, (prompts, rewards), epochs in (("prompts", drawn, plan), ("eval_prompts", held_out or drawn, None)):
         if epochs is None and held_out is None:
             return
@@ -88,7 +91,8 @@ def prompt_notes(
 
 
 def _cut_off(prompts: Sequence[str], pipeline: TAFSPipelineMixin, limit: int, name: str) -> Iterator[str]:
-    tokens = pipeline.prompt_tokens(prompts)
+    chunks = (prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK))
+    tokens = [count for chunk in chunks for count in pipeline.prompt_tokens(chunk)]
     long = [(count, prompt) for count, prompt in zip(tokens, prompts, strict=True) if count > limit]
     if long:
         shown = ", ".join(f"{prompt!r:.60} ({count} tokens)" for count, prompt in long[:SHOWN])

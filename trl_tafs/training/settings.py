@@ -20,13 +20,12 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
         "reward_on_failure",
         "train_max_skipped_steps",
         "prompt_cache_dir",
-        "lora_fold_alpha",
         "model_cpu_offload",
         "decode_batch_size",
     ),
 }
 
-FACTS = ("num_processes", "levels")  # of a run, beside the options
+FACTS = ("num_processes", "levels", "frozen_adapters")  # of a run, beside the options
 
 
 def resolved_settings(
