@@ -416,3 +416,9 @@ def test_trained_and_replayed_steps(steps, fraction, replayed):
     config = TAFSGRPOConfig(sample_num_steps=steps, train_timestep_fraction=fraction)
     assert config.num_trained_steps == steps - 1
     assert config.num_replayed_rows == replayed
+
+
+@pytest.mark.parametrize("limit", [-1, 0, "5", 2.5])
+def test_a_limit_that_would_delete_every_checkpoint_is_refused(limit):
+    with pytest.raises(ValueError, match=f"total_limit={limit!r}; give the number of checkpoints that are kept"):
+        TAFSGRPOConfig(project_kwargs={"total_limit": limit})

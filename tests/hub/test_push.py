@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy
+import pytest
 import tiny
 from hub_stub import HubStub
 
@@ -22,6 +23,13 @@ except PushError as error:
     print("refused before the first epoch:", error)
 trainer = tiny.trainer(tiny.load(sys.argv[1]), "run", **settings)
 trainer.train()
+from huggingface_hub import constants
+
+constants.ENDPOINT = "http://127.0.0.1:9"  # where nobody listens
+try:
+    trainer.push_to_hub()
+except PushError as error:
+    print("unreachable:", error)
 x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 torch.manual_seed(0)
 rollout = trainer.sd_pipeline.annealed_rollout(["two", "six"], latents=x)
@@ -53,10 +61,27 @@ def run(code, folder, environment, *arguments):
     return done.stdout
 
 
-def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, tmp_path):
+@pytest.fixture(scope="module")
+def pushed(pipeline_folder, tmp_path_factory):
+    """A run that pushed, its folder, the stub that took it, and what was said."""
+    folder = tmp_path_factory.mktemp("pushed")
     with HubStub(tokens={TOKEN: "user"}) as stub:
-        said = run(TRAIN, tmp_path, stub.environment(tmp_path / "home", token=TOKEN), pipeline_folder)
-        run(LOAD, tmp_path, stub.environment(tmp_path / "empty"), pipeline_folder)
+        said = run(TRAIN, folder, stub.environment(folder / "home", token=TOKEN), pipeline_folder)
+        run(LOAD, folder, stub.environment(folder / "empty"), pipeline_folder)
+    return folder, stub, said
+
+
+def test_a_hub_that_cannot_be_reached_at_the_end_costs_nothing(pushed):
+    folder, _, said = pushed
+    adapter = folder / "run" / "adapter"
+    error = said.partition("unreachable: ")[2]
+    assert "no push to 'tiny-tafs'" in error and f"the adapter is in {adapter}; push it later with" in error
+    assert f"\n  hf upload tiny-tafs {adapter} . --include" in error
+    assert (adapter / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, pushed):
+    tmp_path, stub, said = pushed
     assert "refused before the first epoch" in said and not (tmp_path / "refused" / "checkpoints").exists()
     assert numpy.array_equal(numpy.load(tmp_path / "policy.npy"), numpy.load(tmp_path / "loaded.npy"))
     files = stub.files("user/tiny-tafs")

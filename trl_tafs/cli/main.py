@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trl_tafs.hub.push import PushError
     from trl_tafs.rewards.scoring import RewardError
     from trl_tafs.training.checkpoint_files import CheckpointError
+    from trl_tafs.training.run_folder import RunFolderError
 
-    refused: tuple[type[Exception], ...] = (RewardError, CheckpointError, PushError)
+    refused: tuple[type[Exception], ...] = (RewardError, CheckpointError, PushError, RunFolderError)
     try:
         try:
             work = COMMANDS[argv[0]](argv[1:])
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except refused as error:
         print(f"trl-tafs {argv[0]}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130  # as a shell counts it
     return 0
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from trl_tafs.cli.arguments import load_pipeline, load_rewards, parse_arguments
 from trl_tafs.prompts.sets import load_prompts
@@ -25,4 +28,17 @@ def train(argv: Sequence[str]) -> Callable[[], None]:
         eval_prompts=load_prompts(arguments.eval_prompts) if arguments.eval_prompts else None,
         eval_reward_function=eval_rewards,
     )
+    trainer.stopper.command = resume_command(argv)
     return trainer.train
+
+
+def resume_command(argv: Sequence[str]) -> str:
+    """Return the command line that resumes the run that this one began."""
+    program = ["python", sys.argv[0]] if Path(sys.argv[0]).name == "train.py" else ["trl-tafs", "train"]
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--resume_from":
+            next(words, None)
+        elif not word.startswith("--resume_from="):
+            kept.append(word)
+    return shlex.join([*program, *kept, "--resume_from", "latest"])

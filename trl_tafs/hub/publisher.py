@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +16,10 @@ from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.hub.card import write_model_card
 from trl_tafs.hub.facts import CardFacts, base_model_facts
 from trl_tafs.hub.options import PublishingOptions
-from trl_tafs.hub.push import prepare_repo, push_folder
+from trl_tafs.hub.push import PushError, kept, prepare_repo, push_folder
 from trl_tafs.method.levels import uniform_levels
+from trl_tafs.output.errors import first_line
+from trl_tafs.output.files import is_disk_fault
 from trl_tafs.output.pictures import save_png, tensor_to_image
 from trl_tafs.policy.policy import Policy
 from trl_tafs.rewards.scoring import RewardSet
@@ -45,16 +49,29 @@ class Publisher:
     def save(self, folder: str | os.PathLike | None = None, repo_id: str | None = None) -> Path:
         """Write the averaged weights as plain diffusers loads them, the scheduler, pictures and the card.
 
-        Every process calls it; the main one writes. By default to `<run>/adapter`.
+        Every process calls it; the main one writes. By default to `<run>/adapter` or, where the disk fails there, to a
+        temporary folder that a warning names.
         """
-        folder = Path(folder or self.default_folder)
+        place = Path(folder or self.default_folder)
         if self.policy.accelerator.is_main_process:
-            with self.policy.averaged():
-                self.policy.save(folder, fold_alpha=self.config.lora_fold_alpha)
-                self._draw_pictures(folder)
-            self.write_card(folder, repo_id)
+            try:
+                self._write(place, repo_id)
+            except Exception as error:  # safetensors' disk errors share no base class with OSError
+                if folder is not None or not is_disk_fault(error):
+                    raise
+                failed, place = place, Path(tempfile.mkdtemp(prefix=f"{Path(self.config.run_name).name}-adapter-"))
+                self._write(place, repo_id)
+                warnings.warn(
+                    f"{failed} can't be written ({first_line(error)}): the adapter is in {place}", stacklevel=4
+                )
         self.policy.accelerator.wait_for_everyone()
-        return folder
+        return place
+
+    def _write(self, folder: Path, repo_id: str | None) -> None:
+        with self.policy.averaged():
+            self.policy.save(folder, fold_alpha=self.config.lora_fold_alpha)
+            self._draw_pictures(folder)
+        self.write_card(folder, repo_id)
 
     def write_card(self, folder: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
         """Write README.md and training_settings.json beside the weights, on the main process."""
@@ -65,8 +82,17 @@ class Publisher:
         return write_model_card(self.facts(folder, repo_id), folder)
 
     def push(self, repo_id: str | None, token: str | None, private: bool | None, **options: Any) -> Any:
-        """Save, then push; `options` as `push_folder` takes them. None on all but the main process."""
-        repo_id = self.prepare_repo(repo_id, private, token)
+        """Save, then push; `options` as `push_folder` takes them. None on all but the main process.
+
+        Raises:
+            PushError: with the folder that the adapter is in, and the command that pushes it later.
+        """
+        try:
+            repo_id = self.prepare_repo(repo_id, private, token)
+        except PushError as error:  # the Hub can't be reached: what is to be pushed is saved first
+            folder = self.save(repo_id=repo_id)
+            later = kept(folder, repo_id or self.default_repo, private=private, revision=options.get("revision"))
+            raise PushError(f"{error}{later}") from error
         folder = self.save(repo_id=repo_id)
         if not self.policy.accelerator.is_main_process:
             return None

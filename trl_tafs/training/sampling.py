@@ -22,6 +22,7 @@ from trl_tafs.rewards.scoring import RewardSet, Scores
 from trl_tafs.training.experience import ScoredBatch
 from trl_tafs.training.logs import Stopwatch
 from trl_tafs.training.options import TrainingOptions
+from trl_tafs.training.stopping import Stopped
 
 
 @dataclass
@@ -54,6 +55,7 @@ class RolloutSampler:
     rewards: RewardSet
     keep_images: bool  # of the final step, for a hook
     stopwatch: Stopwatch
+    stop: Callable[[], bool] = lambda: False  # whether this process was told to stop: asked before each batch
 
     def roll_out(
         self, prompts: PromptBatch, epoch: int, on_scored: Callable[[Tensor], None] | None = None
@@ -123,7 +125,7 @@ class RolloutSampler:
             progress: told "rollout" or "reward" after each batch.
 
         Returns:
-            The scored batches, and the first error of a reward: what came before it is among the batches.
+            The scored batches, and the first error of a reward, or `Stopped`: what came before it is among the batches.
         """
         done: list[ScoredBatch] = []
         waiting: list[tuple[ScoredBatch, Scoring]] = []
@@ -144,18 +146,23 @@ class RolloutSampler:
         with ThreadPoolExecutor(self.config.max_workers) if threads else nullcontext() as executor:
             sampled = self._sampled_batches(batches, epoch, kept, progress, executor)
             # Where models share the device, all is drawn before anything is scored: they are exchanged once an epoch.
-            sampled = list(sampled) if devices.shared else sampled
+            sampled = iter(list(sampled)) if devices.shared else sampled
             with devices.decoding() if devices.shared else nullcontext():
                 for batch, scoring in sampled:
                     done.append(batch)
                     self._score_steps(batch, scoring, executor)
                     waiting.append((batch, scoring))
                     take_finished_scores()
-                    if fault is not None or scoring.fault is not None:
+                    if fault is not None or scoring.fault is not None or self.stop():
                         break
+            for batch, scoring in sampled if devices.shared else ():  # drawn before the fault
+                done.append(batch)
+                waiting.append((batch, scoring))
             with self.stopwatch("reward"):  # what sampling didn't hide
                 wait([future for _, scoring in waiting for future in scoring.futures])
         take_finished_scores()
+        if fault is None and len([batch for batch in done if batch.scores is not None]) < len(batches):
+            fault = Stopped()
         return done, fault
 
     def _sampled_batches(
@@ -176,6 +183,8 @@ class RolloutSampler:
             if i < len(kept):
                 batch = self._restore(prompts, kept[i])
             else:
+                if self.stop():
+                    return
                 with self.stopwatch("rollout"):
                     batch = self.roll_out(prompts, epoch, self._scorer(prompts, scoring, executor))
             progress("rollout")

@@ -21,6 +21,7 @@ from trl_tafs.training.experience import Experience, ScoredBatch
 from trl_tafs.training.logs import MeanMetrics, Stopwatch
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
+from trl_tafs.training.stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Updater:
     encode: PromptEncoder
     loss: Callable[[Any, Conditioning], LossOutput]  # of one micro-batch
     stopwatch: Stopwatch
+    stop: Callable[[], bool] = lambda: False  # whether to stop, on all processes alike: asked before each micro-batch
 
     def update(self, experience: Experience, advantages: Tensor, epoch: int) -> Iterator[StepMetrics]:
         """Yield the metrics of each optimizer step, over all inner epochs.
@@ -50,6 +52,9 @@ class Updater:
             experience: the epoch's.
             advantages: (B, S, M) of the images of all processes.
             epoch: the key of the shuffles.
+
+        Raises:
+            Stopped: a signal came; the policy is in the middle of the epoch.
         """
         accelerator, plan = self.policy.accelerator, self.plan
         # Accelerate shares this count between all accelerators of a process, and an interrupt leaves it in the middle.
@@ -68,6 +73,8 @@ class Updater:
             metrics = MeanMetrics()
             for inner_epoch in range(inner_epochs):
                 for index, still in self.micro_batches(items, epoch, inner_epoch):
+                    if self.stop():
+                        raise Stopped
                     with accelerator.accumulate(self.policy.model):
                         if not still or accelerator.sync_gradients:
                             micro = items[index.to(items.sample.device)]
