@@ -1,6 +1,6 @@
 """A Hugging Face Hub in memory on 127.0.0.1, as much of it as it takes to push and to load a model.
 
-Commits, branches, LFS uploads with verification, and downloads; no Xet, no discussions. A client is pointed
+Commits, branches, pull requests, LFS uploads with verification, and downloads; no Xet. A client is pointed
 at it by `HubStub.environment`, set before huggingface_hub is imported (which reads it then): in a subprocess.
 """
 
@@ -11,7 +11,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class HubStub:
@@ -21,6 +21,7 @@ class HubStub:
         self.tokens = tokens  # token to user name
         self.repos: dict[str, dict[str, str]] = {}  # "user/name" to {branch: commit}
         self.commits: dict[str, dict[str, bytes]] = {}  # commit to {path: content}
+        self.messages: list[str] = []  # of all commits
         self.blobs: dict[str, bytes] = {}  # LFS content by sha256
         self.verified: set[str] = set()  # the sha256 that the client asked to verify
         self.log: list[tuple[str, str, int]] = []  # (method, path, status)
@@ -157,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200 if valid else 400, {"errors": errors, "warnings": []})
 
     def preupload(self, repo_id, revision):
-        if not self._writer(repo_id) or self._revision(repo_id, revision) is None:
+        if not (self._asks_for_a_pull_request() or self._writer(repo_id)) or self._revision(repo_id, revision) is None:
             return
         files = [
             {
@@ -196,19 +197,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.verified.add(oid)
         self._send(200 if oid in self.hub.blobs else 404, {})
 
+    def _asks_for_a_pull_request(self) -> bool:
+        return parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"] and self._user() is not None
+
     def commit(self, repo_id, revision):
-        if not self._writer(repo_id) or self._revision(repo_id, revision) is None:
+        pull_request = self._asks_for_a_pull_request()
+        if not (pull_request or self._writer(repo_id)) or self._revision(repo_id, revision) is None:
             return
         files = dict(self.hub.files(repo_id, revision))
         for line in self.body.splitlines():
             key, value = (json.loads(line)[name] for name in ("key", "value"))
+            if key == "header":
+                self.hub.messages.append(value["summary"])
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             if key == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
-        commit = self.hub.commit(repo_id, revision, files)
+        number = sum(branch.startswith("refs/pr/") for branch in self.hub.repos[repo_id]) + 1
+        commit = self.hub.commit(repo_id, f"refs/pr/{number}" if pull_request else revision, files)
         url = f"{self.hub.url}/{repo_id}/commit/{commit}"
-        self._send(200, {"success": True, "commitOid": commit, "commitUrl": url})
+        answer = {"success": True, "commitOid": commit, "commitUrl": url}
+        if pull_request:
+            answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{number}"
+        self._send(200, answer)
 
     # Loading
 

@@ -20,7 +20,7 @@ train_gradient_accumulation_steps train_max_grad_norm train_num_inner_epochs tra
 train_clip_range train_timestep_fraction per_prompt_stat_tracking per_prompt_stat_tracking_buffer_size
 per_prompt_stat_tracking_min_count async_reward_computation max_workers
 """.split()
-GRPO_FIELDS = "num_generations beta scale_rewards reward_weights multi_objective_aggregation".split()
+GRPO_FIELDS = "num_generations beta delta scale_rewards reward_weights multi_objective_aggregation".split()
 NAMES = """
 exp_name run_name seed log_with tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name logdir
 num_epochs save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from disable_tqdm sample_num_steps
@@ -36,7 +36,8 @@ credit_kwargs objective forward_levels forward_num_levels forward_images nft_bet
 train_batch_size train_gradient_accumulation_steps train_num_inner_epochs train_timestep_fraction train_cfg
 train_learning_rate train_lr_scheduler_type train_lr_warmup_steps train_adam_beta1 train_adam_beta2
 train_adam_weight_decay train_adam_epsilon train_use_8bit_adam train_max_grad_norm train_clip_range
-train_log_prob_reduction train_level_weighting beta objective_kwargs train_gradient_checkpointing train_use_ema
+train_log_prob_reduction train_level_weighting beta train_center_ratio train_kl_limit delta train_negative_weight
+old_policy_beta objective_kwargs train_gradient_checkpointing train_use_ema
 train_ema_decay full_finetuning lora_rank lora_alpha lora_target_modules lora_fold_alpha adapter_name_or_path
 eval_freq eval_num_steps eval_samplers eval_images_per_prompt eval_batch_size metric_for_best_model greater_is_better
 early_stopping_patience sample_grid_freq sample_grid_rows push_to_hub hub_model_id hub_private_repo
@@ -174,10 +175,17 @@ def test_what_was_read_can_be_written_and_read_again(tmp_path):
     assert equal(parse("--config", str(path)), config)
 
 
-@pytest.mark.parametrize("name", ["project_kwargs", "tracker_kwargs", "accelerator_kwargs"])
-def test_dictionaries_are_json_mappings_or_an_error_that_names_the_field(name):
-    assert getattr(TAFSGRPOConfig(**{name: '{"a": {"b": 1}}'}), name) == {"a": {"b": 1}}
-    assert getattr(TAFSGRPOConfig(**{name: {"a": 1}}), name) == {"a": 1}
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("project_kwargs", {"total_limit": 3}),
+        ("tracker_kwargs", {"a": {"b": 1}}),
+        ("accelerator_kwargs", {"a": {"b": 1}}),
+    ],
+)
+def test_dictionaries_are_json_mappings_or_an_error_that_names_the_field(name, value):
+    assert getattr(TAFSGRPOConfig(**{name: json.dumps(value)}), name) == value
+    assert getattr(TAFSGRPOConfig(**{name: value}), name) == value
     assert getattr(TAFSGRPOConfig(**{name: ""}), name) == getattr(TAFSGRPOConfig(), name) == {}
     with pytest.raises(ValueError, match=f"{name} isn't JSON"):
         TAFSGRPOConfig(**{name: "a=1"})
@@ -273,7 +281,7 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ),
         (
             {"objective": "clipped", "train_level_weighting": "adaptive"},
-            "use one of gaussian, uniform, balanced with objective='clipped'",
+            "use one of gaussian, uniform, balanced, std, diffusion with objective='clipped'",
         ),
         ({"objective": "forward", "forward_levels": "all"}, "forward_levels is 'all'; use one of sampler, random, tr"),
         ({"objective": "forward", "forward_images": "first"}, "forward_images is 'first'; use one of final, every"),
@@ -327,12 +335,55 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"early_stopping_patience": 3}, "early_stopping_patience needs eval_freq"),
         ({"early_stopping_patience": 3, "eval_freq": 2}, "early_stopping_patience needs .* metric_for_best_model"),
         ({"metric_for_best_model": "eval/annealed_4/a"}, "metric_for_best_model needs eval_freq"),
+        ({"hub_model_id": "a/b/c"}, "hub_model_id is 'a/b/c', which is no name on the Hub"),
+        ({"push_to_hub": True, "run_name": "my run"}, "run_name, .* is 'my run', which is no name on the Hub"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_what_cannot_work_is_an_error_that_says_the_numbers(changes, told):
     with pytest.raises(ValueError, match=told):
         TAFSGRPOConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"negative_prompts": "blurry"}, "negative_prompts='blurry' needs sample_guidance_scale above 1"),
+        ({"train_ema_decay": 0.9}, "train_ema_decay=0.9 needs train_use_ema=True"),
+        ({"train_lr_warmup_steps": 5}, "train_lr_warmup_steps=5 needs 'constant_with_warmup'"),
+        ({"sample_window_interval": 3}, "sample_window_interval=3 needs a sample_window_size"),
+        (
+            {"group_memory": 0.5, "group_optimism": 1.0},
+            "group_optimism=1.0 .*; group_memory=0.5 needs group_allocation",
+        ),
+        ({"per_prompt_stat_tracking_buffer_size": 32}, "buffer_size=32 needs per_prompt_stat_tracking=True"),
+        ({"forward_num_levels": 6}, "forward_num_levels=6 needs forward_levels='random'"),
+        ({"old_policy_ramp": 0.5}, "old_policy_ramp=0.5 needs old_policy_decay above 0"),
+        ({"full_finetuning": True, "lora_rank": 64}, "lora_rank=64 needs full_finetuning=False"),
+        ({"greater_is_better": False}, "greater_is_better=False needs a metric_for_best_model"),
+        ({"sample_grid_rows": 3, "sample_grid_freq": 0}, "sample_grid_rows=3 needs sample_grid_freq above 0"),
+        ({"sample_kappa": 0.2}, "sample_kappa=0.2 needs another sample_kernel"),
+        ({"objective": "clipped", "credit_trace": 1.0}, "credit_trace=1.0 needs another step_credit"),
+        ({"train_timestep_fraction": 0.5, "sample_num_steps": 2}, "train_timestep_fraction=0.5 needs an objective"),
+        (
+            {"logdir": "a", "project_kwargs": {"project_dir": "b"}},
+            "logdir='a' needs project_kwargs without a project_d",
+        ),
+        ({"project_kwargs": {"total_limit": 2}, "num_checkpoint_limit": 3}, "total_limit=2, and num_checkpoint_limit"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_an_option_that_nothing_reads_is_an_error_that_says_what_would(changes, told):
+    with pytest.raises(ValueError, match=told):
+        TAFSGRPOConfig(**changes)
+
+
+def test_options_that_are_read_or_left_alone_are_taken():
+    TAFSGRPOConfig(negative_prompts="blurry", sample_guidance_scale=2.0, train_cfg=True, train_ema_decay=0.99)
+    TAFSGRPOConfig(train_use_ema=True, train_ema_decay=0.9, old_policy_decay=0.5, old_policy_ramp=0.1)
+    TAFSGRPOConfig(objective="clipped", step_credit="trace", credit_trace=1.0, sample_kernel="clean", sample_kappa=0.2,
+                   clean_baseline="group")  # fmt: skip
+    TAFSGRPOConfig(negative_prompts=None, project_kwargs={"total_limit": 5}, num_checkpoint_limit=5)
 
 
 @pytest.mark.parametrize(
@@ -410,15 +461,9 @@ def test_the_run_writes_where_it_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "fraction", "replayed"), [(4, 1.0, 3), (4, 0.7, 2), (4, 0.34, 1), (4, 0.1, 1), (2, 0.5, 1), (10, 0.5, 4)]
+    ("steps", "fraction", "replayed"), [(4, 1.0, 3), (4, 0.7, 2), (4, 0.34, 1), (4, 0.1, 1), (3, 0.5, 1), (10, 0.5, 4)]
 )
 def test_trained_and_replayed_steps(steps, fraction, replayed):
     config = TAFSGRPOConfig(sample_num_steps=steps, train_timestep_fraction=fraction)
     assert config.num_trained_steps == steps - 1
     assert config.num_replayed_rows == replayed
-
-
-@pytest.mark.parametrize("limit", [-1, 0, "5", 2.5])
-def test_a_limit_that_would_delete_every_checkpoint_is_refused(limit):
-    with pytest.raises(ValueError, match=f"total_limit={limit!r}; give the number of checkpoints that are kept"):
-        TAFSGRPOConfig(project_kwargs={"total_limit": limit})

@@ -10,20 +10,20 @@ from trl_tafs.pipelines.families import FAMILIES
 
 # For each folder and each file at the top, in order: which of those before it its files may import.
 MAY_IMPORT = {
-    "presets": set(),
-    "options": set(),
-    "processes": set(),
     "output": set(),
-    "method": {"options"},
+    "presets": {"output"},
+    "options": {"output"},
+    "processes": set(),
+    "method": {"options", "output"},
     "algorithm": {"method"},  # takes levels and a shape, no pipeline
     "pipelines": {"method", "options", "output"},
-    "rewards": {"options"},
+    "rewards": {"options", "output"},
     "prompts": {"method", "options", "output", "pipelines", "rewards"},
     "policy": {"method", "options", "output", "pipelines"},
     "evaluation": {"method", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
     "training": {"algorithm", "method", "options", "output", "pipelines", "policy", "processes", "prompts", "rewards"},
-    "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "rewards", "training"},
-    "config": {"hub", "presets"},
+    "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "processes", "rewards", "training"},
+    "config": {"hub", "method", "options", "output", "presets", "training"},
 }
 MAY_IMPORT["trainer"] = set(MAY_IMPORT) - {"presets"}
 MAY_IMPORT["trl_tafs"] = set(MAY_IMPORT)  # the package itself, lazily
@@ -42,7 +42,9 @@ METHOD = {
     "allocation": {"noise", "advantages"},
     "kernels": {"types", "levels", "parts"},
     "rollout": {"types", "levels", "noise", "kernels"},
-    "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "parts"},
+    "objective": {"types", "levels", "noise", "losses", "kernels", "rollout", "parts"},
+    "image_objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective"},
+    "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective", "image_objectives"},
 }
 METHOD["options"] = set(METHOD)
 

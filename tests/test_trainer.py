@@ -220,7 +220,8 @@ def test_evaluation_keeps_the_best_and_stops(pipeline, tmp_path):
 @pytest.mark.parametrize("greater", [True, False])
 def test_an_evaluation_without_a_score_is_passed_over(pipeline, tmp_path, greater):
     settings = {"eval_freq": 1, "eval_prompts": ["three"], "early_stopping_patience": 1}
-    trainer = tiny.trainer(pipeline, tmp_path, metric_for_best_model="m", greater_is_better=greater, **settings)
+    name = "eval/annealed_4/brightness"
+    trainer = tiny.trainer(pipeline, tmp_path, metric_for_best_model=name, greater_is_better=greater, **settings)
     better, worse = (0.3, 0.1) if greater else (0.1, 0.3)
 
     def keep(results, epoch):

@@ -43,6 +43,8 @@ def config(folder, **changes):
         "reward_retry_delay": 0.0,
         "sample_grid_freq": 0,
     }
+    if changes.get("full_finetuning"):
+        settings = {name: value for name, value in settings.items() if not name.startswith("lora_")}
     return TAFSGRPOConfig(**(settings | changes))
 
 

@@ -17,6 +17,7 @@ _EXPORTS = {
     **FAMILIES,
     "AnnealedFlowMatchScheduler": "trl_tafs.pipelines.schedulers",
     "TAFSPipelineMixin": "trl_tafs.pipelines.base",
+    "NonFiniteError": "trl_tafs.pipelines.finite",
     "REWARDS": "trl_tafs.rewards",
     "evaluate": "trl_tafs.evaluation.compare",
 }
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from trl_tafs.pipelines.auto import AutoTAFSPipeline as AutoTAFSPipeline
     from trl_tafs.pipelines.base import TAFSPipelineMixin as TAFSPipelineMixin
     from trl_tafs.pipelines.families import *  # noqa: F403
+    from trl_tafs.pipelines.finite import NonFiniteError as NonFiniteError
     from trl_tafs.pipelines.schedulers import AnnealedFlowMatchScheduler as AnnealedFlowMatchScheduler
     from trl_tafs.rewards import REWARDS as REWARDS
     from trl_tafs.trainer import TAFSGRPOTrainer as TAFSGRPOTrainer

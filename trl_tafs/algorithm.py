@@ -21,7 +21,7 @@ from trl_tafs.method.credit import Credit, TerminalCredit
 from trl_tafs.method.kernels import Kernel, Windowed
 from trl_tafs.method.levels import SlidingWindow
 from trl_tafs.method.losses import clip_range_for
-from trl_tafs.method.objectives import Objective
+from trl_tafs.method.objective import Objective
 from trl_tafs.method.options import MethodOptions
 from trl_tafs.method.rollout import default_scored_steps
 from trl_tafs.method.types import PromptBatch, RewardTable
@@ -41,6 +41,7 @@ class Algorithm:
     stat_tracker: PerPromptStatTracker | None
     clip_range: float  # in the units of the reduction
     objective: Objective
+    ratio_limit: str  # what clips ratios, with its value, for a warning
 
     def kernel_at(self, epoch: int) -> Kernel:
         """Return the kernel of an epoch: with its window, where there is one."""
@@ -79,6 +80,9 @@ def build_algorithm(
     tracker = PerPromptStatTracker(buffer, least) if config.per_prompt_stat_tracking else None
     prompt_tracker = build_prompt_tracker(config)
     clip_range = config.train_clip_range or clip_range_for(config.train_log_prob_reduction, math.prod(latent_shape))
+    limit = f"train_clip_range={clip_range:.3g} ({config.train_log_prob_reduction})"
+    if config.train_kl_limit is not None:
+        limit = f"train_kl_limit={config.train_kl_limit:g}"
     return Algorithm(
         kernel=kernel,
         window=build_window(config),
@@ -99,6 +103,7 @@ def build_algorithm(
         stat_tracker=tracker,
         clip_range=clip_range,
         objective=config.objective_class.from_options(config, kernel, clip_range),
+        ratio_limit=limit,
     )
 
 

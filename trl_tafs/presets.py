@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trl_tafs.output.errors import did_you_mean, shown
+
 # TAFS-GRPO's own: Yue et al. 2026, arXiv 2602.01591. N = 4, groups of 48, LoRA 32 / 64 and AdamW 3e-4 / 1e-4 are the
 # defaults already.
 _TAFS = {
@@ -46,6 +48,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_kappa": 0.5,  # docs/algorithm.md
         "num_perturbations": 4,  # explorations of one mean cost no evaluation of the denoiser
         "train_level_weighting": "gaussian",
+    },
+    # Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
+    "tafs_matched": {
+        "objective": "matched",
+        "sample_kernel": "annealed",
+        "step_credit": "step",
+        "train_level_weighting": "clean",
+        "beta": 0.2,
     },
     # DiffusionNFT's objective on annealed few-step rollouts, from the final image's reward: the defaults
     "tafs_nft": {"objective": "forward", "forward_levels": "trajectory", "forward_images": "final", "beta": 0.2},
@@ -159,6 +169,8 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none of that name; says which there are.
     """
-    if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(
+            f"there is no preset {shown(name)}; use one of {', '.join(PRESETS)}{did_you_mean(str(name), PRESETS)}"
+        )
     return dict(PRESETS[name])

@@ -14,6 +14,13 @@ def any_process(accelerator: Any, flag: bool) -> bool:
     return bool(total.item() > 0)
 
 
+def raise_everywhere(accelerator: Any, fault: BaseException | None, kind: type[Exception], where: str) -> None:
+    """Raise an error of `kind` on every process if the fault of any is one; every process calls it."""
+    mine = fault if isinstance(fault, kind) else None
+    if any_process(accelerator, mine is not None):
+        raise kind(f"{where}: {mine or f'{kind.__name__} on another process'}") from mine
+
+
 def same_everywhere(accelerator: Any, value: Any) -> Any:
     """Return the main process's value on every process."""
     from accelerate.utils import broadcast_object_list

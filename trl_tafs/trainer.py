@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from trl_tafs.algorithm import build_algorithm
 from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.evaluation.held_out import Evaluator
+from trl_tafs.hub.closing import ClosingLines
 from trl_tafs.hub.publisher import Publisher
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.policy.base import image_size
@@ -25,14 +25,15 @@ from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.checkpoint import Checkpoints
-from trl_tafs.training.checkpoint_files import kept_generators
 from trl_tafs.training.collector import Collector
 from trl_tafs.training.experience import Experience
 from trl_tafs.training.hooks import DDPOHooks
+from trl_tafs.training.launch import check_launch
 from trl_tafs.training.logs import EpochLog, Stopwatch
-from trl_tafs.training.memory import announce_plan
 from trl_tafs.training.plan import plan_epoch
+from trl_tafs.training.preflight import Preflight
 from trl_tafs.training.progress import Progress
+from trl_tafs.training.rollback import Rollback
 from trl_tafs.training.run_folder import RunFolder
 from trl_tafs.training.samples import SampleViewer
 from trl_tafs.training.sampling import RolloutSampler
@@ -42,7 +43,7 @@ from trl_tafs.training.trackers import make_accelerator, start_trackers
 from trl_tafs.training.updater import Updater
 
 
-class TAFSGRPOTrainer(DDPOHooks):
+class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
     """TAFS-GRPO on a flow-matching pipeline, by the conventions of TRL's DDPOTrainer.
 
     Args:
@@ -72,11 +73,11 @@ class TAFSGRPOTrainer(DDPOHooks):
         eval_reward_function: Any | None = None,
     ) -> None:
         self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
+        check_launch(config, image_samples_hook)
         self.height, self.width = image_size(sd_pipeline, config)
         self.prompts = PromptSource(prompt_function, config.seed)
         self.rewards = RewardSet.of(config, reward_function, config.reward_weights)
-        judges = self.rewards if eval_reward_function is None else RewardSet.of(config, eval_reward_function)
-        self.evaluator = Evaluator.of(config, eval_prompts, judges)
+        self.evaluator = Evaluator.of(config, eval_prompts, self.rewards, eval_reward_function)
         self.accelerator, self.local_tracker = make_accelerator(config)
         self.run_folder, self.stopper = RunFolder(config.project_dir, self.accelerator), Stopper(self.accelerator)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
@@ -103,26 +104,36 @@ class TAFSGRPOTrainer(DDPOHooks):
         hook = self.image_samples_callback
         keep_images = hook is not None and accelerator.is_main_process
         states, log, stop, watch = algorithm.states(), self.local_tracker, self.stopper, self.stopwatch
-        self.checkpoints = Checkpoints(
-            config, accelerator, policy, self.progress, states, self.settings, log, watch, stop
-        )
-        parts = (policy, algorithm, self.encode, self.rewards, keep_images, watch)
-        sampler = RolloutSampler(config, *parts, stop=lambda: stop.requested)
+        parts = (config, accelerator, policy, self.progress, states, self.settings, log, watch, stop)
+        self.checkpoints = Checkpoints(*parts)
+        self.rollback = Rollback(self.checkpoints)
+        parts = (config, policy, algorithm, self.encode, self.rewards, keep_images, watch)
+        sampler = RolloutSampler(*parts, stop=lambda: stop.requested)
         self.collector = Collector(config, accelerator, sampler, self.prompts, self.plan, lasting(self.settings))
-        objective, may_stop = algorithm.objective, self.checkpoints.may_stop
+        parts = (config, self.plan, policy, algorithm.objective, self.encode)
         # a lambda, so that a compute_loss that is overridden later is found
-        self.updater = Updater(
-            config, self.plan, policy, objective, self.encode, lambda *b: self.compute_loss(*b), watch, may_stop
-        )
-        clip = f"{algorithm.clip_range:.3g} ({config.train_log_prob_reduction})"
+        self.updater = Updater(*parts, lambda *b: self.compute_loss(*b), watch, self.progress, self.rollback.may_stop)
         varying_groups = algorithm.prompt_tracker is not None
-        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, clip, varying_groups)
+        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, algorithm.ratio_limit, varying_groups)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         self.drawer = Drawer.of(config, policy, self.encode)
         spec = self.draw_spec("annealed" if config.anneals else "ode", config.sample_num_steps)
         levels, prompts = algorithm.levels[:-1].tolist(), self._card_prompts
         self.publisher = Publisher(
             policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec
+        )
+        self.preflight = Preflight(
+            config,
+            accelerator,
+            policy,
+            self.encode,
+            self.prompts,
+            self.rewards,
+            self.plan,
+            size=(self.height, self.width),
+            logs=self.logs,
+            held_out=self.evaluator,
+            prepare_push=partial(self.publisher.prepare_repo, None, config.hub_private_repo),
         )
 
     def _card_prompts(self) -> list[str]:
@@ -143,8 +154,7 @@ class TAFSGRPOTrainer(DDPOHooks):
 
     def _train(self, last: int) -> None:
         config, progress = self.config, self.progress
-        with kept_generators():  # which a resume has from its checkpoint
-            self._preflight()
+        self.preflight(progress.epoch)
         if config.eval_freq and progress.epoch % config.eval_freq == 0 and not progress.evaluated(progress.epoch):
             self.evaluate(progress.epoch)
         enough = progress.out_of_patience(config.early_stopping_patience)
@@ -167,7 +177,7 @@ class TAFSGRPOTrainer(DDPOHooks):
         """
         with self.checkpoints.saved_on_failure():
             experience = self.collector.collect(epoch, global_step)
-        with self.checkpoints.rolled_back_on_stop(lambda: self.collector.keep(epoch)):
+        with self.rollback.on_stop(partial(self.collector.keep, epoch)):
             return self._learn(experience, epoch, global_step)
 
     def _learn(self, experience: Experience, epoch: int, global_step: int) -> int:
@@ -210,47 +220,11 @@ class TAFSGRPOTrainer(DDPOHooks):
         guidance, embedded = self.config.sample_guidance_scale, self.config.sample_embedded_guidance_scale
         return DrawSpec(sampler, num_steps, self.height, self.width, guidance, embedded)
 
-    def _preflight(self) -> None:
-        """Try one prompt, one call of each reward and the right to push, before anything is spent."""
-        config = self.config
-        if config.push_to_hub:
-            self.publisher.prepare_repo(None, config.hub_private_repo)
-        prompt, metadata = self.prompts.groups(self.progress.epoch, 1)[0]
-        if config.prompt_cache_dir is not None:
-            self.encode.prepare(self.prompts.known())
-        conditioning = self.encode([prompt])
-        if self.accelerator.is_main_process:
-            size = self.height, self.width
-            self.logs.memory_plan = announce_plan(self.policy, conditioning, self.plan.local_images, size)
-        self.rewards.try_once(prompt, metadata, self.height, self.width)
-        if config.eval_freq:
-            prompt, metadata = self.evaluator.items[0]
-            self.evaluator.rewards.try_once(prompt, metadata, self.height, self.width)
-        if self.progress.epoch == 0 and config.eval_freq == 0 and self.evaluator is not None:
-            warnings.warn("eval_prompts were given, and eval_freq is 0: nothing will be evaluated", stacklevel=3)
-
     # Saving ---------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> Path | None:
         """Write a checkpoint of everything that moves, at the end of an epoch; None where the disk failed."""
         return self.checkpoints.save()
-
-    def save_pretrained(self, save_directory: str | os.PathLike | None = None, *, repo_id: str | None = None) -> Path:
-        """Write the adapter as plain diffusers loads it, with scheduler, model card and pictures.
-
-        By default to `<run>/adapter`. Every process may call it; the main one writes.
-        """
-        return self.publisher.save(save_directory, repo_id)
-
-    save_model = save_pretrained
-
-    def create_model_card(self, path: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
-        """Write README.md, training settings and pictures into `path`, by default `<run>/adapter`."""
-        return self.publisher.write_card(path, repo_id)
-
-    def push_to_hub(self, repo_id: str | None = None, *, token: str | None = None, **kwargs: Any) -> Any:
-        """Save, then push the adapter to `repo_id` (by default `hub_model_id`, or the run's name below your user's)."""
-        return self.publisher.push(repo_id, token, kwargs.pop("private", self.config.hub_private_repo), **kwargs)
 
     def _finish(self) -> None:
         """The last checkpoint, the adapter, the push."""

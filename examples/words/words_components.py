@@ -29,7 +29,7 @@ def pipeline_folder(size: str) -> Path:
 
 def load(size: str, pipeline_class: type = StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
     """The trained pipeline; it is kept in half precision and computes in float32."""
-    pipeline = pipeline_class.from_pretrained(pipeline_folder(size), torch_dtype=torch.float32)
+    pipeline = pipeline_class.from_pretrained(pipeline_folder(size), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -7,12 +7,13 @@ import sys
 import numpy
 import pytest
 import tiny
+import yaml
 from hub_stub import HubStub
 
 TOKEN = "hf_" + "trainertoken" * 3
 
 TRAIN = """
-import sys
+import sys, time
 import numpy, tiny, torch
 from trl_tafs.hub.push import PushError
 
@@ -23,9 +24,18 @@ except PushError as error:
     print("refused before the first epoch:", error)
 trainer = tiny.trainer(tiny.load(sys.argv[1]), "run", **settings)
 trainer.train()
+for wrong in ({"data_set": "x"}, {"branch": "a", "revision": "b"}, {"dataset_name": "no name"}):
+    try:
+        trainer.push_to_hub("user/never-made", **wrong)
+    except (TypeError, ValueError) as error:
+        print("refused:", error)
+closing = {"dataset_name": ["user/digits", "mnist"], "model_name": "Tiny", "tags": "handwriting"}  # TRL's closing lines
+future = trainer.push_to_hub(**closing, branch="v2", commit_message="Closing", blocking=False)
+print("pushed:", future.result().commit_url, trainer.push_to_hub(create_pr=True).pr_num)
 from huggingface_hub import constants
 
 constants.ENDPOINT = "http://127.0.0.1:9"  # where nobody listens
+time.sleep = lambda seconds: None  # huggingface_hub waits between its attempts
 try:
     trainer.push_to_hub()
 except PushError as error:
@@ -56,7 +66,7 @@ def run(code, folder, environment, *arguments):
     paths = os.pathsep.join([str(tiny.ROOT), str(tiny.ROOT / "tests")])
     environment = os.environ | environment | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -84,6 +94,16 @@ def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, pushed):
     tmp_path, stub, said = pushed
     assert "refused before the first epoch" in said and not (tmp_path / "refused" / "checkpoints").exists()
     assert numpy.array_equal(numpy.load(tmp_path / "policy.npy"), numpy.load(tmp_path / "loaded.npy"))
+    assert "user/never-made" not in stub.repos and said.count("refused: ") == 3
+    assert "unexpected keyword argument 'data_set'" in said and "branch is 'a' and revision 'b'" in said
+    assert "dataset_name is 'no name', which is no name on the Hub" in said and "pushed: " in said
+    assert stub.messages == ["Upload a TAFS-GRPO adapter", "Closing", "Upload a TAFS-GRPO adapter"]
+    for branch in ("v2", "refs/pr/1"):  # a card keeps what it was told
+        card = stub.files("user/tiny-tafs", branch)["README.md"].decode()
+        metadata = yaml.safe_load(card.split("---\n")[1])
+        assert metadata["datasets"] == ["user/digits", "mnist"] and metadata["model_name"] == "Tiny"
+        assert {"handwriting", "tafs-grpo"} <= set(metadata["tags"]) and "# Tiny\n" in card
+        assert "on prompts of [user/digits](https://huggingface.co/datasets/user/digits), [mnist](" in card
     files = stub.files("user/tiny-tafs")
     card = files["README.md"].decode()
     assert 'load_lora_weights("user/tiny-tafs")' in card and "sigmas=[1.0, 0.75, 0.5, 0.25]" in card

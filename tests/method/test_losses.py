@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl_tafs.method.kernels import Annealed, Clean, Transition
+from trl_tafs.method.kernels import Annealed, Clean, Cps, DanceSde, FlowSde, Transition
 from trl_tafs.method.losses import (
     CLIP_RANGE,
     LEVEL_WEIGHTINGS,
@@ -171,11 +171,13 @@ def test_sum_units_clip_as_sqrt_units_do_at_65536_elements(change):
 
 @pytest.mark.parametrize("std", [0.75, 0.5, 0.25])
 def test_uniform_weighting_takes_exactly_the_one_over_two_sigma_squared_out(std):
-    std, sensitivity = torch.tensor([[std]]), torch.rand(1, 1)
-    assert torch.equal(LEVEL_WEIGHTINGS["uniform"](std, sensitivity), 2 * std.square())
-    assert torch.equal(LEVEL_WEIGHTINGS["gaussian"](std, sensitivity), torch.ones(1, 1))
+    std, sensitivity, gap = torch.tensor([[std]]), torch.rand(1, 1), torch.rand(1, 1)
+    assert torch.equal(LEVEL_WEIGHTINGS["uniform"](std, sensitivity, gap), 2 * std.square())
+    assert torch.equal(LEVEL_WEIGHTINGS["gaussian"](std, sensitivity, gap), torch.ones(1, 1))
     mean, action = torch.randn(1, 8), torch.randn(1, 8)
-    weighted = LEVEL_WEIGHTINGS["uniform"](std, sensitivity) * Transition(mean.requires_grad_(), std).log_prob(action)
+    weighted = LEVEL_WEIGHTINGS["uniform"](std, sensitivity, gap) * Transition(mean.requires_grad_(), std).log_prob(
+        action
+    )
     (gradient,) = torch.autograd.grad(weighted.sum(), mean)
     torch.testing.assert_close(gradient, 2 * (action - mean.detach()))  # of -|action - mean|^2, at every level
 
@@ -186,9 +188,32 @@ def test_balanced_weighting_moves_the_velocity_by_the_noise_itself_at_every_leve
     s, s_next = torch.tensor([s]), torch.tensor([s_next])
     x, v, noise = torch.randn(1, 8), torch.randn(1, 8, requires_grad=True), torch.randn(1, 8)
     policy = kernel.transition(x, v, s, s_next)
-    weight = LEVEL_WEIGHTINGS["balanced"](policy.std.reshape(-1), kernel.sensitivity(s, s_next))
+    weight = LEVEL_WEIGHTINGS["balanced"](policy.std.reshape(-1), kernel.sensitivity(s, s_next), s - s_next)
     (gradient,) = torch.autograd.grad((weight * policy.log_prob(policy.sample(noise).detach())).sum(), v)
     torch.testing.assert_close(gradient.abs(), noise.abs())
+
+
+@pytest.mark.parametrize("kernel", [FlowSde(), DanceSde(), Annealed(), Annealed(0.5), Cps()], ids=str)
+def test_the_noise_weightings_are_what_a_step_explores_and_the_g_of_its_sde(kernel):
+    s, s_next = torch.tensor([1.0, 0.9, 0.5]), torch.tensor([0.75, 0.5, 0.25])
+    policy = kernel.transition(torch.randn(3, 8), torch.randn(3, 8), s, s_next)
+    std, sensitivity, gap = policy.std.flatten(), kernel.sensitivity(s, s_next), s - s_next
+    assert torch.equal(LEVEL_WEIGHTINGS["std"](std, sensitivity, gap), std)
+    g = LEVEL_WEIGHTINGS["diffusion"](std, sensitivity, gap)
+    torch.testing.assert_close(g * gap.sqrt(), std)
+    if hasattr(kernel, "diffusion"):
+        torch.testing.assert_close(g, kernel.diffusion(s, s_next))
+
+
+@pytest.mark.parametrize("weight", [0.3, 4.0])
+@pytest.mark.parametrize(("ratio", "advantage"), [(1.3, 2.0), (0.7, 2.0), (1.3, -2.0), (0.7, -2.0)])
+def test_a_positive_factor_of_the_advantage_is_a_weight(weight, ratio, advantage):
+    one, other = (
+        surrogate([math.log(ratio)], [weight * advantage]),
+        surrogate([math.log(ratio)], [advantage], weight=torch.tensor([[weight]])),
+    )
+    torch.testing.assert_close(one[0].loss, other[0].loss)
+    torch.testing.assert_close(one[1], other[1])
 
 
 # Forward objectives ---------------------------------------------------------------------------------------------

@@ -2,49 +2,19 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
+from toy import LEVELS, Linear, condition, no_reference, noise_of, rolled_out
 
+from trl_tafs.method.image_objectives import MIN_LEVEL
 from trl_tafs.method.kernels import Annealed, Clean, Windowed, clean_estimate
-from trl_tafs.method.levels import uniform_levels, with_zero
-from trl_tafs.method.noise import SampleNoise
-from trl_tafs.method.objectives import MIN_LEVEL, OBJECTIVES, ClippedObjective, ForwardObjective, MatchingObjective
+from trl_tafs.method.objectives import (
+    OBJECTIVES,
+    ClippedObjective,
+    ForwardObjective,
+    MatchingObjective,
+)
 from trl_tafs.method.options import MethodOptions
-from trl_tafs.method.rollout import KEPT, replay, rollout
-from trl_tafs.method.types import Conditioning, Embeddings, TensorRecord
-
-LEVELS = with_zero(uniform_levels(4))
-SHAPE = (3, 2, 2)
-
-
-class Linear(nn.Module):
-    """A velocity that depends on state, level and prompt."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        self.inner = nn.Linear(12 + 2, 12)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-    def forward(self, x, level, conditioning):
-        inputs = torch.cat([x.flatten(1), level[:, None], conditioning.positive.text[:, 0]], dim=1)
-        return self.inner(inputs).reshape(x.shape)
-
-
-def condition(batch):
-    return Conditioning(Embeddings(torch.arange(batch, dtype=torch.float32).reshape(batch, 1, 1) / 10))
-
-
-def rolled_out(kernel, batch=5, velocity=None, reduction="sqrt", **options):
-    noise = SampleNoise(0, 0, tuple(range(batch)))
-    velocity = Linear() if velocity is None else velocity
-    x = noise("initial", 0, SHAPE)
-    return rollout(velocity, kernel, condition(batch), LEVELS, x, noise, reduction=reduction, **options)
-
-
-def no_reference(x, level, conditioning):
-    raise AssertionError("the reference was called")
+from trl_tafs.method.rollout import KEPT, replay
+from trl_tafs.method.types import TensorRecord
 
 
 @pytest.mark.parametrize("kernel", [Annealed(), Clean(num_actions=3), Clean(baseline="group")], ids=str)
@@ -180,10 +150,6 @@ def test_names_of_the_objectives():
 
 
 # Forward objectives ---------------------------------------------------------------------------------------------
-
-
-def noise_of(batch=5):
-    return SampleNoise(3, 0, tuple(range(batch)))
 
 
 def forward_rows(result, advantages=None, **options):

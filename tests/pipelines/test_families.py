@@ -7,7 +7,14 @@ import families
 import pytest
 import tiny
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 from families import FAMILIES
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -295,7 +302,7 @@ def test_auto_picks_the_family_of_a_folder(name, tmp_path):
     families.stock(name).save_pretrained(tmp_path)
     mine = AutoTAFSPipeline.from_pretrained(tmp_path)
     assert type(mine).__name__ == FAMILIES[name].pipeline
-    cast = AutoTAFSPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    cast = AutoTAFSPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert cast.transformer.dtype == torch.bfloat16 and cast.storage_dtype == (cast.latent_dtype or torch.bfloat16)
 
 
@@ -325,6 +332,58 @@ def test_every_family_is_exported():
 
 
 # What differs -------------------------------------------------------------------------------------------------
+
+
+def test_hidream_dev_s_lcm_scheduler_is_the_annealed_sampler_and_published_as_euler_s():
+    lcm = FlowMatchLCMScheduler(shift=6.0)
+    mine = families.ours(families.stock("hidream"), "hidream")
+    mine.scheduler = lcm
+    x = torch.randn(len(PROMPTS), *mine.latent_shape(16, 16), generator=torch.Generator().manual_seed(1))
+    ours = rolled_out(mine, x, 16, 16)
+    theirs = stock("hidream", mine)
+    theirs.default_sample_size = mine.default_sample_size
+    theirs.scheduler = lcm
+    compare(ours.final, sampled(theirs, mine, x, 16, 16)[0], FAMILIES["hidream"].tolerance)
+    assert torch.equal(mine.rollout_levels(4, 16, 16), lcm.sigmas), "the levels of its last set_timesteps"
+    published = mine.annealed_scheduler()
+    assert type(published) is FlowMatchEulerDiscreteScheduler
+    assert (published.config.shift, published.config.stochastic_sampling) == (6.0, True)
+    assert not {"scale_factors", "upscale_mode"} & published.config.keys(), "what Euler's doesn't have"
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler])
+def test_a_shift_that_was_set_later_counts(scheduler):
+    mine = families.ours(families.stock("sd3"), "sd3")
+    mine.scheduler = scheduler(shift=3.0)
+    mine.scheduler.set_shift(5.0)
+    mine.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert torch.equal(mine.rollout_levels(4, 8, 8), mine.scheduler.sigmas)
+    assert mine.annealed_scheduler().config.shift == 5.0
+
+
+def test_heun_s_shift_is_read():
+    mine = families.ours(families.stock("sd3"), "sd3")
+    mine.scheduler = FlowMatchHeunDiscreteScheduler(shift=2.5)
+    assert mine.rollout_levels(2, 8, 8).tolist() == pytest.approx([1.0, 2.5 * 0.5 / 1.75, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "told"),
+    [
+        (DDIMScheduler(), "is a DDIMScheduler, whose shift .* FlowMatchLCM- .* flow_shift"),
+        (FlowMatchLCMScheduler(scale_factors=[0.5, 1.0]), r"FlowMatchLCMScheduler has scale_factors=\[0.5, 1.0\]"),
+        (
+            UniPCMultistepScheduler(use_flow_sigmas=True, use_dynamic_shifting=True, time_shift_type="exponential"),
+            "is a UniPCMultistepScheduler, .* isn't dynamic",
+        ),
+    ],
+    ids=["diffusion", "scales", "dynamic solver"],
+)
+def test_a_scheduler_that_can_t_be_used_is_refused_before_anything_is_moved(pipeline, tmp_path, scheduler, told):
+    pipeline.scheduler = scheduler
+    with pytest.raises(ValueError, match=told):
+        tiny.trainer(pipeline, tmp_path)
+    assert pipeline.transformer.training or any(p.requires_grad for p in pipeline.transformer.parameters())
 
 
 def test_a_dpm_solver_s_flow_shift_is_kept():
@@ -458,7 +517,7 @@ def test_the_card_says_the_base_s_dtype_whatever_the_states(name, tmp_path):
     mine.transformer.to(torch.bfloat16)
     trainer = tiny.trainer(mine, tmp_path, height=size, width=size)
     facts = trainer.publisher.facts(tmp_path, None)
-    assert facts.torch_dtype == "bfloat16" and "torch_dtype=torch.bfloat16" in usage_code(facts)
+    assert facts.dtype == "bfloat16" and "dtype=torch.bfloat16" in usage_code(facts)
 
 
 def test_hidream_s_card_loads_its_llama_too(tmp_path):

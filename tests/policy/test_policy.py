@@ -1,9 +1,12 @@
 """The policy on a pipeline: what it leaves there, and what a second one finds."""
 
+import logging
+
 import pytest
 import tiny
 import torch
 
+from trl_tafs.cli.arguments import ScriptArguments, load_pipeline
 from trl_tafs.policy.lora import adapter_state_dict
 from trl_tafs.training.checkpoint_files import CheckpointError
 
@@ -24,6 +27,23 @@ def autocast_dtypes(trainer):
     trainer.policy.velocity(torch.randn(1, 1, 8, 8), torch.ones(1), conditioning)
     handle.remove()
     return seen
+
+
+def test_libraries_say_nothing_at_a_start(pipeline_folder, tmp_path, recwarn):
+    said = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        for precision in ("bf16", "no"):  # loaded in bfloat16, and cast to it
+            pipeline = load_pipeline(ScriptArguments(pretrained_model=str(pipeline_folder)), precision)
+            tiny.trainer(pipeline, tmp_path / precision, mixed_precision="bf16")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert [*said, *(str(warning.message) for warning in recwarn)] == []
 
 
 def test_a_pipeline_is_left_as_it_was_found(pipeline, tmp_path):

@@ -30,7 +30,7 @@ def test_all_prompts_are_read_before_training_only_for_a_folder(pipeline_folder,
     for name, changes in (("plain", {}), ("kept", {"prompt_cache_dir": str(tmp_path / "prompts")})):
         trainer = tiny.trainer(tiny.load(pipeline_folder), tmp_path / name, prompt_function=Rows(), **changes)
         reads.clear()
-        trainer._preflight()
+        trainer.preflight(0)
         assert len(reads) == (1 if name == "plain" else 1 + len(PROMPTS))
     assert len(list((tmp_path / "prompts").rglob("*.safetensors"))) == len(PROMPTS)
 

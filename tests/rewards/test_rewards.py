@@ -16,6 +16,7 @@ from trl_tafs.rewards import REWARDS, RewardError, RewardRefused, RewardSet, loa
 from trl_tafs.rewards.clip_score import ClipScore
 from trl_tafs.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from trl_tafs.rewards.loading import parse_rewards
+from trl_tafs.rewards.model import ModelReward
 from trl_tafs.rewards.scoring import as_rewards
 
 PROMPTS, METADATA = ["a cat", "a dog", "a cow"], [{"n": 0}, {"n": 1}, {"n": 2}]
@@ -138,10 +139,9 @@ def test_rewards_keep_their_names_order_and_weights():
     torch.testing.assert_close(got[:, 1], jpeg_compressibility(images(), PROMPTS, METADATA))
 
 
-def test_given_weights_override_those_in_the_dict():
-    assert RewardSet({"a": (brightness, 3.0), "b": brightness}, [0.1, 0.2]).weights.tolist() == pytest.approx(
-        [0.1, 0.2]
-    )
+def test_weights_stand_in_the_dict_or_beside_it():
+    assert RewardSet({"a": (brightness, 3.0), "b": brightness}).weights.tolist() == [3.0, 1.0]
+    assert RewardSet({"a": brightness, "b": brightness}, [0.5, 0.25]).weights.tolist() == [0.5, 0.25]
 
 
 def test_a_list_takes_the_functions_names_and_numbers_the_repeated():
@@ -172,11 +172,78 @@ def test_a_reward_sees_images_prompts_and_metadata_as_documented():
         ("clip_score", None, "not a callable"),
         (None, None, "not a callable"),
         ([brightness], [1.0, 2.0], r"2 reward_weights for 1 rewards \(brightness\)"),
+        ({"a": (brightness, 2.0)}, [1.0], r"reward_weights=\[1.0\], and the rewards have weights \(a=2.0\); give one"),
+        (
+            lambda images, prompts: [],
+            None,
+            r"reward 'lambda' takes \(images, prompts\), and is called with .im",
+        ),
+        (
+            lambda prompts, completions, **kwargs: [],
+            None,
+            "is called with .images, prompts, prompt_metadata.: too ",
+        ),
+        (Flaky, None, "reward 'Flaky' is the class Flaky; give an instance"),
     ],
 )
 def test_what_is_no_set_of_rewards_is_an_error(rewards, weights, told):
     with pytest.raises(ValueError, match=told):
         RewardSet(rewards, weights)
+
+
+def test_equal_weights_beside_a_dict_and_callables_of_any_kind_are_taken():
+    assert RewardSet({"a": (brightness, 2.0)}, [2.0]).weights.tolist() == [2.0]
+    assert RewardSet({"a": (brightness, 1.0)}, [3.0]).weights.tolist() == [3.0]
+    RewardSet([lambda *everything: [], lambda images, prompts, metadata, extra=1: [], max])
+
+
+# Rows -----------------------------------------------------------------------------------------------------------
+
+
+class Digits:
+    """Scores rows with a digit; a digit that is none is malformed."""
+
+    def applies(self, prompt, metadata):
+        if "digit" not in metadata:
+            return False
+        int(metadata["digit"])
+        return True
+
+    def __call__(self, images, prompts, metadata):
+        return [float(row["digit"]) for row in metadata]
+
+
+def test_rows_that_a_reward_cannot_score_are_found_before_anything_is_drawn():
+    rewards = RewardSet({"digits": Digits(), "bright": brightness})
+    rows = [("one", {"digit": 1}), ("two", {"digit": "2"})]
+    assert rewards.check_rows(rows) == []
+    assert rewards.check_rows([*rows, ("a cat", {})]) == ["reward 'digits' scores 2 of 3 prompt rows"]
+    with pytest.raises(ValueError, match="prompt row 2, 'x': reward 'digits' says invalid literal for int"):
+        rewards.check_rows([*rows, ("x", {"digit": "x"})])
+    with pytest.raises(ValueError, match="reward 'digits' scores none of the 2 prompt rows"):
+        rewards.check_rows([("a cat", {}), ("a dog", {})])
+    assert rewards.check_rows([]) == [], "rows of a prompt function aren't known"
+
+
+def test_a_reward_may_name_the_metadata_that_it_needs():
+    def judge(images, prompts, metadata):
+        return [row["target"] for row in metadata]
+
+    judge.required_metadata = ("target",)
+    RewardSet(judge).check_rows([("a", {"target": 1}), ("b", {"target": 0})])
+    with pytest.raises(ValueError, match="eval_prompts row 1, 'b', has no target, which reward 'judge' needs"):
+        RewardSet(judge).check_rows([("a", {"target": 1}), ("b", {"target": None})], "eval_prompts row")
+
+
+def test_rows_are_not_gone_through_for_rewards_that_score_all():
+    def rows():
+        raise AssertionError("nobody asks")
+        yield
+
+    class Everything(ModelReward):
+        score = None
+
+    RewardSet({"bright": brightness, "network": Everything()}).check_rows(rows())
 
 
 # Retries --------------------------------------------------------------------------------------------------------
@@ -277,7 +344,7 @@ def test_files_of_one_name_are_different_rewards_and_none_is_a_library(tmp_path,
 
 def test_a_file_that_is_not_there_or_breaks_leaves_no_module_behind(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match="none.py:f' can't be imported: .*No such file"):
+    with pytest.raises(ValueError, match="none.py:f' can't be imported: there is no file"):
         load_reward(str(tmp_path / "none.py:f"))
     (tmp_path / "broken.py").write_text("import no_such_module")
     for _ in range(2):

@@ -28,12 +28,13 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from trl_tafs.output.secrets import without_userinfo
 from trl_tafs.rewards import RewardError, RewardSet, parse_rewards
 from trl_tafs.rewards.loading import reward_label
 from trl_tafs.rewards.remote import RemoteReward
 from trl_tafs.rewards.server import SECRET, connection_bounds, make_app
 from trl_tafs.rewards.unified_reward import UnifiedReward
-from trl_tafs.rewards.web import WebError, fetch, parse_address, read_json, without_userinfo
+from trl_tafs.rewards.web import WebError, fetch, parse_address, read_json
 from trl_tafs.rewards.wire import encode_images
 
 IMAGES, PROMPTS, METADATA = torch.rand(2, 3, 8, 8), ["a", "b"], [{}, {}]

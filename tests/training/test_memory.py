@@ -334,9 +334,7 @@ def test_a_base_that_torchao_quantized_is_trained_under_a_lora(tmp_path):
 
     families.stock("flux-dev").save_pretrained(tmp_path / "flux")
     quantization = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
-    mine = AutoTAFSPipeline.from_pretrained(
-        tmp_path / "flux", quantization_config=quantization, torch_dtype=torch.bfloat16
-    )
+    mine = AutoTAFSPipeline.from_pretrained(tmp_path / "flux", quantization_config=quantization, dtype=torch.bfloat16)
     mine.set_progress_bar_config(disable=True)
     frozen = {name: p.clone() for name, p in mine.transformer.named_parameters()}
     settings = {"mixed_precision": "bf16", "num_epochs": 1, "max_sequence_length": families.LENGTH}

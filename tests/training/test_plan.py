@@ -109,3 +109,16 @@ def test_bounds_of_the_groups_are_checked_against_processes_and_batches(tmp_path
     assert plan_epoch(tiny.config(tmp_path, **variance), 1).least_images == 2
     with pytest.raises(ValueError, match="num_generations is 8, the mean of groups of 2 to 6"):
         plan_epoch(tiny.config(tmp_path, max_generations=6, **variance), 1)
+
+
+def test_what_acts_on_an_old_policy_alone_is_an_error_with_one_optimizer_step(tmp_path):
+    settings = {"train_center_ratio": True, "train_kl_limit": 1e-4, "delta": 2.0, "old_policy_beta": 0.5}
+    for name, value in settings.items():
+        with pytest.raises(ValueError, match=f"{name}={value} has no effect with one optimizer step an epoch.*below 2"):
+            plan_epoch(tiny.config(tmp_path, **{name: value}), 1)
+        for several in (
+            {"train_num_inner_epochs": 2},
+            {"train_gradient_accumulation_steps": 1},
+            {"old_policy_decay": 0.5},
+        ):
+            plan_epoch(tiny.config(tmp_path, **{name: value}, **several), 1)

@@ -1,20 +1,34 @@
-"""The arguments that commands share, and what is loaded by them: pipelines, rewards, configurations."""
+"""The arguments that commands share, and what is loaded by them: modules, pipelines, rewards, configurations."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from trl_tafs.cli.parsing import OneLineParser, UsageError, check_numbers, read_options
+from trl_tafs.options import Options
+from trl_tafs.output.errors import did_you_mean, first_line, one_line, require, shown
 
 SCALARS = (str, int, float)
+QUANTIZATIONS = ("nf4", "int8")
+IMPORT_HELP = (
+    "Files or modules, run before anything else, that register kernels, credit rules, objectives or families of your "
+    "own (docs/extending.md)."
+)
+PIPELINE_HELP = "A pipeline class of your own, file.py:Name or module:Name (docs/new_family.md)."
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(Options):
     """What to train, on which prompts, for which rewards."""
+
+    title: ClassVar[str] = "Script"
 
     pretrained_model: str = field(
         default="stabilityai/stable-diffusion-3.5-medium",
@@ -28,6 +42,10 @@ class ScriptArguments:
     quantized_components: list[str] = field(
         default_factory=lambda: ["transformer"],
         metadata={"help": "The parts that `quantization` is for, as the base's model_index.json names them."},
+    )
+    pipeline_class: str | None = field(default=None, metadata={"help": PIPELINE_HELP})
+    imports: list[str] | None = field(
+        default=None, metadata={"help": f"`--import`, in YAML `import`. {IMPORT_HELP}", "aliases": ["--import"]}
     )
     preset: str | None = field(
         default=None, metadata={"help": "Options of a named method, below those given: a name of trl_tafs.presets."}
@@ -59,51 +77,106 @@ class ScriptArguments:
         default=None, metadata={"help": "Held-out rewards for evaluation, as `reward`; by default the training ones."}
     )
 
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_quantization(self.quantization)
+
 
 def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) -> tuple[ScriptArguments, Any]:
     """Return the script's arguments and a `TAFSGRPOConfig`.
 
-    Each value is the command line's, else the YAML file's, else the preset's, else the default.
-    """
-    from trl import TrlParser
+    Each value is the command line's, else the file's, else the preset's, else the default. What is to be imported is
+    imported first, so that its kernels, credit rules and objectives can be named.
 
+    Raises:
+        UsageError: something can't be understood.
+        ValueError: something can't work.
+    """
     from trl_tafs.config import TAFSGRPOConfig
     from trl_tafs.presets import preset
 
-    class Parser(TrlParser):
-        def set_defaults_with_config(self, **values: Any) -> list[str]:
-            """Take over a YAML file's values; one value for a list becomes a list, not a list of its letters."""
-            lists = {action.dest for action in self._actions if action.nargs in ("+", "*")}
-            alone = {name: [value] for name, value in values.items() if name in lists and isinstance(value, SCALARS)}
-            return super().set_defaults_with_config(**values | alone)
-
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser((ScriptArguments, TAFSGRPOConfig), **parser_options)
-    check_repeated(argv, ("--reward", "--eval_reward"))
-    name = _preset_name(argv)
-    if name is not None:
+    parser = training_parser(**parser_options)
+    first, _ = _first_parser().parse_known_args(argv)
+    names = [option.name for kind in (ScriptArguments, TAFSGRPOConfig) for option in dataclasses.fields(kind)]
+    values = read_options(first.config, [*names, "import", "env"]) if first.config else {}
+    if "import" in values:
+        values["imports"] = values.pop("import")
+    _set_environment(values.pop("env", None))
+    imports = values.get("imports") if first.imports is None else first.imports
+    import_all([imports] if isinstance(imports, str) else imports)
+    if (name := values.get("preset") if first.preset is None else first.preset) is not None:
         parser.set_defaults(**preset(name))
-    return parser.parse_args_and_config(args=argv)
+    parser.set_defaults_with_config(**values)
+    found = vars(parser.parse_args(argv))
+    return tuple(
+        kind(**{option.name: found[option.name] for option in dataclasses.fields(kind)})
+        for kind in (ScriptArguments, TAFSGRPOConfig)
+    )
 
 
-def check_repeated(argv: Sequence[str], names: Sequence[str]) -> None:
-    """Raise ValueError if a list option is given twice, of which only the last would count."""
-    for name in names:
-        if sum(word == name or word.startswith(f"{name}=") for word in argv) > 1:
-            raise ValueError(f"{name} is given more than once, and only the last would count; write {name} A=1 B=0.5")
+def training_parser(**parser_options: Any) -> Any:
+    """Return the parser of `trl-tafs train`: each group of options under its title."""
+    from trl import TrlParser
+
+    from trl_tafs.config import TAFSGRPOConfig
+
+    class Parser(OneLineParser, TrlParser):
+        def set_defaults_with_config(self, **values: Any) -> list[str]:
+            """Take over a file's values; one value for a list becomes a list, not a list of its letters."""
+            lists = {action.dest: action.type for action in self._actions if action.nargs in ("+", "*")}
+            for name in lists.keys() & values.keys():
+                items = [values[name]] if isinstance(values[name], SCALARS) else values[name]
+                if isinstance(items, list):  # YAML takes 1e-4 for text
+                    items = [_converted(item, lists[name]) for item in items]
+                values[name] = items
+            return super().set_defaults_with_config(**values)
+
+    groups = [ScriptArguments, *(group for group in reversed(TAFSGRPOConfig.__mro__) if "title" in vars(group))]
+    titled = [type(group.__name__, (group,), {"_argument_group_name": group.title}) for group in groups]
+    usage = "%(prog)s --prompts PROMPTS --reward NAME=WEIGHT ... [options]"
+    parser = Parser(titled, **({"usage": usage} | parser_options))
+    parser.add_argument("--config", help="a YAML file of these options, or the training_settings.json of a run")
+    return parser
 
 
-def _preset_name(argv: list[str]) -> str | None:
-    """Return the preset that is asked for on the command line, or else in the YAML file."""
-    import yaml
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
+def _first_parser() -> OneLineParser:
+    """Return a parser of what decides how the rest is read."""
+    parser = OneLineParser(add_help=False)
     parser.add_argument("--config")
-    known, _ = parser.parse_known_args(argv)
-    if known.preset is None and known.config and Path(known.config).is_file():
-        return (yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {}).get("preset")
-    return known.preset
+    parser.add_argument("--preset")
+    parser.add_argument("--import", "--imports", dest="imports", nargs="+")
+    return parser
+
+
+def _converted(item: Any, kind: Any) -> Any:
+    try:
+        return kind(item) if isinstance(item, str) else item
+    except ValueError:  # the field's check names it
+        return item
+
+
+def _set_environment(variables: Any) -> None:
+    if variables is None:
+        return
+    if not isinstance(variables, dict):
+        raise UsageError(f"env is {shown(variables)}; it must be a mapping of environment variables")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+
+
+def import_all(names: Sequence[str] | None) -> None:
+    """Run the files or modules of `--import`, which register parts of the user's own; raise ValueError if one can't."""
+    from trl_tafs.rewards.loading import import_module_or_file
+
+    for name in names or ():
+        import_module_or_file(str(name), f"--import {name}")
+
+
+def check_quantization(name: str | None) -> None:
+    """Raise ValueError if there is no such quantization; None is none."""
+    if name not in (None, *QUANTIZATIONS):
+        known = did_you_mean(name, QUANTIZATIONS)
+        raise ValueError(f"quantization is {name!r}; use {' or '.join(QUANTIZATIONS)}, or leave it out{known}")
 
 
 def quantization_config(name: str | None, components: Sequence[str]) -> Any:
@@ -111,13 +184,16 @@ def quantization_config(name: str | None, components: Sequence[str]) -> Any:
     import torch
     from diffusers import PipelineQuantizationConfig
 
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    backends = {"nf4": ("bitsandbytes_4bit", nf4), "int8": ("bitsandbytes_8bit", {"load_in_8bit": True})}
+    check_quantization(name)
     if name is None:
         return None
-    if name not in backends:
-        raise ValueError(f"quantization is {name!r}; use {' or '.join(backends)}, or leave it out")
-    backend, options = backends[name]
+    backend, options = {
+        "nf4": (
+            "bitsandbytes_4bit",
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+        ),
+        "int8": ("bitsandbytes_8bit", {"load_in_8bit": True}),
+    }[name]
     return PipelineQuantizationConfig(
         quant_backend=backend, quant_kwargs=options, components_to_quantize=list(components)
     )
@@ -127,29 +203,60 @@ def load_pipeline(arguments: ScriptArguments | argparse.Namespace, precision: st
     """Load the base model as a TAFS pipeline.
 
     Args:
-        arguments: that name the model, its revision and its quantization.
+        arguments: that name the model, its revision, its quantization, and a pipeline class of the user's own.
         precision: of the weights: a value of `mixed_precision`, or a dtype's name.
+
+    Raises:
+        ValueError: it can't be loaded; says why.
+        ImportError: bitsandbytes is missing.
     """
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    from trl_tafs import AutoTAFSPipeline
-
+    loader = pipeline_class(arguments.pipeline_class)
     if arguments.quantization is not None:
         # bitsandbytes loads to the current GPU, which is the first one on every process until this sets it
         PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        require("bitsandbytes", f"quantization={arguments.quantization}", "8bit")
     name = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(precision, precision)
     dtype = getattr(torch, name)
     dtypes = {"default": dtype, "vae": torch.float32} if dtype == torch.float16 else dtype  # VAEs overflow in float16
-    pipeline = AutoTAFSPipeline.from_pretrained(
-        arguments.pretrained_model,
-        revision=arguments.pretrained_revision,
-        torch_dtype=dtypes,
-        quantization_config=quantization_config(arguments.quantization, arguments.quantized_components),
-    )
+    try:
+        pipeline = loader.from_pretrained(
+            arguments.pretrained_model,
+            revision=arguments.pretrained_revision,
+            dtype=dtypes,
+            quantization_config=quantization_config(arguments.quantization, arguments.quantized_components),
+        )
+    except Exception as error:  # files, the network, and what libraries make of what they find there
+        told = one_line(error) if isinstance(error, (ValueError, OSError)) else first_line(error)
+        raise ValueError(f"the model {arguments.pretrained_model} can't be loaded: {told}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def pipeline_class(name: str | None) -> Any:
+    """Return the class of `--pipeline_class`, file.py:Name or module:Name; `AutoTAFSPipeline` for None.
+
+    Raises:
+        ValueError: there is none, or it is no TAFS pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    from trl_tafs import AutoTAFSPipeline
+    from trl_tafs.pipelines.base import TAFSPipelineMixin
+    from trl_tafs.rewards.loading import find_object
+
+    if name is None:
+        return AutoTAFSPipeline
+    found = find_object(name, f"--pipeline_class {name}")
+    if not (isinstance(found, type) and issubclass(found, TAFSPipelineMixin) and issubclass(found, DiffusionPipeline)):
+        raise ValueError(
+            f"--pipeline_class {name} is {shown(found)}, no TAFS pipeline: a subclass of TAFSPipelineMixin and of a "
+            "diffusers pipeline (docs/new_family.md)"
+        )
+    return found
 
 
 def load_rewards(arguments: ScriptArguments) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -177,13 +284,38 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the pipeline's)")
 
 
-def check_negative_prompt(options: argparse.Namespace) -> None:
-    """Raise ValueError if there is a negative prompt without guidance, which has no effect."""
+def check_drawing(options: argparse.Namespace) -> None:
+    """Raise ValueError for options of `sample` and `evaluate` that can't work, whatever the model."""
+    check_numbers(options, num_steps=1, guidance_scale=0, embedded_guidance_scale=0, max_sequence_length=1, seed=0)
+    check_quantization(options.quantization)
     if options.negative_prompt and options.guidance_scale <= 1.0:
         raise ValueError(
             f"--negative_prompt is {options.negative_prompt!r}, and without guidance it has no effect; give "
             "--guidance_scale above 1, or leave it out"
         )
+    import_all(options.imports)
+
+
+def check_adapter(name: str) -> None:
+    """Raise ValueError if a local adapter isn't there or is none, before its base is loaded; `none` is the base."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    from trl_tafs.policy.adapter_file import WEIGHT_NAME
+
+    folder, fault = Path(name), ""
+    if folder.is_dir():
+        found = (folder / "transformer").is_dir() or any(folder.glob("*.safetensors"))
+        fault = "" if found else f"the folder holds no {WEIGHT_NAME}"
+    elif name != "none" and not folder.is_file():
+        try:
+            hf_hub_download(name, WEIGHT_NAME)
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            fault = f"there is no such folder, and no such repository on the Hub ({first_line(error)})"
+        except Exception:  # no network, or a file of another name: loading says what is wrong
+            return
+    if fault:
+        raise ValueError(f"the adapter {name} can't be loaded: {fault}; give the folder that training wrote")
 
 
 def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -193,3 +325,5 @@ def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--quantization", help="parts of the base in 4 bit (nf4) or 8 bit (int8), as it was trained")
     parser.add_argument("--quantized_components", nargs="+", default=["transformer"])
+    parser.add_argument("--import", dest="imports", nargs="+", help=IMPORT_HELP)
+    parser.add_argument("--pipeline_class", help=PIPELINE_HELP)

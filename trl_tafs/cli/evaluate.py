@@ -11,28 +11,45 @@ from typing import Any
 from trl_tafs.cli.arguments import (
     add_model_options,
     add_prompt_options,
-    check_negative_prompt,
-    check_repeated,
+    check_adapter,
+    check_drawing,
     load_pipeline,
 )
+from trl_tafs.cli.parsing import OneLineParser, check_numbers, check_writable
 from trl_tafs.prompts.sets import load_prompts
 
 
 def evaluate(argv: Sequence[str]) -> Callable[[], None]:
     """Compare adapters and their base model on a prompt set, by any rewards: tables, grids, plots."""
+    from trl_tafs.hub.push import prepare_repo
+
     options = evaluation_parser().parse_args(list(argv))
-    check_repeated(argv, ("--reward", "--prompts", "--num_steps", "--sampler", "--size"))
+    _check_options(options)
+    check_drawing(options)
+    for name in options.adapters:
+        check_adapter(name)
+    arguments = _evaluation_arguments(options)
+    check_writable(options.output_dir, f"--output_dir {options.output_dir}")
+    for name in options.adapters if options.push else ():
+        if name != "none":
+            prepare_repo(name)
+    return partial(_evaluate, options, arguments, load_pipeline(options, options.dtype))
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for options that can't work, whatever is evaluated."""
+    numbers = {"max_prompts": 1, "images_per_prompt": 1, "batch_size": 1}
+    check_numbers(options, **numbers)
+    if len(set(options.adapters)) < len(options.adapters):
+        raise ValueError(f"an adapter is named twice: {', '.join(options.adapters)}")
     local = [name for name in options.adapters if Path(name).exists()]
     if options.push and local:
         raise ValueError(f"--push is for adapters on the Hub, and {', '.join(local)} is local; push it first")
-    check_negative_prompt(options)
-    arguments = _evaluation_arguments(options)
-    return partial(_evaluate, options, arguments)
 
 
-def evaluation_parser() -> argparse.ArgumentParser:
+def evaluation_parser() -> OneLineParser:
     """Return the parser of `trl-tafs evaluate`."""
-    parser = argparse.ArgumentParser(prog="trl-tafs evaluate", description=evaluate.__doc__)
+    parser = OneLineParser(prog="trl-tafs evaluate", description=evaluate.__doc__)
     parser.add_argument("adapters", nargs="+", help="folders or repositories of adapters; `none` for the base model")
     add_model_options(parser, "their base model")
     parser.add_argument("--offload_text_encoders", action="store_true", help="on the GPU only while they encode")
@@ -41,7 +58,7 @@ def evaluation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reward_options", default="{}", help="of named rewards, as JSON")
     parser.add_argument("--output_dir", default="evaluation", help="what is there already is not done again")
     parser.add_argument("--num_steps", type=int, nargs="+", default=[4])
-    parser.add_argument("--sampler", nargs="+", default=["annealed"], help="annealed, ode")
+    parser.add_argument("--sampler", nargs="+", choices=["annealed", "ode"], default=["annealed"])
     parser.add_argument(
         "--size", nargs="+", help="HEIGHTxWIDTH ...; by default 512x512, or the model's own where smaller"
     )
@@ -90,19 +107,18 @@ def _evaluation_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def _size(text: str) -> tuple[int, int]:
     height, cross, width = text.partition("x")
-    if not (cross and height.isdigit() and width.isdigit()):
+    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise ValueError(f"--size {text!r} isn't HEIGHTxWIDTH, such as 512x512")
     return int(height), int(width)
 
 
-def _evaluate(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+def _evaluate(options: argparse.Namespace, arguments: dict[str, Any], pipeline: Any) -> None:
     from accelerate import PartialState
 
     from trl_tafs import evaluate as compare
     from trl_tafs.evaluation.tables import markdown
     from trl_tafs.hub.results import push
 
-    pipeline = load_pipeline(options, options.dtype)
     models = {
         "base" if name == "none" else name: (pipeline, None if name == "none" else name) for name in options.adapters
     }

@@ -5,20 +5,37 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from trl_tafs.cli.arguments import (
     add_model_options,
     add_prompt_options,
-    check_negative_prompt,
+    check_adapter,
+    check_drawing,
     load_pipeline,
-    quantization_config,
 )
+from trl_tafs.cli.parsing import OneLineParser, check_numbers, check_writable
+from trl_tafs.output.errors import one_line
 
 
 def sample(argv: Sequence[str]) -> Callable[[], None]:
     """Draw images with an adapter, by the sampler that it was trained for."""
-    parser = argparse.ArgumentParser(prog="trl-tafs sample", description=sample.__doc__)
+    options = sampling_parser().parse_args(list(argv))
+    check_numbers(options, height=1, width=1)
+    check_drawing(options)
+    if Path(options.output).suffix.lower() != ".png":
+        raise ValueError(f"--output is {options.output!r}; images are written as PNG, so give a name that ends in .png")
+    if Path(options.output).is_dir():
+        raise ValueError(f"--output can't be written: {options.output} is a folder")
+    check_writable(Path(options.output).parent, f"--output {options.output}")
+    check_adapter(options.adapter)
+    return partial(_sample, options, load_pipeline(options, options.dtype))
+
+
+def sampling_parser() -> OneLineParser:
+    """Return the parser of `trl-tafs sample`."""
+    parser = OneLineParser(prog="trl-tafs sample", description=sample.__doc__)
     parser.add_argument("adapter", help="folder or repository of the adapter; `none` for the base model")
     add_model_options(parser, "its base model")
     parser.add_argument("--model_cpu_offload", action="store_true", help="each model is on the GPU only while it works")
@@ -31,26 +48,27 @@ def sample(argv: Sequence[str]) -> Callable[[], None]:
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(list(argv))
-    quantization_config(options.quantization, options.quantized_components)
-    check_negative_prompt(options)
-    return partial(_sample, options)
+    return parser
 
 
-def _sample(options: argparse.Namespace) -> None:
+def _sample(options: argparse.Namespace, pipeline: Any) -> None:
     import torch
 
-    from trl_tafs.output.pictures import save_png, tensor_to_image
+    from trl_tafs.output.files import write_whole
+    from trl_tafs.output.pictures import tensor_to_image
     from trl_tafs.policy.denoiser_file import applied
 
-    pipeline = load_pipeline(options, options.dtype)
     with applied(pipeline, None if options.adapter == "none" else options.adapter):
         if options.model_cpu_offload:
             pipeline.enable_model_cpu_offload()
         else:
             pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         images = _draw(pipeline, options)
-    save_png(tensor_to_image(torch.cat(list(images.cpu()), dim=-1)), options.output)
+    picture = tensor_to_image(torch.cat(list(images.cpu()), dim=-1))
+    try:
+        write_whole(options.output, lambda beside: picture.save(beside, format="PNG"))
+    except OSError as error:
+        raise ValueError(f"--output {options.output} can't be written: {one_line(error)}") from error
     print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {options.output}")
 
 
@@ -58,7 +76,14 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
     """Return an image of each prompt, (B, 3, H, W)."""
     import torch
 
+    from trl_tafs.pipelines.finite import check_images
+
     default = pipeline.default_size()
+    height, width = options.height or default[0], options.width or default[1]
+    pipeline.check_guidance(options.guidance_scale)
+    pipeline.embedded_guidance(options.embedded_guidance_scale)
+    pipeline.check_sequence_length(options.max_sequence_length)
+    pipeline.check_size(height, width)
     call = pipeline.call_arguments(
         options.num_steps, options.guidance_scale, options.negative_prompt, options.embedded_guidance_scale
     )
@@ -66,13 +91,22 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
         pipeline.scheduler = pipeline.euler_scheduler()  # its own may stretch the levels, or be another solver
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * len(options.prompt)
-    return pipeline(
+    latents: list[Any] = []
+
+    def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents[:] = [tensors["latents"]]
+        return {}
+
+    images = pipeline(
         prompt=options.prompt,
-        height=options.height or default[0],
-        width=options.width or default[1],
+        height=height,
+        width=width,
         generator=torch.Generator().manual_seed(options.seed),
         annealed=options.sampler == "annealed",
         max_sequence_length=options.max_sequence_length or pipeline.default_max_sequence_length(),
         output_type="pt",
+        callback_on_step_end=keep,
         **call,
     ).images
+    check_images(pipeline, images, latents[0])
+    return images

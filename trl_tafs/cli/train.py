@@ -6,21 +6,35 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from trl_tafs.cli.arguments import load_pipeline, load_rewards, parse_arguments
+from trl_tafs.cli.arguments import ScriptArguments, load_pipeline, load_rewards, parse_arguments
+from trl_tafs.output.errors import require
 from trl_tafs.prompts.sets import load_prompts
 
 
 def train(argv: Sequence[str]) -> Callable[[], None]:
     """Train an adapter; all fields of the script's arguments and of `TAFSGRPOConfig` are options, or keys in YAML."""
+    trainer = make_trainer(*parse_arguments(argv, prog="trl-tafs train"))
+    trainer.stopper.command = resume_command(argv)
+    return trainer.train
+
+
+def make_trainer(arguments: ScriptArguments, config: Any) -> Any:
+    """Load what the arguments name, and make the trainer of it.
+
+    Raises:
+        ValueError, OSError, ImportError: something that was asked for can't be.
+    """
     from trl_tafs import TAFSGRPOTrainer
 
-    arguments, config = parse_arguments(argv, prog="trl-tafs train")
+    if config.train_use_8bit_adam:
+        require("bitsandbytes", "train_use_8bit_adam", "8bit")
     if arguments.prompts is None:
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
     prompts = load_prompts(arguments.prompts)
     rewards, eval_rewards = load_rewards(arguments)
-    trainer = TAFSGRPOTrainer(
+    return TAFSGRPOTrainer(
         config,
         rewards,
         prompts,
@@ -28,8 +42,6 @@ def train(argv: Sequence[str]) -> Callable[[], None]:
         eval_prompts=load_prompts(arguments.eval_prompts) if arguments.eval_prompts else None,
         eval_reward_function=eval_rewards,
     )
-    trainer.stopper.command = resume_command(argv)
-    return trainer.train
 
 
 def resume_command(argv: Sequence[str]) -> str:

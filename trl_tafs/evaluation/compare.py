@@ -16,8 +16,10 @@ from trl_tafs.evaluation.scores import Task, read_scores, score_lines
 from trl_tafs.evaluation.tables import write
 from trl_tafs.output.files import write_whole
 from trl_tafs.output.pictures import save_png, tensor_to_image
+from trl_tafs.output.secrets import without_secrets
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import is_text_encoder
+from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.pipelines.identity import base_identity
 from trl_tafs.pipelines.quantized import is_bitsandbytes
 from trl_tafs.policy.denoiser_file import applied
@@ -85,6 +87,7 @@ def evaluate(
     Raises:
         ValueError: the settings can't work, or `output_dir` holds an evaluation of other settings.
         RewardError: a reward failed; what was scored before is kept.
+        NonFiniteError: a denoiser or a VAE made NaN or infinity.
     """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
@@ -184,7 +187,7 @@ def _base_settings(pipeline: TAFSPipelineMixin) -> dict[str, Any]:
 
 def _record_settings(folder: Path, settings: dict[str, Any], state: Any) -> None:
     """Record the settings in the folder; raise ValueError if it already holds other settings."""
-    path, settings = folder / "evaluation.json", json.loads(json.dumps(settings, default=str))
+    path, settings = folder / "evaluation.json", json.loads(json.dumps(without_secrets(settings), default=str))
     if state.is_main_process and not path.exists():
         write_whole(path, json.dumps(settings, indent=1))
     state.wait_for_everyone()
@@ -214,11 +217,12 @@ def _score_all(task: Task, drawer: Drawer, spec: DrawSpec, mine: Sequence[int], 
     """Draw and score these images, a line an image.
 
     Raises:
-        RewardError: a reward failed on any process; raised on all of them, the lines so far are kept.
+        RewardError, NonFiniteError: a reward failed, or a model made NaN or infinity, on any process; raised on all of
+            them, the lines so far are kept.
     """
     from accelerate.utils import gather_object
 
-    fault: RewardError | None = None
+    fault: RewardError | NonFiniteError | None = None
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank{state.process_index}.jsonl"
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
@@ -229,7 +233,7 @@ def _score_all(task: Task, drawer: Drawer, spec: DrawSpec, mine: Sequence[int], 
             items = [task.prompts[i // task.images_per_prompt] for i in ids]
             try:
                 images, values = draw_and_score(drawer, spec, task.rewards, items, ids, steps=task.step_rewards)
-            except RewardError as error:  # the other processes wait below: stop together
+            except (RewardError, NonFiniteError) as error:  # the other processes wait below: stop together
                 fault = error
                 break
             for sample, image in zip(ids, images[:, -1], strict=True):  # before their lines: what has one is done
@@ -238,6 +242,8 @@ def _score_all(task: Task, drawer: Drawer, spec: DrawSpec, mine: Sequence[int], 
                     save_png(tensor_to_image(image), folder / f"{prompt}.png")
             file.write("".join(json.dumps(line) + "\n" for line in score_lines(task, ids, images[:, -1], values)))
             file.flush()
-    faults = [text for text in gather_object([str(fault or "")]) if text]
+    faults = [found for found in gather_object([(isinstance(fault, NonFiniteError), str(fault or ""))]) if found[1]]
     if faults:
-        raise RewardError(f"evaluation: {faults[0]}; what was scored is kept in {folder}") from fault
+        non_finite, text = faults[0]
+        kind = NonFiniteError if non_finite else RewardError
+        raise kind(f"evaluation, {spec.label}: {text}; what was scored is kept in {folder}") from fault

@@ -16,6 +16,7 @@ from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import Velocity, sample_steps
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.finite import DenoiserWatch, check_images
 from trl_tafs.policy.policy import Policy
 from trl_tafs.rewards.scoring import RewardSet
 
@@ -117,12 +118,13 @@ class Drawer:
             padded = rows + [rows[-1]] * (self.batch_size - len(rows))
             noise = SampleNoise(self.seed, EVAL_EPOCH, tuple(sample_ids[i] for i in padded), self.device)
             conditioning, initial = self.encode([prompts[i] for i in padded]), noise("initial", 0, shape)
-            kept = []
-            for step in sample_steps(self.velocity, kernel, conditioning, levels, initial, noise, self.storage_dtype):
+            kept, velocity = [], DenoiserWatch(self.pipeline, self.velocity)
+            for step in sample_steps(velocity, kernel, conditioning, levels, initial, noise, self.storage_dtype):
                 if step.index == spec.num_steps - 1:
                     kept.append(step.next_state.cpu())
                 elif steps:
                     kept.append(step.clean.cpu())
+            velocity.check()
             drawn.append(Drawn(kept, len(rows)))
         return drawn
 
@@ -132,6 +134,8 @@ class Drawer:
         with self.decoding():  # where models share the GPU: one exchange
             for batch in drawn:
                 decoded = [self.pipeline.decode_in_batches(latents.to(self.device), size) for latents in batch.steps]
+                for step, latents in zip(decoded, batch.steps, strict=True):
+                    check_images(self.pipeline, step, latents)
                 images.append(torch.stack([step[: batch.count] for step in decoded], dim=1))
         return torch.cat(images)
 
@@ -160,6 +164,7 @@ def draw_and_score(
 
     Raises:
         RewardError: a reward failed.
+        NonFiniteError: the denoiser or the VAE made NaN or infinity.
     """
     prompts, metadata = [prompt for prompt, _ in items], [dict(row) for _, row in items]
     drawn = drawer.latents(spec, prompts, sample_ids, steps=steps)

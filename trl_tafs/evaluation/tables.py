@@ -119,7 +119,7 @@ def plot_steps(results: Results, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        warnings.warn("steps.png needs matplotlib: pip install matplotlib", stacklevel=2)
+        warnings.warn('steps.png needs matplotlib: pip install "trl_tafs[plots]"', stacklevel=2)
         return
     names = [name for name in results.names if name not in IMAGE_STATISTICS and "/" not in name]
     figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")

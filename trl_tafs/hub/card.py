@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 CURVE_FILE = "images/reward_curve.png"
 SETTINGS_FILE = "training_settings.json"
+UNSET = ("", "null")  # values of options that the card doesn't show
 
 
 def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None = None) -> str:
@@ -38,7 +39,7 @@ def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None
         f"    {name}={_quoted(value) if isinstance(value, str) else value!r}," for name, value in arguments.items()
     )
     prompt = facts.prompts[0] if facts.prompts else "a photo of a cat"
-    dtype = "" if facts.torch_dtype == "float32" else f", torch_dtype=torch.{facts.torch_dtype}"
+    dtype = "" if facts.dtype == "float32" else f", dtype=torch.{facts.dtype}"
     classes, imports, parts = {facts.scheduler_class, facts.pipeline_class}, "", ""
     if facts.base_llama:
         imports = "\nfrom transformers import AutoTokenizer, LlamaForCausalLM"
@@ -83,6 +84,8 @@ def create_model_card(facts: CardFacts) -> ModelCard:
     other = facts.base_license == "other"
     data = ModelCardData(
         library_name="diffusers",
+        model_name=facts.model_name,
+        datasets=list(facts.datasets) or None,
         base_model=facts.base_model,
         base_model_relation=("finetune" if facts.whole_denoiser else "adapter") if facts.base_model else None,
         license=facts.base_license,
@@ -92,7 +95,7 @@ def create_model_card(facts: CardFacts) -> ModelCard:
         tags=[
             *("text-to-image", "diffusers", "diffusers-training"),
             *(() if facts.whole_denoiser else ("lora", "template:sd-lora")),
-            *("trl", "tafs-grpo", *facts.card_tags),
+            *("trl", "tafs-grpo", *facts.card_tags, *facts.tags),
         ],
         widget=[{"text": prompt, "output": {"url": after}} for prompt, _, after in facts.pictures] or None,
     )
@@ -102,7 +105,8 @@ def create_model_card(facts: CardFacts) -> ModelCard:
         data,
         template_path=str(TEMPLATE),
         facts=facts,
-        title=(facts.repo_id or f"{name}-tafs-lora").split("/")[-1],
+        title=facts.model_name or (facts.repo_id or f"{name}-tafs-lora").split("/")[-1],
+        datasets=", ".join(f"[{one}](https://huggingface.co/datasets/{one})" for one in facts.datasets),
         base=base,
         usage=usage_code(facts),
         method=_method(facts),
@@ -139,7 +143,7 @@ def _tables(facts: CardFacts) -> dict[str, str]:
             ["", *columns], [[name, *(row.get(column, "") for column in columns)] for name, row in metrics]
         ),
         "rewards": table(["reward", "weight"], facts.rewards.items()),
-        "training": table(["setting", "value"], [(k, f"`{v}`") for k, v in facts.training.items()]),
+        "training": table(["setting", "value"], [(k, f"`{v}`") for k, v in facts.training.items() if v not in UNSET]),
         "curve": _curve(facts.reward_curve),
     }
 
@@ -165,7 +169,8 @@ def write_model_card(facts: CardFacts, folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     if facts.reward_curve and importlib.util.find_spec("matplotlib"):
         write_whole(folder / CURVE_FILE, _plot(facts.reward_curve))
-    write_whole(folder / SETTINGS_FILE, json.dumps(facts.training, indent=2))
+    settings = {name: None if value == "null" else value for name, value in facts.training.items()}
+    write_whole(folder / SETTINGS_FILE, json.dumps(settings, indent=2))
     return write_whole(folder / "README.md", str(create_model_card(facts)))
 
 

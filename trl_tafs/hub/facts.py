@@ -54,7 +54,7 @@ class CardFacts:
     credited: str = "each step answers for its own image"  # `CreditRule.description`
     scores_every_step: bool = False  # or the final image alone
     max_sequence_length: int | None = None  # tokens of a prompt, where it isn't the pipeline's default
-    torch_dtype: str = "float32"  # the base model's
+    dtype: str = "float32"  # the base model's
     base_model: str | None = None  # "org/name", None if it isn't on the Hub
     base_name: str = "base model"  # what the card calls it
     base_revision: str | None = None  # of base_model, the branch, tag or commit that was trained on, if asked for
@@ -62,6 +62,9 @@ class CardFacts:
     base_license: str | None = None  # the Hub's identifier, None if unknown
     base_license_name: str | None = None  # where the identifier is "other"
     base_license_link: str | None = None
+    model_name: str | None = None  # the card's title; None: the repository's name, or one made of the base's
+    datasets: Sequence[str] = ()  # the Hub's, that the prompts are of
+    tags: Sequence[str] = ()  # the user's
     repo_id: str | None = None  # where the adapter is going, None for this folder
     prompts: Sequence[str] = ()  # the first one is the example's
     training: Mapping[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ import torch
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.hub.card import write_model_card
 from trl_tafs.hub.facts import CardFacts, base_model_facts
+from trl_tafs.hub.names import check_repo_id
 from trl_tafs.hub.options import PublishingOptions
-from trl_tafs.hub.push import PushError, kept, prepare_repo, push_folder
+from trl_tafs.hub.push import PushError, kept, prepare_repo, push_folder, push_in_background
 from trl_tafs.method.levels import uniform_levels
 from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import is_disk_fault
 from trl_tafs.output.pictures import save_png, tensor_to_image
+from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.policy.policy import Policy
+from trl_tafs.processes import raise_everywhere
 from trl_tafs.rewards.scoring import RewardSet
+from trl_tafs.training.divergence import check_weights
 from trl_tafs.training.progress import Progress
 
 CARD_PICTURES = 4
@@ -41,6 +45,22 @@ class Publisher:
     prompts: Callable[[], Sequence[str]]  # some of which are shown on the card
     drawer: Drawer
     spec: DrawSpec  # how its pictures are drawn
+    naming: dict[str, Any] = field(default_factory=dict)  # facts that the user gives the card
+
+    def name_card(
+        self, model_name: str | None, dataset_name: str | Sequence[str] | None, tags: str | Sequence[str] | None
+    ) -> None:
+        """Take a title, datasets and tags for this card and later ones; None leaves each as it was.
+
+        Raises:
+            ValueError: a name that no dataset on the Hub can have.
+        """
+        given: dict[str, Any] = {"model_name": model_name}
+        for name, value in (("datasets", dataset_name), ("tags", tags)):
+            given[name] = (value,) if isinstance(value, str) else None if value is None else tuple(value)
+        for name in given["datasets"] or ():
+            check_repo_id(name, "dataset_name")
+        self.naming |= {name: value for name, value in given.items() if value is not None}
 
     def card_prompts(self) -> list[str]:
         """Return the few prompts that the card shows."""
@@ -51,27 +71,37 @@ class Publisher:
 
         Every process calls it; the main one writes. By default to `<run>/adapter` or, where the disk fails there, to a
         temporary folder that a warning names.
+
+        Raises:
+            NonFiniteError: a trained weight isn't finite, and nothing is written; or the weights are, and draw NaN.
         """
-        place = Path(folder or self.default_folder)
-        if self.policy.accelerator.is_main_process:
+        place, accelerator = Path(folder or self.default_folder), self.policy.accelerator
+        check_weights(self.policy, self.config, f"after {self.progress.epoch} epochs")
+        fault: NonFiniteError | None = None
+        if accelerator.is_main_process:
             try:
-                self._write(place, repo_id)
+                fault = self._write(place, repo_id)
             except Exception as error:  # safetensors' disk errors share no base class with OSError
                 if folder is not None or not is_disk_fault(error):
                     raise
                 failed, place = place, Path(tempfile.mkdtemp(prefix=f"{Path(self.config.run_name).name}-adapter-"))
-                self._write(place, repo_id)
-                warnings.warn(
-                    f"{failed} can't be written ({first_line(error)}): the adapter is in {place}", stacklevel=4
-                )
-        self.policy.accelerator.wait_for_everyone()
+                fault = self._write(place, repo_id)
+                said = f"{failed} can't be written ({first_line(error)}): the adapter is in {place}"
+                warnings.warn(said, stacklevel=4)
+        raise_everywhere(accelerator, fault, NonFiniteError, f"the weights in {place} can't be sampled")
         return place
 
-    def _write(self, folder: Path, repo_id: str | None) -> None:
+    def _write(self, folder: Path, repo_id: str | None) -> NonFiniteError | None:
+        """Write all of it; return what the pictures had that isn't finite: the other processes wait for that."""
+        fault: NonFiniteError | None = None
         with self.policy.averaged():
             self.policy.save(folder, fold_alpha=self.config.lora_fold_alpha)
-            self._draw_pictures(folder)
+            try:
+                self._draw_pictures(folder)
+            except NonFiniteError as error:
+                fault = error
         self.write_card(folder, repo_id)
+        return fault
 
     def write_card(self, folder: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
         """Write README.md and training_settings.json beside the weights, on the main process."""
@@ -81,8 +111,12 @@ class Publisher:
         folder.mkdir(parents=True, exist_ok=True)
         return write_model_card(self.facts(folder, repo_id), folder)
 
-    def push(self, repo_id: str | None, token: str | None, private: bool | None, **options: Any) -> Any:
+    def push(
+        self, repo_id: str | None, token: str | None, private: bool | None, *, blocking: bool = True, **options: Any
+    ) -> Any:
         """Save, then push; `options` as `push_folder` takes them. None on all but the main process.
+
+        Without `blocking` the folder is uploaded in the background, and a future comes back.
 
         Raises:
             PushError: with the folder that the adapter is in, and the command that pushes it later.
@@ -96,15 +130,18 @@ class Publisher:
         folder = self.save(repo_id=repo_id)
         if not self.policy.accelerator.is_main_process:
             return None
-        return push_folder(folder, repo_id, private=private, token=token, **options)
+        push = push_folder if blocking else push_in_background
+        return push(folder, repo_id, private=private, token=token, **options)
 
     def prepare_repo(self, repo_id: str | None, private: bool | None, token: str | None = None) -> str:
         """Make the repository on the main process if it is missing, and return its whole name.
 
         Raises:
+            ValueError: no repository can have that name.
             PushError: there is no token, or none that may write there.
         """
         repo_id = repo_id or self.default_repo
+        check_repo_id(repo_id, "the repository")
         if not self.policy.accelerator.is_main_process:
             return repo_id
         return prepare_repo(repo_id, private=private, token=token)
@@ -161,11 +198,12 @@ class Publisher:
             credited=config.credit_rule.description,
             scores_every_step=not (config.credits_final_image or config.credit_rule.final_only),
             max_sequence_length=None if length == pipeline.stock_max_sequence_length() else length,
-            torch_dtype=str(pipeline.model_dtype).removeprefix("torch."),
+            dtype=str(pipeline.model_dtype).removeprefix("torch."),
             **base_model_facts(pipeline),
+            **self.naming,
             repo_id=repo_id,
             prompts=prompts,
-            training={k: v for k, v in self.settings.items() if v not in ("", "null")},
+            training=self.settings,
             rewards=dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
             reward_curve=progress.reward_curve,
             metrics=metrics,

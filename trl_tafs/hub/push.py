@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl_tafs.output.errors import first_line
+from trl_tafs.output.secrets import remember
 from trl_tafs.policy.adapter_file import SCHEDULER_FILE, WEIGHT_NAME
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def prepare_repo(repo_id: str, *, private: bool | None = None, token: str | None
         PushError: there is no token, or it may not write there. Call it before training, to learn that in time.
     """
     api = _api(repo_id, token)
-    with _push_errors(repo_id):
+    with push_errors(repo_id):
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
@@ -41,8 +43,9 @@ def push_folder(
     *,
     private: bool | None = None,
     token: str | None = None,
-    commit_message: str = "Upload a TAFS-GRPO adapter",
+    commit_message: str | None = None,
     revision: str | None = None,
+    create_pr: bool = False,
 ) -> CommitInfo:
     """Push what `save_adapter` and `write_model_card` wrote, the files of `PUSHED` alone; the folder is left as it is.
 
@@ -51,8 +54,9 @@ def push_folder(
         repo_id: 'user/name', or 'name' for the token's owner; made if missing.
         private: of a repository that is made; None is the owner's default.
         token: one with the right to write; the stored one if None.
-        commit_message: of the commit.
+        commit_message: of the commit; None: one of ours.
         revision: a branch instead of main, made if missing.
+        create_pr: open a pull request with the commit, which needs no right to write; to `revision`, which is there.
 
     Raises:
         FileNotFoundError: no adapter in the folder.
@@ -63,11 +67,12 @@ def push_folder(
         raise FileNotFoundError(f"nothing to push to {repo_id!r}: no {WEIGHT_NAME} in {folder}; save it first")
     later = kept(folder, repo_id, private=private, revision=revision)
     api = _api(repo_id, token, later)
-    with _push_errors(repo_id, later):
+    with push_errors(repo_id, later):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision and not revision.startswith("refs/"):
+        if revision and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        given = {"commit_message": commit_message, "revision": revision}
+        given = {"commit_message": commit_message or "Upload a TAFS-GRPO adapter", "revision": revision}
+        given["create_pr"] = create_pr or None
         return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(PUSHED), **given)
 
 
@@ -88,10 +93,18 @@ def kept(folder: str | os.PathLike, repo_id: str, *, private: bool | None = None
     return f". Nothing is lost, the adapter is in {Path(folder).resolve()}; push it later with\n  {command}"
 
 
+def push_in_background(folder: str | os.PathLike, repo_id: str, **options: Any) -> Future[CommitInfo]:
+    """As `push_folder`, in a thread: its result, or its error, is the future's. The process waits for it at its end."""
+    from huggingface_hub import HfApi
+
+    return HfApi().run_as_future(push_folder, folder, repo_id, **options)
+
+
 def _api(repo_id: str, token: str | None, kept: str = "") -> HfApi:
     from huggingface_hub import HfApi, get_token
 
     token = token or get_token()
+    remember(token)
     if token is None:
         raise PushError(f"no token to push to {repo_id!r} with: run `hf auth login`, or set HF_TOKEN{kept}")
     return HfApi(token=token)
@@ -105,7 +118,8 @@ _REMEDIES = {
 
 
 @contextmanager
-def _push_errors(repo_id: str, kept: str = "") -> Iterator[None]:
+def push_errors(repo_id: str, kept: str = "") -> Iterator[None]:
+    """Turn whatever the Hub or the network answers inside into a PushError, with the remedy and where the work is."""
     try:
         yield
     except Exception as error:  # HTTP, transport, LFS and validation errors share no base class

@@ -6,6 +6,7 @@ from typing import Any
 
 from trl_tafs.evaluation.results import Results
 from trl_tafs.evaluation.statistics import IMAGE_STATISTICS
+from trl_tafs.hub.push import push_errors
 
 
 def card_results(results: Results, model: str, dataset: str) -> list[Any]:
@@ -40,12 +41,16 @@ def push(results: Results, model: str, repo_id: str, dataset: str, token: str | 
 
     Returns:
         The URL of the commit.
+
+    Raises:
+        PushError: the Hub or the network refuses.
     """
     from huggingface_hub import ModelCard, metadata_update
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    name = ModelCard.load(repo_id, token=token).data.to_dict().get("model_name") or repo_id.rpartition("/")[2]
-    index = eval_results_to_model_index(name, card_results(results, model, dataset))
-    return metadata_update(
-        repo_id, {"model-index": index}, overwrite=True, token=token, commit_message="Add evaluation results"
-    )
+    with push_errors(repo_id):
+        name = ModelCard.load(repo_id, token=token).data.to_dict().get("model_name") or repo_id.rpartition("/")[2]
+        index = eval_results_to_model_index(name, card_results(results, model, dataset))
+        return metadata_update(
+            repo_id, {"model-index": index}, overwrite=True, token=token, commit_message="Add evaluation results"
+        )

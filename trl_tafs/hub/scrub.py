@@ -14,23 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Words that make a key private: the key is left out, and in text what is assigned to it is removed.
-_PRIVATE = (
-    r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|private|secret)_?key|auth\w*"
-    r"|user(?:_?name)?|entity|e?mail|host(?:_?name)?)"
-)
-# A key that has such a word as one of its parts: `hub_token`, `wandb_entity`, not `tokens`.
-_PRIVATE_KEY = re.compile(rf"(?:^|_){_PRIVATE}(?:$|_)")
-# In text: `token=...`, `"password": ...`, `--hub_token ...`.
-_ASSIGNED = re.compile(
-    rf"(?:(?<![^\W_]){_PRIVATE}['\"]?\s*[:=]|--[\w-]*{_PRIVATE}[ =])\s*['\"]?[^\s'\",;]+", re.IGNORECASE
-)
-# Secrets by their form: tokens of the Hub, GitHub, OpenAI, AWS and W&B, JSON web tokens, bearer headers, the user and
-# password of an address (`https://user:password@host`), e-mail addresses.
-_SECRET = re.compile(
-    r"\b(?:hf|api_org)_\w{8,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bsk-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b"
-    r"|\bwandb_v\d_\w+|\beyJ[\w-]+\.[\w-]+\.[\w-]+|(?i:\bbearer) \S+|(?<=://)[^/\s@]+@|\b[\w.+-]+@[\w-]+\.[\w.]+"
-)
+from trl_tafs.output.secrets import REMOVED, SHORTEST, WORDS, assigned, hide, private_key, snake
+
+# Words that make a key private, beside those of secrets: the key is left out, and what is assigned to it in text.
+_PRIVATE = rf"(?:{WORDS}|user(?:_?name)?|entity|e?mail|host(?:_?name)?)"
+_PRIVATE_KEY, _ASSIGNED = private_key(_PRIVATE), assigned(_PRIVATE)
+_MAIL = re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.]+")
 _HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # a W&B key, or the hash of a commit
 # The user in a path of a home directory: `/home/NAME`, `/Users/NAME`, `\Users\NAME`, `~NAME`.
 _HOME = re.compile(r"(?:/home/|/Users/|\\Users\\|~)([\w.-]+)")
@@ -42,7 +31,6 @@ _PATH = re.compile(
 )
 # Names of users and machines that tell nobody apart.
 _NOBODY = {"root", "user", "users", "home", "admin", "ubuntu", "nobody", "localhost", "runner"}
-_REMOVED = "[removed]"
 
 
 def scrub(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,9 +44,8 @@ def scrub(settings: Mapping[str, Any]) -> dict[str, Any]:
     names = {*_HOME.findall(json.dumps(plain).replace("\\\\", "\\")), *_identities()}
     names = {name for name in names if len(name) > 2 and name.lower() not in _NOBODY}
     people = [rf"(?<![^\W_]){re.escape(name)}(?![^\W_])" for name in sorted(names, key=len, reverse=True)]
-    secrets = [v for k, v in os.environ.items() if len(v) >= 8 and _PRIVATE_KEY.search(k.lower())]
-    secrets = [re.escape(secret) for secret in sorted(secrets, key=len, reverse=True)]
-    return _scrubbed(plain, "", secrets, re.compile("|".join(people) or r"(?!)", re.IGNORECASE))
+    people += [re.escape(v) for k, v in os.environ.items() if len(v) >= SHORTEST and _PRIVATE_KEY.search(k.lower())]
+    return _scrubbed(plain, "", re.compile("|".join(people) or r"(?!)", re.IGNORECASE))
 
 
 def _identities() -> set[str]:
@@ -92,26 +79,25 @@ def _plain(value: Any) -> Any:
     return type(value).__name__ if " object at 0x" in text else text
 
 
-def _scrubbed(value: Any, key: str, secrets: list[str], people: re.Pattern) -> Any:
+def _scrubbed(value: Any, key: str, people: re.Pattern) -> Any:
     if isinstance(value, dict):
         return {
-            _scrubbed(name, "", secrets, people): _scrubbed(item, name, secrets, people)
+            _scrubbed(name, "", people): _scrubbed(item, name, people)
             for name, item in value.items()
-            if not _PRIVATE_KEY.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_").lower())
+            if not _PRIVATE_KEY.search(snake(name))
         }
     if isinstance(value, list):
-        return [_scrubbed(item, key, secrets, people) for item in value]
+        return [_scrubbed(item, key, people) for item in value]
     if not isinstance(value, str):
         return value
-    for secret in (*secrets, _SECRET, _ASSIGNED):
-        value = re.sub(secret, _REMOVED, value)
+    value = _MAIL.sub(REMOVED, _ASSIGNED.sub(REMOVED, hide(value)))
     if not key.endswith(("revision", "commit", "sha")):
-        value = _HEX_KEY.sub(_REMOVED, value)
+        value = _HEX_KEY.sub(REMOVED, value)
     if _PATH_ALONE.fullmatch(value):
         value = _last_component(value)
-    return people.sub(_REMOVED, _PATH.sub(lambda path: _last_component(path[0]), value))
+    return people.sub(REMOVED, _PATH.sub(lambda path: _last_component(path[0]), value))
 
 
 def _last_component(path: str) -> str:
     name = re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
-    return _REMOVED if name.startswith("~") or not name else name
+    return REMOVED if name.startswith("~") or not name else name

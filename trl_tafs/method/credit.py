@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trl_tafs.method.parts import Part, check_own_options
+from trl_tafs.method.parts import Part, own_options
+from trl_tafs.options import check_choice
 
 Normalize = Callable[..., Tensor]  # (values, reward's name = "")
 
@@ -170,15 +171,14 @@ CREDITS: dict[str, type[CreditRule] | Callable[[Tensor], Tensor]] = {
 
 def credit_rule(options: Any) -> CreditRule:
     """Return the rule that `options.CreditOptions` name; raise ValueError for a name or an option that isn't there."""
-    entry = CREDITS.get(options.step_credit)
-    if entry is None:
-        raise ValueError(f"step_credit is {options.step_credit!r}; use one of {', '.join(CREDITS)}")
+    check_choice(options, "step_credit", CREDITS)
+    entry = CREDITS[options.step_credit]
     if isinstance(entry, type) and issubclass(entry, CreditRule):
         return entry._made(options, "credit_kwargs")
     parameters = inspect.signature(entry).parameters.items()
     own = {name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty}
-    check_own_options(getattr(entry, "__name__", options.step_credit), "credit_kwargs", options.credit_kwargs, own)
-    return FunctionCredit(entry, options.credit_kwargs)  # type: ignore[arg-type]  # no class is left
+    own = own_options(entry, "credit_kwargs", options.credit_kwargs, own)
+    return FunctionCredit(entry, own)  # type: ignore[arg-type]  # no class is left
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ CLIP_RANGE = 0.025
 """Default clip range in the units of the "sqrt" reduction; measured, see docs/algorithm.md."""
 
 
-LEVEL_WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    # of an action's std and its mean's sensitivity to the velocity
-    "gaussian": lambda std, sensitivity: torch.ones_like(std),  # the density: 1 / (2 std^2) on the distance
-    "uniform": lambda std, sensitivity: 2 * std.square(),  # that factor taken out: a level counts by its distance
-    "balanced": lambda std, sensitivity: std / sensitivity,  # the noise moves the velocity equally at every level
+LEVEL_WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    # of an action's std, its mean's sensitivity to the velocity, and the gap to the next level
+    "gaussian": lambda std, sensitivity, gap: torch.ones_like(std),  # the density: 1 / (2 std^2) on the distance
+    "uniform": lambda std, sensitivity, gap: 2 * std.square(),  # that factor taken out: a level counts by its distance
+    "balanced": lambda std, sensitivity, gap: std / sensitivity,  # noise moves the velocity equally at every level
+    "std": lambda std, sensitivity, gap: std,  # TempFlow-GRPO's: a level counts by how much it explores
+    "diffusion": lambda std, sensitivity, gap: std / gap.sqrt(),  # SuperFlow's: g of the SDE whose step it is
 }
 
 
@@ -46,7 +48,12 @@ def clip_range_for(reduction: str, num_elements: int, sqrt_range: float = CLIP_R
 
 
 def clipped_surrogate(
-    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float, weight: Tensor | None = None
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    clip_range: float,
+    weight: Tensor | None = None,
+    delta: float | None = None,
 ) -> LossOutput:
     r"""Eq. 10, negated: `-mean(w min(r A, clip(r, e^-eps, e^eps) A))`, `r = exp(log p - log p_old)`.
 
@@ -59,22 +66,70 @@ def clipped_surrogate(
         advantage: (T, M).
         clip_range: eps, in the units of the reduction.
         weight: (T, 1), the level weights; None for 1.
+        delta: bound of r itself, above e^eps: where A < 0 the loss is at most `-delta A` (dual clip); None for none.
 
     Returns:
         The loss, and `approx_kl` (`mean((log r)^2) / 2`, as DDPOTrainer's), `clipfrac` (of all actions),
-        `ratio_deviation` (the largest `|r - 1|`).
+        `clipfrac_positive` and `clipfrac_negative` (those of them that the clip takes the gradient from, by the sign
+        of A, as shares of all actions), `ratio_deviation` (the largest `|r - 1|`).
     """
     log_ratio = log_prob - old_log_prob
-    ratio = torch.exp(log_ratio.clamp(-20, 20))  # beyond, inf * 0 would be NaN
+    ratio = _bounded_ratio(log_ratio, delta)
     bounded = ratio.clamp(math.exp(-clip_range), math.exp(clip_range))
     surrogate = torch.minimum(ratio * advantage, bounded * advantage)
     loss = -(surrogate if weight is None else weight * surrogate).mean()
-    metrics = {
+    outside, still = log_ratio.detach().abs() > clip_range, advantage * log_ratio.detach() > 0
+    return LossOutput(loss, _ratio_metrics(log_ratio, ratio, advantage, outside, outside & still))
+
+
+def masked_surrogate(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    far: Tensor,
+    weight: Tensor | None = None,
+    delta: float | None = None,
+) -> LossOutput:
+    r"""Flow-DPPO's surrogate (arXiv 2606.11025), negated: `-mean(w r A)` over the actions that aren't left out.
+
+    Left out is an action whose advantage pushes the policy further away (A > 0 and r > 1, or A < 0 and r < 1) where
+    that is `far` from the old one already. What leads back is kept, however far. A ratio is a noisy sample of how far
+    the policy went; for Gaussians the KL is known exactly.
+
+    Args:
+        log_prob: (T, M) of the present policy, with gradient.
+        old_log_prob: (T, M) of the policy that sampled, same reduction.
+        advantage: (T, M).
+        far: (T, M) bool, whether the KL to the old policy is past its limit.
+        weight: (T, 1), the level weights; None for 1.
+        delta: as for `clipped_surrogate`.
+
+    Returns:
+        The loss, and the metrics of `clipped_surrogate`, an action that is left out being a clipped one.
+    """
+    log_ratio = log_prob - old_log_prob
+    ratio = _bounded_ratio(log_ratio, delta)
+    dropped = far & (advantage * log_ratio.detach() > 0)
+    surrogate = torch.where(dropped, torch.zeros_like(ratio), ratio * advantage)
+    loss = -(surrogate if weight is None else weight * surrogate).mean()
+    return LossOutput(loss, _ratio_metrics(log_ratio, ratio, advantage, dropped, dropped))
+
+
+def _bounded_ratio(log_ratio: Tensor, delta: float | None) -> Tensor:
+    ratio = torch.exp(log_ratio.clamp(-20, 20))  # beyond, inf * 0 would be NaN
+    return ratio if delta is None else ratio.clamp(max=delta)
+
+
+def _ratio_metrics(
+    log_ratio: Tensor, ratio: Tensor, advantage: Tensor, clipped: Tensor, without_gradient: Tensor
+) -> dict[str, Tensor]:
+    return {
         "approx_kl": 0.5 * log_ratio.detach().square().mean(),
-        "clipfrac": (log_ratio.detach().abs() > clip_range).float().mean(),
+        "clipfrac": clipped.float().mean(),
+        "clipfrac_positive": (without_gradient & (advantage > 0)).float().mean(),
+        "clipfrac_negative": (without_gradient & (advantage < 0)).float().mean(),
         "ratio_deviation": (ratio.detach() - 1).abs().max(),
     }
-    return LossOutput(loss, metrics)
 
 
 def negative_aware(
@@ -117,11 +172,16 @@ def negative_aware(
     return LossOutput(loss.mean() / nft_beta, {"old_distance": distance})
 
 
+def matching_weight(estimate: Tensor, clean: Tensor, level: Tensor, weighting: str) -> Tensor:
+    """Return what the square of an estimate's error is multiplied by, broadcasting against (T, *); no gradient."""
+    level = level.reshape(-1, *[1] * (clean.ndim - 1))
+    return FORWARD_WEIGHTINGS[weighting]((estimate - clean).detach(), level)
+
+
 def matching_log_prob(estimate: Tensor, clean: Tensor, level: Tensor, weighting: str = "velocity") -> Tensor:
     """AWM's stand-in for a log-probability (arXiv 2509.25050): `-w |xhat - x_0|^2 / 2`, (T,), summed over elements.
 
     With "velocity" it is that of a unit Gaussian around the predicted velocity, a term of the likelihood's bound.
     """
-    error = estimate - clean
-    weight = FORWARD_WEIGHTINGS[weighting](error.detach(), level.reshape(-1, *[1] * (clean.ndim - 1)))
-    return -0.5 * (weight * error.square()).flatten(1).sum(1)
+    weight = matching_weight(estimate, clean, level, weighting)
+    return -0.5 * (weight * (estimate - clean).square()).flatten(1).sum(1)

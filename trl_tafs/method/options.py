@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.credit import CreditRule, credit_rule
 from trl_tafs.method.kernels import KERNELS, REDUCTIONS, Kernel
 from trl_tafs.method.losses import CLIP_RANGE
-from trl_tafs.method.objectives import OBJECTIVES, Objective
+from trl_tafs.method.objective import Objective
+from trl_tafs.method.objectives import OBJECTIVES
 from trl_tafs.options import (
     Options,
     check_at_least,
     check_at_least_1_or_none,
+    check_at_most,
     check_choice,
     check_positive,
-    decode_dict,
     option,
 )
+
+MAX_STEPS = 1000  # of a sampler: as many as the schedulers have timesteps
 
 
 @dataclass
@@ -111,8 +115,7 @@ class SamplingOptions(Options):
         return self.sample_window_size or self.sample_num_steps - 1
 
     def complete(self) -> None:
-        """Decode `sampler_kwargs`; give `sample_eta` the kernel's default, 1 where the kernel has none."""
-        self.sampler_kwargs = decode_dict("sampler_kwargs", self.sampler_kwargs)
+        """Give `sample_eta` the kernel's default, 1 where the kernel has none."""
         if self.sample_eta is None:
             default = self.kernel_class.default_eta()
             self.sample_eta = 1.0 if default is None else default
@@ -122,16 +125,22 @@ class SamplingOptions(Options):
         check_choice(self, "clean_baseline", ("state", "group"))
         check_choice(self, "group_allocation", ("fixed", "variance", "streaming"))
         check_choice(self, "sample_window_order", ("progressive", "random"))
-        check_at_least(self, 2, "sample_num_steps")
+        check_at_least(self, 2, "sample_num_steps", "num_generations", "max_generations")
+        check_at_most(self, MAX_STEPS, "sample_num_steps")
         check_at_least(self, 1, "sample_batch_size", "sample_num_batches_per_epoch", "num_perturbations")
         check_at_least(self, 1, "sample_window_interval", "group_tracker_capacity")
-        check_at_least(self, 0, "sample_guidance_scale", "group_optimism")
+        check_at_least(self, 0, "sample_guidance_scale", "sample_embedded_guidance_scale", "group_optimism")
         check_at_least_1_or_none(self, "sample_window_size", "min_generations")
         check_positive(self, "sample_kappa")
         if not 0 < self.group_memory <= 1:
             raise ValueError(f"group_memory is {self.group_memory}; it must lie in (0, 1]")
         if self.group_allocation == "fixed" and (self.min_generations, self.max_generations) != (None, None):
             raise ValueError("min_generations and max_generations need group_allocation='variance' or 'streaming'")
+        if None not in (self.min_generations, self.max_generations) and self.min_generations > self.max_generations:
+            raise ValueError(
+                f"min_generations={self.min_generations} is above max_generations={self.max_generations}; no prompt's "
+                "images are as many"
+            )
         if self.min_generations == 1 and self.group_allocation == "streaming":
             raise ValueError(
                 "group_allocation='streaming' looks at how the first draws vary; use min_generations=2 or more"
@@ -209,14 +218,11 @@ class CreditOptions(Options):
         """The rule of `step_credit` with its options."""
         return credit_rule(self)
 
-    def complete(self) -> None:
-        """Decode `credit_kwargs`."""
-        self.credit_kwargs = decode_dict("credit_kwargs", self.credit_kwargs)
-
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_at_least(self, 0, "credit_trace", "credit_discount")
         check_positive(self, "train_adv_clip_max")
+        check_at_least(self, 1, "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count")
         if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
             raise ValueError(
                 f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is never reached with "
@@ -234,7 +240,8 @@ class ObjectiveOptions(Options):
     objective: str = option(
         "forward",
         "forward: DiffusionNFT's, which needs clean images and no likelihood, and learns where D is large; clipped: "
-        "GRPO's surrogate, the paper's Eq. 10; awm: advantage-weighted matching, forward's simpler sibling.",
+        "GRPO's surrogate on the sampler's actions, the paper's Eq. 10; matched: Eq. 10 with the next clean image as "
+        "the action of the state before it; awm: advantage-weighted matching, forward's simpler sibling.",
     )
     forward_levels: str = option(
         "trajectory",
@@ -285,28 +292,61 @@ class LossOptions(Options):
     train_level_weighting: str | None = option(
         None,
         "clipped: balanced (default), every level moves the velocity equally; gaussian, the density as it is (Eq. 10); "
-        "uniform, without its 1/(2 sigma^2). forward, awm: adaptive (forward's default), velocity (awm's), or clean, "
-        "the error of the clean image.",
+        "uniform, without its 1/(2 sigma^2); std, times the action's (TempFlow-GRPO); diffusion, times the g of the "
+        "SDE whose step it is (SuperFlow). forward, awm, matched: adaptive (forward's default), velocity (awm's), or "
+        "clean (matched's), the error of the clean image.",
     )
     beta: float | None = option(
         None,
-        "Weight of the KL to the base without the adapter; the forward objectives': half the squared distance of the "
-        "velocities. A mean over latent elements: beside a policy term in sqrt units (train_log_prob_reduction) it "
+        "Weight of the KL to the base without the adapter; of forward, awm and matched: half the squared distance of "
+        "the velocities. A mean over latent elements: beside a policy term in sqrt units (train_log_prob_reduction) it "
         "weighs sqrt(D) times less than beside public code's mean. None: .2 for forward, which costs it a seventh of "
-        "the epochs and keeps what the reward doesn't see (docs/learning.md); 0 for the others (paper: none).",
+        "the epochs and keeps what the reward doesn't see (docs/learning.md), and for matched; 0 for the others "
+        "(paper: none).",
+    )
+    train_center_ratio: bool = option(
+        False,
+        "Take the drift out of the log-ratio, which grows with D and clips advantages below 0 long before those above "
+        "(GRPO-Guard). Felt with several optimizer steps an epoch.",
+    )
+    train_kl_limit: float | None = option(
+        None,
+        "Instead of the clip: leave out what pushes the policy away from the old one where their KL is past this, in "
+        "nats per latent element (Flow-DPPO). Felt with several optimizer steps an epoch.",
+    )
+    delta: float | None = option(
+        None,
+        "Where an advantage is below 0, a ratio above this counts as this (TRL's delta; dual-clip PPO), in the units "
+        "of train_log_prob_reduction. Felt with several optimizer steps an epoch.",
+    )
+    train_negative_weight: float = option(
+        1.0, "clipped, awm, matched: advantages below 0 are multiplied by this; 0: only what compares well teaches."
+    )
+    old_policy_beta: float = option(
+        0.0,
+        "clipped, awm, matched: weight of the KL to the policy that sampled, in nats per latent element (PPO's KL "
+        "penalty). Felt with several optimizer steps an epoch, or with old_policy_decay.",
     )
     objective_kwargs: dict | str | None = option(
         None, "Options of the objective's own (JSON), for one that isn't of this package (docs/extending.md)."
     )
 
-    def complete(self) -> None:
-        """Decode `objective_kwargs`."""
-        self.objective_kwargs = decode_dict("objective_kwargs", self.objective_kwargs)
-
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "train_log_prob_reduction", REDUCTIONS)
-        check_positive(self, "train_clip_range")
+        check_positive(self, "train_clip_range", "train_kl_limit")
+        check_at_least(self, 0, "train_negative_weight", "old_policy_beta")
+        if self.train_kl_limit is not None and (self.train_clip_range, self.delta) != (None, None):
+            raise ValueError(
+                f"train_kl_limit={self.train_kl_limit} takes the place of the clip, and train_clip_range="
+                f"{self.train_clip_range} with delta={self.delta} has no effect; leave one side out"
+            )
+
+    @property
+    def needs_several_updates(self) -> list[str]:
+        """Those of the options that are set and act on an old policy alone."""
+        defaults = {"train_center_ratio": False, "train_kl_limit": None, "delta": None, "old_policy_beta": 0.0}
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
 @dataclass
@@ -335,8 +375,7 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
 
     def check(self) -> None:
         """Raise ValueError for what can't work together."""
-        if self.beta < 0:
-            raise ValueError(f"beta is {self.beta}; the KL's weight can't be negative")
+        check_at_least(self, 0, "beta")
         if self.num_advantage_steps is not None and not 1 <= self.num_advantage_steps <= self.num_trained_steps:
             raise ValueError(
                 f"num_advantage_steps is {self.num_advantage_steps}; with sample_num_steps={self.sample_num_steps} "
@@ -349,6 +388,12 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
             )
         self._check_objective()
         self._check_credit()
+        if self.objective_class.warns_without_beta and self.beta == 0:
+            warnings.warn(
+                f"beta is 0: objective={self.objective!r} pushes away from images that compare badly without an end, "
+                "and long runs leave what the base draws; use beta=0.2",
+                stacklevel=4,  # where the configuration is made
+            )
 
     def _check_objective(self) -> None:
         objective, kernel = self.objective_class, self.kernel_class.from_options(self)

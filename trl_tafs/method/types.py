@@ -192,6 +192,7 @@ class Transitions(TensorRecord):
     old_log_prob: Tensor  # (T, M) float32
     advantage: Tensor  # (T, M) float32
     sample: Tensor  # (T,) int64, the item's image: which conditioning belongs to it
+    old_velocity: Tensor | None = None  # (T, *) of the policy that sampled; None: not asked for, or the present one's
 
     def __len__(self) -> int:
         return len(self.sample)

@@ -40,7 +40,7 @@ class AutoTAFSPipeline:
 
         Args:
             name_or_path: a repository on the Hub, or a folder.
-            **options: as the family's own `from_pretrained` takes them: torch_dtype, quantization_config, revision, ...
+            **options: as the family's own `from_pretrained` takes them: dtype, quantization_config, revision, ...
 
         Raises:
             ValueError: a pipeline of another kind; the families are named.

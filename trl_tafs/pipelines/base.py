@@ -108,8 +108,12 @@ class TAFSPipelineMixin(ABC):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, *) to images (B, 3, H, W), float32 in [0, 1]."""
-        images = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
-        return self.image_processor.postprocess(images, output_type="pt").float()
+        return self.pixels(self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0])
+
+    def pixels(self, decoded: Tensor) -> Tensor:
+        """What the VAE decoded, (B, 3, H, W), to images, float32 in [0, 1]; infinity to NaN, which clamping keeps."""
+        decoded = decoded.masked_fill(decoded.isinf(), float("nan"))
+        return self.image_processor.postprocess(decoded, output_type="pt").float()
 
     def decode_in_batches(self, latents: Tensor, batch_size: int) -> Tensor:
         """Latents (B, *) to images (B, 3, H, W) on the CPU, `batch_size` at a time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trl_tafs.options import Options, check_at_least_1_or_none, option
+from trl_tafs.options import Options, check_at_least_1_or_none, check_not_empty, option
 
 
 @dataclass
@@ -37,3 +37,4 @@ class PipelineOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_at_least_1_or_none(self, "height", "width", "max_sequence_length", "decode_batch_size")
+        check_not_empty(self, "prompt_cache_dir")

@@ -73,5 +73,5 @@ class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline)
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, rows, columns, 4C) to images (B, 3, H, W), float32 in [0, 1]: the video VAE's one frame."""
-        images = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0][:, :, 0]
-        return self.image_processor.postprocess(images, output_type="pt").float()
+        decoded = self.vae.decode(self.vae_latents(latents.to(self.vae.dtype)), return_dict=False)[0]
+        return self.pixels(decoded[:, :, 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -34,19 +35,31 @@ class AnnealedFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
 def flow_match_config(scheduler: Any) -> dict[str, Any]:
     """Return a scheduler's configuration as `FlowMatchEulerDiscreteScheduler` reads it.
 
-    Flow-matching DPM-solver and UniPC (Sana's, HiDream's) call the shift `flow_shift`, which `from_config` would drop.
-    A `shift_terminal` (Qwen-Image's .02) is left out: it stretches whatever levels are given until the last one is
-    there, and in few steps a last one so low is a step wasted.
+    Of diffusers' `FlowMatch...` classes all that Euler's has too is taken: LCM's, HiDream-I1-Dev's own, is the annealed
+    sampler itself. A shift that was set later (`set_shift`) counts. Flow-matching DPM-solver and UniPC (Sana's,
+    HiDream's) call the shift `flow_shift`, which `from_config` would drop. A `shift_terminal` (Qwen-Image's .02) is
+    left out: it stretches whatever levels are given until the last one is there, and in few steps one so low is a step
+    wasted.
 
     Raises:
-        ValueError: a scheduler whose shift can't be read.
+        ValueError: a scheduler whose shift can't be read, or that changes the size between steps.
     """
-    config = scheduler.config
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return {key: value for key, value in config.items() if not key.startswith("_")} | {"shift_terminal": None}
-    if config.get("use_flow_sigmas") and config.get("flow_shift") is not None:
-        return {"num_train_timesteps": config["num_train_timesteps"], "shift": config["flow_shift"]}
+    config, name = scheduler.config, type(scheduler).__name__
+    if "shift" in config and any(base.__name__.startswith("FlowMatch") for base in type(scheduler).__mro__):
+        if config.get("scale_factors"):
+            raise ValueError(
+                f"the pipeline's {name} has scale_factors={config['scale_factors']}, by which images grow between "
+                "steps, and a rollout has one size; set pipeline.scheduler to one without"
+            )
+        euler = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        shared = {key: value for key, value in config.items() if key in euler}
+        return shared | {"shift": getattr(scheduler, "shift", config["shift"]), "shift_terminal": None}
+    flow_shift, dynamic = config.get("flow_shift"), config.get("use_dynamic_shifting")
+    if config.get("use_flow_sigmas") and flow_shift is not None and not dynamic:
+        return {"num_train_timesteps": config["num_train_timesteps"], "shift": flow_shift}
     raise ValueError(
-        f"the pipeline's scheduler is a {type(scheduler).__name__}, whose shift can't be read here; set "
-        "pipeline.scheduler to the FlowMatchEulerDiscreteScheduler that the adapter is to be sampled with"
+        f"the pipeline's scheduler is a {name}, whose shift can't be read here; set pipeline.scheduler to the "
+        "FlowMatchEulerDiscreteScheduler that the adapter is to be sampled with. Read are FlowMatchEulerDiscrete-, "
+        "FlowMatchLCM- and FlowMatchHeunDiscreteScheduler, and solvers with use_flow_sigmas and a flow_shift that "
+        "isn't dynamic (DPM-solver, UniPC)"
     )

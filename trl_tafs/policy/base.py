@@ -21,7 +21,7 @@ def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> tuple[int,
 
     Raises:
         TypeError: it is no TAFS pipeline.
-        ValueError: it can't draw in that size, with that guidance, or prompts of that length.
+        ValueError: it can't draw in that size, with that guidance, prompts of that length, or by its scheduler.
     """
     if not isinstance(pipeline, TAFSPipelineMixin):
         raise TypeError(
@@ -34,6 +34,7 @@ def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> tuple[int,
     pipeline.check_guidance(config.sample_guidance_scale)
     pipeline.check_sequence_length(config.max_sequence_length)
     pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
+    pipeline.rollout_levels(config.sample_num_steps, height, width)
     return height, width
 
 
@@ -91,7 +92,7 @@ def take_off_autocast(denoiser: nn.Module) -> None:
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a module as `from_pretrained(torch_dtype=dtype)` would: parts that overflow in a short dtype keep theirs.
+    """Cast a module as `from_pretrained(dtype=dtype)` would: parts that overflow in a short dtype keep theirs.
 
     Transformers' `_keep_in_fp32_modules` are those under float16 (T5's `wo`), its `_strict` ones and diffusers' always.
     """
@@ -102,6 +103,6 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
         names += getattr(module, "_keep_in_fp32_modules", None) or ()
     pattern = re.compile(rf"(^|\.)({'|'.join(names)})(\.|$)") if names else None
     kept = [(p, p.data) for name, p in module.named_parameters() if pattern is not None and pattern.search(name)]
-    module.to(dtype)
+    nn.Module.to(module, dtype)  # diffusers' own `to` warns of the parts that are kept here
     for parameter, data in kept:
         parameter.data = data

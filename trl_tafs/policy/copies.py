@@ -19,6 +19,11 @@ class AdapterAverage:
         self.parameters = parameters
         self.ema = EMAModel(parameters, decay=decay)
 
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The average of each parameter."""
+        return self.ema.shadow_params
+
     def update(self) -> None:
         """After an optimizer step."""
         self.ema.step(self.parameters)

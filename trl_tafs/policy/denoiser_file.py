@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import write_folder_whole
 from trl_tafs.pipelines.components import denoiser_name
 from trl_tafs.pipelines.quantized import is_quantized
@@ -31,7 +32,7 @@ def load_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> Non
     """Put the weights that `save_denoiser` wrote into the pipeline's denoiser."""
     name = denoiser_name(pipeline)
     denoiser = getattr(pipeline, name)
-    saved = type(denoiser).from_pretrained(Path(folder, name), torch_dtype=torch.float32)
+    saved = type(denoiser).from_pretrained(Path(folder, name), dtype=torch.float32)
     denoiser.load_state_dict(saved.state_dict())
 
 
@@ -62,7 +63,10 @@ def applied(pipeline: DiffusionPipeline, source: str | os.PathLike | None) -> It
         return
     folder = whole_denoiser(source, denoiser_name(pipeline))
     if folder is None:
-        pipeline.load_lora_weights(source)
+        try:
+            pipeline.load_lora_weights(source)
+        except Exception as error:  # files, the network, and what libraries make of what they find there
+            raise ValueError(f"the adapter {source} can't be loaded: {first_line(error)}") from error
         try:
             yield
         finally:

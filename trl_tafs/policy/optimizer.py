@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl_tafs.output.errors import require
 from trl_tafs.policy.options import OptimizerOptions
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerOptions) -> torch.optim.Optimizer:
     """AdamW, or bitsandbytes' with 8-bit state."""
     if config.train_use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise ImportError("train_use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
-        optimizer_class = bitsandbytes.optim.AdamW8bit
+        optimizer_class = require("bitsandbytes", "train_use_8bit_adam", "8bit").optim.AdamW8bit
     else:
         optimizer_class = torch.optim.AdamW
     return optimizer_class(

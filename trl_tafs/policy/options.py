@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.options import SamplingOptions
-from trl_tafs.options import Options, RunOptions, check_at_least, check_choice, check_positive, option
+from trl_tafs.options import (
+    Options,
+    RunOptions,
+    check_at_least,
+    check_at_least_1_or_none,
+    check_choice,
+    check_not_empty,
+    check_positive,
+    check_share,
+    option,
+)
 from trl_tafs.pipelines.options import PipelineOptions
 
 # Those of diffusers' get_scheduler that need a number of steps and no more, and are a factor on the rate.
@@ -30,11 +40,19 @@ class OptimizerOptions(Options):
     train_adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
     train_use_8bit_adam: bool = option(False, "bitsandbytes' 8-bit AdamW.")
     train_max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    train_max_skipped_steps: int | None = option(
+        None,
+        "Stop once so many optimizer steps in a row were left out, since their gradient isn't finite. None: 5, or 20 "
+        "with mixed_precision=fp16, whose loss scale finds its size that way.",
+    )
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "train_lr_scheduler_type", LR_SCHEDULERS)
-        check_positive(self, "train_learning_rate", "train_max_grad_norm")
+        check_positive(self, "train_learning_rate", "train_adam_epsilon", "train_max_grad_norm")
+        check_at_least(self, 0, "train_lr_warmup_steps", "train_adam_weight_decay")
+        check_at_least_1_or_none(self, "train_max_skipped_steps")
+        check_share(self, "train_adam_beta1", "train_adam_beta2")
 
 
 @dataclass
@@ -64,8 +82,8 @@ class AdapterOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_at_least(self, 1, "lora_rank", "lora_alpha")
-        if not 0 <= self.train_ema_decay < 1:
-            raise ValueError(f"train_ema_decay is {self.train_ema_decay}; it must lie in [0, 1)")
+        check_share(self, "train_ema_decay")
+        check_not_empty(self, "adapter_name_or_path")
 
 
 @dataclass
@@ -83,8 +101,8 @@ class OldPolicyOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
-        if not 0 <= self.old_policy_decay < 1:
-            raise ValueError(f"old_policy_decay is {self.old_policy_decay}; it must lie in [0, 1)")
+        check_share(self, "old_policy_decay")
+        check_at_least(self, 0, "old_policy_ramp")
         if self.old_policy_decay and not self.old_policy_ramp > 0:
             raise ValueError(f"old_policy_ramp is {self.old_policy_ramp}; it must be above 0 for old_policy_decay")
 
@@ -92,6 +110,11 @@ class OldPolicyOptions(Options):
 @dataclass
 class PolicyOptions(AdapterOptions, OptimizerOptions, OldPolicyOptions, PipelineOptions, SamplingOptions, RunOptions):
     """All that the policy is made from."""
+
+    @property
+    def max_skipped_steps(self) -> int:
+        """`train_max_skipped_steps`, or its default."""
+        return self.train_max_skipped_steps or (20 if self.mixed_precision == "fp16" else 5)
 
     def check(self) -> None:
         """Raise ValueError for what can't work together."""

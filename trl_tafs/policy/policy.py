@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.finite import is_finite
 from trl_tafs.policy.adapter_file import check_adapter_fits, read_adapter, save_adapter
 from trl_tafs.policy.base import prepare_base, take_off_autocast
 from trl_tafs.policy.copies import AdapterAverage, HeldWeights, OldPolicy
@@ -127,6 +128,19 @@ class Policy:
         """Let the old policy follow the present one."""
         if self.old is not None:
             self.old.update()
+
+    # Check ----------------------------------------------------------------------------------------------------
+
+    def is_finite(self) -> bool:
+        """Return whether all trained weights and their copies are finite, by one host copy."""
+        copies = ([] if self.average is None else self.average.weights) + ([] if self.old is None else self.old.weights)
+        largest = torch._foreach_norm([p.detach() for p in self.parameters] + copies, float("inf"))
+        return bool(torch.stack(largest).isfinite().all())
+
+    def non_finite_name(self) -> str | None:
+        """Return the name of the first trained weight that isn't finite; None if it is one of a copy, or none."""
+        named = self.pipeline.denoiser.named_parameters()
+        return next((name for name, p in named if p.requires_grad and not is_finite(p.detach())), None)
 
     # Save and load --------------------------------------------------------------------------------------------
 

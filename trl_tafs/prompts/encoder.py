@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trl_tafs.method.types import Conditioning, Embeddings
 from trl_tafs.output.files import write_whole
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.finite import check_embeddings
 from trl_tafs.pipelines.identity import base_identity
 from trl_tafs.pipelines.quantized import is_bitsandbytes
 
@@ -92,6 +93,7 @@ class PromptEncoder:
 
         Raises:
             ValueError: a prompt isn't encoded yet, and the pipeline was loaded without text encoders.
+            NonFiniteError: a text encoder made NaN or infinity of a prompt.
         """
         unique = list(dict.fromkeys(prompts))
         self._find([prompt for prompt in unique if prompt not in self.cache])
@@ -138,6 +140,7 @@ class PromptEncoder:
         with self.encoding(), self._encoding(encoders):
             for prompt in prompts:
                 conditioning = self.pipeline.encode_conditioning([prompt], **self.arguments).to("cpu")
+                check_embeddings(self.pipeline, conditioning, prompt)
                 if self.pipeline.text_multiple is not None:
                     conditioning = conditioning.padded_to_multiple(self.pipeline.text_multiple)
                 if keep:

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_tafs.output.errors import did_you_mean
+from trl_tafs.output.secrets import hide
 from trl_tafs.prompts.files import PARSERS, is_file, parse_prompts, read_prompt_file
-from trl_tafs.rewards.web import WebError, fetch, parse_address, printable, without_userinfo
+from trl_tafs.rewards.web import WebError, fetch, parse_address, printable
 
 SET_FILES = {  # files on GitHub: OWNER/REPOSITORY/BRANCH/PATH
     "geneval": "djghosh13/geneval/main/prompts/evaluation_metadata.jsonl",
@@ -60,6 +62,7 @@ def load_prompts(source: str) -> Any:
     if not HUB_NAME.fullmatch(source) and not (source and os.path.isdir(source)):
         raise ValueError(
             f"{source!r:.200} is no prompt file, no set ({', '.join(PROMPT_SETS)}) and no dataset user/name"
+            f"{did_you_mean(source, PROMPT_SETS)}"
         )
     name, _, split = source.partition(":")
     return _dataset(name, split or "train")
@@ -112,10 +115,10 @@ def _dataset(name: str, split: str) -> Any:
     try:
         return load_dataset(name, split=split)
     except Exception as error:  # the network's edge, and a stranger's files
-        told = printable(without_userinfo(str(error).strip() or type(error).__name__))
+        told = printable(hide(str(error).strip() or type(error).__name__))
         raise ValueError(
             f"{name!r}, split {split!r}, can't be loaded: {told}; prompts are a file, a set "
-            f"({', '.join(PROMPT_SETS)}) or a dataset user/name:split"
+            f"({', '.join(PROMPT_SETS)}) or a dataset user/name:split{did_you_mean(name, PROMPT_SETS)}"
         ) from error
 
 

@@ -13,7 +13,7 @@ import torch
 
 from trl_tafs.method.noise import noise_seed
 from trl_tafs.method.types import PromptBatch
-from trl_tafs.rewards.scoring import copy_metadata
+from trl_tafs.rewards.scoring import check_signature, copy_metadata
 
 CHECKED_AT_ONCE = 10_000  # rows of a dataset
 SHOWN_FAULTS = 5
@@ -50,6 +50,8 @@ class PromptSource:
     def __init__(self, source: PromptFunction | Any, seed: int = 0) -> None:
         self.seed = seed
         self.function = source if callable(source) else None
+        if self.function is not None:
+            check_signature(self.function, "the prompt function", "")
         self.rows = None if callable(source) else _as_rows(source)
         self._order: tuple[int, Any] = (-1, None)  # the present sweep and its order of the rows
         if self.rows is not None:
@@ -62,6 +64,19 @@ class PromptSource:
     def known(self) -> list[str]:
         """Return all prompts if they are a fixed set, and none if they come from a function."""
         return [] if self.rows is None else [_prompt_of(row) for _, row in _scan(self.rows)]
+
+    def all(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return (prompt, metadata) of every row, a copy; none if they come from a function."""
+        return [] if self.rows is None else [row_to_prompt(self.rows[i]) for i in range(len(self.rows))]
+
+    def scanned(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield (prompt, metadata) of every row, not copied: to be looked at only. None of a function's."""
+        for i in range(0 if self.rows is None else len(self.rows)):
+            row = self.rows[i]
+            if isinstance(row, Mapping):
+                yield row["prompt"], row
+            else:
+                yield (row[0], row[1] or {}) if isinstance(row, tuple) else (row, {})
 
     def groups(self, epoch: int, num_groups: int) -> list[tuple[str, dict[str, Any]]]:
         """Return the (prompt, metadata) of each of an epoch's groups."""

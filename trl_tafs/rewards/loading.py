@@ -7,13 +7,17 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trl_tafs.options import decode_dict
+from trl_tafs.output.errors import did_you_mean, first_line
+from trl_tafs.output.secrets import hide, without_userinfo
 from trl_tafs.rewards.scoring import RewardFunction
-from trl_tafs.rewards.web import parse_address, without_userinfo
+from trl_tafs.rewards.web import parse_address
 
 REWARDS = {
     "aesthetic": "trl_tafs.rewards.aesthetic:Aesthetic",
@@ -42,7 +46,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFu
     Raises:
         ValueError: there is no such reward, or it takes no such options.
     """
-    options = dict(options or {})
+    options = decode_dict(f"options of {without_userinfo(name)}", options)
     if name.startswith(WEB):
         name, options = "remote", {"endpoints": name.split(",")} | options
     made = _find(name)
@@ -52,9 +56,17 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFu
         return made
     known = _options_of(made)
     if known is not None and not options.keys() <= known:
-        unknown = ", ".join(sorted(options.keys() - known))
-        raise ValueError(f"reward {name!r} has no option {unknown}; its options are {', '.join(sorted(known))}")
-    return made(**options)
+        unknown = sorted(options.keys() - known)
+        raise ValueError(
+            f"reward {name!r} has no option {', '.join(unknown)}; its options are {', '.join(sorted(known))}"
+            f"{did_you_mean(unknown[0], known)}"
+        )
+    try:
+        return made(**options)
+    except (ValueError, ImportError):  # says what is wrong
+        raise
+    except Exception as error:  # of the reward's own code, or the network's
+        raise ValueError(f"reward {without_userinfo(name)!r} can't be made: {first_line(error)}") from error
 
 
 def evaluation_options(name: str) -> dict[str, Any]:
@@ -62,21 +74,58 @@ def evaluation_options(name: str) -> dict[str, Any]:
     return {} if name.startswith(WEB) else dict(getattr(_find(name), "evaluation_options", {}))
 
 
+def find_object(path: str, what: str) -> Any:
+    """Return what `module:name` or `file.py:name` names.
+
+    Args:
+        path: of it.
+        what: it is for, at the beginning of an error.
+
+    Raises:
+        ValueError: there is none, or its module raises.
+    """
+    module_name, colon, attribute = path.rpartition(":" if ":" in path else ".")
+    if not module_name or not colon or not attribute:
+        raise ValueError(f"{what} can't be imported: write 'module:name' or 'file.py:name'")
+    module = import_module_or_file(module_name, what)
+    if not hasattr(module, attribute):
+        known = did_you_mean(attribute, vars(module))
+        raise ValueError(f"{what} can't be imported: {module_name} has no {attribute!r}{known}")
+    return getattr(module, attribute)
+
+
 def _find(name: str) -> Any:
     path = REWARDS.get(name, name)
-    module_name, colon, attribute = path.rpartition(":" if ":" in path else ".")
-    if not module_name or not colon:
+    if ":" not in path and "." not in path:
         raise ValueError(
             f"no reward {name!r}; use one of {', '.join(REWARDS)}, or your own as 'module:name' or 'file.py:name'"
+            f"{did_you_mean(name, REWARDS)}"
         )
-    file = Path(module_name).resolve() if module_name.endswith(".py") else None
+    return find_object(path, f"reward {name!r}")
+
+
+def import_module_or_file(name: str, what: str) -> ModuleType:
+    """Import a module by its dotted name, also one of the working directory, or a file by its path.
+
+    Args:
+        name: `package.module` or `folder/file.py`; imported once, whatever it is imported for.
+        what: it is for, at the beginning of an error.
+
+    Raises:
+        ValueError: there is none, or it raises; says in which line.
+    """
+    file = Path(name).resolve() if name.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise ValueError(f"{what} can't be imported: there is no file {name}")
     folder = Path.cwd() if file is None else file.parent
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     try:
-        return getattr(importlib.import_module(module_name) if file is None else _module_of(file), attribute)
-    except (ImportError, AttributeError, OSError) as error:
-        raise ValueError(f"reward {name!r} can't be imported: {error}") from error
+        return importlib.import_module(name) if file is None else _module_of(file)
+    except (Exception, SystemExit) as error:  # the user's code, which may raise anything, or leave
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{what} can't be imported: {first_line(error)}{where}") from error
 
 
 def _module_of(file: Path) -> ModuleType:
@@ -138,7 +187,7 @@ def parse_rewards(
         try:
             value = float(weight) if weight else 1.0
         except ValueError as error:
-            raise ValueError(f"--reward {shown!r}: {weight!r} is no number; write NAME=WEIGHT") from error
+            raise ValueError(f"--reward {shown!r}: {hide(weight)!r} is no number; write NAME=WEIGHT") from error
         if not math.isfinite(value):
             raise ValueError(f"--reward {shown!r}: a weight must be finite")
         label = reward_label(name)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trl_tafs.output.errors import require
 from trl_tafs.rewards.model import ModelReward
 from trl_tafs.rewards.preprocessing import to_uint8
 from trl_tafs.rewards.scoring import RewardRefused
@@ -90,11 +91,10 @@ class Recognizer:
     HEIGHT = 48
 
     def __init__(self, package: str = "rapidocr", batch_size: int = 32, threads: int | None = None) -> None:
-        import onnxruntime
-
+        onnxruntime = require("onnxruntime", "the reward ocr", "ocr")
         spec = find_spec(package)
         if spec is None:
-            raise ValueError(f"the package {package} isn't installed; pip install {package} onnxruntime")
+            raise ValueError(_missing(package))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         path = next((Path(spec.origin).parent / "models").glob("*rec*.onnx"))
@@ -219,10 +219,15 @@ class OCR(ModelReward):
         return max((text_similarity(text, target) for text in [*lines, " ".join(lines)]), default=0.0)
 
 
+def _missing(package: str) -> str:
+    extra = "ocr" if package == "rapidocr" else "quickstart"
+    return f'the package {package} isn\'t installed; pip install "trl_tafs[{extra}]"'
+
+
 def _detector(threads: int | None, package: str = "rapidocr") -> Any:
     """Rapidocr's whole pipeline, detection included."""
     if find_spec(package) is None:
-        raise ValueError(f"the package {package} isn't installed; pip install {package} onnxruntime")
+        raise ValueError(_missing(package))
     engine, number = import_module(package).RapidOCR, threads or torch.get_num_threads()
     if package != "rapidocr":  # the older ones
         return engine(use_cls=False, intra_op_num_threads=number)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trl_tafs.options import Options, check_at_least, check_choice, option
+from trl_tafs.options import Options, check_at_least, check_at_most, check_choice, option
+
+LONGEST_WAIT = 7 * 24 * 3600  # seconds, for a reward
 
 
 @dataclass
@@ -36,3 +38,11 @@ class RewardOptions(Options):
         check_choice(self, "reward_on_failure", ("error", "mask"))
         check_at_least(self, 1, "max_workers")
         check_at_least(self, 0, "reward_max_retries", "reward_retry_delay")
+        check_at_most(self, 100, "reward_max_retries")
+        if self.reward_retry_delay * 2.0 ** (self.reward_max_retries - 1) > LONGEST_WAIT:
+            raise ValueError(
+                f"reward_retry_delay={self.reward_retry_delay} is doubled for each of reward_max_retries="
+                f"{self.reward_max_retries}, and the last wait would be longer than {LONGEST_WAIT} s; lower one of them"
+            )
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise ValueError(f"reward_weights is {self.reward_weights}; with zeros alone nothing is trained for")

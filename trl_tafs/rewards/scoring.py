@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import reprlib
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_tafs.options import typed
+from trl_tafs.output.errors import shown
+from trl_tafs.output.secrets import hide
+from trl_tafs.rewards.model import ModelReward
 from trl_tafs.rewards.options import RewardOptions
 
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
@@ -44,7 +49,7 @@ class RewardSet:
 
     Args:
         rewards: a callable, a list of them, or a dict of name to callable or (callable, weight).
-        weights: one a reward, in order; overrides those in the dict.
+        weights: one a reward, in order; not beside weights in the dict.
         max_retries: calls after the first one that raises; none after a `RewardError`, with which a reward gives up.
         retry_delay: seconds before the first retry, doubled each time.
         on_failure: what becomes of images whose reward still raises then: "error", or "mask", no score (NaN);
@@ -73,7 +78,11 @@ class RewardSet:
             raise ValueError(
                 f"{len(weights)} reward_weights for {len(named)} rewards ({', '.join(named)}); give one each"
             )
-        chosen = [weight for _, weight in named.values()] if weights is None else list(weights)
+        own = [weight for _, weight in named.values()]
+        if weights is not None and any(weight != 1.0 for weight in own) and own != list(weights):
+            told = ", ".join(f"{name}={weight}" for name, (_, weight) in named.items())
+            raise ValueError(f"reward_weights={list(weights)}, and the rewards have weights ({told}); give one set")
+        chosen = own if weights is None else list(weights)
         self.weights = torch.tensor(chosen, dtype=torch.float32)
         self.max_retries, self.retry_delay, self.on_failure = max_retries, retry_delay, on_failure
 
@@ -87,6 +96,49 @@ class RewardSet:
             retry_delay=options.reward_retry_delay,
             on_failure=options.reward_on_failure,
         )
+
+    def check_rows(self, rows: Iterable[tuple[str, Mapping[str, Any]]], where: str = "prompt row") -> list[str]:
+        """Ask each reward of every row whether it can score it, before anything is drawn.
+
+        A reward says so by a method `applies(prompt, metadata)`, which may raise for a row that is malformed, and by
+        `required_metadata`, the keys that every row must have (docs/rewards.md). Those that say neither aren't asked.
+
+        Args:
+            rows: (prompt, metadata) each; nothing is copied or changed.
+            where: what the rows are, for errors.
+
+        Returns:
+            A sentence for each reward that scores some of the rows alone.
+
+        Raises:
+            ValueError: a row that a reward can't score, by number; or a reward that scores none.
+        """
+        every = ModelReward.applies  # without a question: it scores all
+        asked = {
+            name: function
+            for name, function in zip(self.names, self.functions, strict=True)
+            if getattr(type(function), "applies", every) is not every or hasattr(function, "required_metadata")
+        }
+        scored, count = dict.fromkeys(asked, 0), 0
+        for number, (prompt, metadata) in enumerate(rows if asked else ()):
+            count += 1
+            for name, function in asked.items():
+                missing = [key for key in getattr(function, "required_metadata", ()) if metadata.get(key) is None]
+                if missing:
+                    raise ValueError(
+                        f"{where} {number}, {prompt!r:.80}, has no {', '.join(missing)}, which reward {name!r} needs"
+                    )
+                try:
+                    scored[name] += bool(function.applies(prompt, metadata)) if hasattr(function, "applies") else 1
+                except Exception as error:  # whatever a reward finds wrong with the row
+                    raise ValueError(f"{where} {number}, {prompt!r:.80}: reward {name!r} says {error}") from error
+        for name, number in scored.items():
+            if count and not number:
+                raise ValueError(
+                    f"reward {name!r} scores none of the {count} {where}s: they lack the columns, or the form, that it "
+                    "goes by (docs/rewards.md)"
+                )
+        return [f"reward {name!r} scores {n} of {count} {where}s" for name, n in scored.items() if n < count]
 
     def try_once(self, prompt: str, metadata: dict[str, Any], height: int, width: int) -> None:
         """Call each reward on two images of noise, before anything is spent on it.
@@ -126,22 +178,21 @@ class RewardSet:
             try:
                 return function(*own)
             except Exception as error:  # a reward is the user's code: whatever it raises is retried, then reported
+                told = f"raised {type(error).__name__}: {hide(str(error))}"
                 refused = isinstance(error, RewardRefused)
                 last = attempt == self.max_retries or isinstance(error, RewardError)
                 if last and self.on_failure == "mask" and not refused:
                     warnings.warn(
-                        f"reward {name!r} raised {type(error).__name__}: {error} ({attempt + 1} calls); its "
-                        f"{len(prompts)} images get no score",
+                        f"reward {name!r} {told} ({attempt + 1} calls); its {len(prompts)} images get no score",
                         stacklevel=2,
                     )
                     return [None] * len(prompts)
                 if last:
                     shown = ", ".join(repr(prompt) for prompt in dict.fromkeys(prompts))[:300]
                     raise (RewardRefused if refused else RewardError)(
-                        f"reward {name!r} raised {type(error).__name__}: {error} ({attempt + 1} calls; {len(prompts)} "
-                        f"images of the prompts {shown})"
+                        f"reward {name!r} {told} ({attempt + 1} calls; {len(prompts)} images of the prompts {shown})"
                     ) from error
-                warnings.warn(f"reward {name!r} raised {type(error).__name__}: {error}; it is retried", stacklevel=2)
+                warnings.warn(f"reward {name!r} {told}; it is retried", stacklevel=2)
                 time.sleep(self.retry_delay * 2**attempt)
 
 
@@ -206,7 +257,10 @@ def _copy_or_share(value: Any) -> Any:
 
 def _named(rewards: Any) -> dict[str, tuple[RewardFunction, float]]:
     if isinstance(rewards, Mapping):
-        pairs = {n: r if isinstance(r, tuple) else (r, 1.0) for n, r in rewards.items()}
+        # a name is written everywhere, and an address may be one
+        pairs = {hide(str(n)): r if isinstance(r, tuple) else (r, 1.0) for n, r in rewards.items()}
+        if len(pairs) < len(rewards):
+            raise ValueError(f"two rewards have one name once what is secret is left out: {', '.join(pairs)}")
     else:
         pairs = {}
         for function in rewards if isinstance(rewards, (list, tuple)) else [rewards]:
@@ -216,7 +270,33 @@ def _named(rewards: Any) -> dict[str, tuple[RewardFunction, float]]:
             pairs[name] = (function, 1.0)
     if not pairs:
         raise ValueError("no reward given; pass a callable, a list or a dict of them")
-    for name, (function, _) in pairs.items():
-        if not callable(function):
-            raise ValueError(f"reward {name!r} is {function!r}, not a callable (images, prompts, prompt_metadata)")
+    for name, pair in pairs.items():
+        if len(pair) != 2 or not callable(pair[0]):
+            told = shown(pair[0] if len(pair) == 2 else pair)
+            raise ValueError(
+                f"reward {name!r} is {told}, not a callable (images, prompts, prompt_metadata), nor one with a weight"
+            )
+        check_signature(pair[0], f"reward {name!r}", "images, prompts, prompt_metadata")
+        pairs[name] = (pair[0], typed(f"the weight of reward {name!r}", pair[1], float))
     return pairs
+
+
+def check_signature(function: Any, what: str, arguments: str) -> None:
+    """Raise ValueError if a function of the user's can't be called with these arguments, by position.
+
+    Args:
+        function: a callable; one that doesn't say what it takes is taken.
+        what: its name in the error.
+        arguments: their names, with commas between; "" for none.
+    """
+    names = arguments.split(", ") if arguments else []
+    if isinstance(function, type):
+        raise ValueError(f"{what} is the class {function.__name__}; give an instance of it")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of C, for instance
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        raise ValueError(f"{what} takes {signature}, and is called with ({arguments}): {error}") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trl_tafs.output.errors import require
 from trl_tafs.rewards.scoring import RewardError, RewardFunction, RewardRefused, RewardSet
 from trl_tafs.rewards.web import printable, read_json
 from trl_tafs.rewards.wire import SECRET, decode_images, encode_rewards
@@ -62,6 +63,7 @@ def make_app(
         max_waiting: whole requests at once; more are told to come back (503).
         body_seconds: a request's body must have come by then.
     """
+    require("starlette", "serve-reward", "server")
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import Request
@@ -235,8 +237,7 @@ def connection_bounds(receive_seconds: float = BODY_SECONDS) -> dict[str, Any]:
 
 def serve(name: str, reward: RewardFunction, host: str = "127.0.0.1", port: int = 8000, **limits: Any) -> None:
     """Answer until interrupted; the secret is read from the environment."""
-    import uvicorn
-
+    uvicorn = require("uvicorn", "serve-reward", "server")
     secret = os.environ.get(SECRET)
     check_exposure(host, secret)
     app = make_app(name, reward, secret=secret, **limits)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from trl_tafs.output.secrets import hide, remember
+
 MAX_ANSWER = 2**20  # bytes of an answer, unless the caller says otherwise
 MAX_DEPTH = 32  # of JSON
-USERINFO = re.compile(r"(?<=://)[^\s/?#,]*@")
 
 
 class WebError(Exception):
@@ -39,15 +40,15 @@ class Answer:
     body: bytes
 
     def text(self, length: int = 300) -> str:
-        """The body's beginning, fit for a message."""
-        return printable(self.body[: 4 * length].decode("utf-8", "replace"), length)
+        """Return the body's beginning, fit for a message, without what was sent as a secret."""
+        return printable(hide(self.body[: 4 * length].decode("utf-8", "replace")), length)
 
     def json_object(self) -> dict[str, Any]:
         """Return the JSON object that the body is, or raise WebError."""
         try:
             value = read_json(self.body)
         except ValueError as error:
-            told = printable(str(error), 100)
+            told = printable(hide(str(error)), 100)
             raise WebError(f"{self.label} answered what is no JSON ({told}): {self.text(100)!r}") from error
         if not isinstance(value, dict):
             raise WebError(f"{self.label} answered a {type(value).__name__}, not an object")
@@ -57,11 +58,6 @@ class Answer:
 def printable(text: str, length: int = 300) -> str:
     """Return a stranger's text for a message: one line, without control characters, cut after `length` characters."""
     return "".join(c if c.isprintable() else " " for c in text[:length])
-
-
-def without_userinfo(text: str) -> str:
-    """Return the text with the user and password of every URL in it left out."""
-    return USERINFO.sub("", text)
 
 
 def parse_address(text: str) -> Address:
@@ -83,6 +79,7 @@ def parse_address(text: str) -> Address:
     if not valid or parts.query or parts.fragment or "@" in parts.path or not re.fullmatch(r"[\w.:\[\]%-]+", label):
         raise ValueError(wrong)
     user = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
+    remember(user and user[1])
     return Address(f"{parts.scheme}://{label}{parts.path.rstrip('/')}", label, user)
 
 
@@ -108,6 +105,7 @@ def fetch(
     Raises:
         WebError: there is no answer of that size in that time, or it is a redirect, which isn't followed.
     """
+    remember(token)
 
     def run() -> Answer:
         return asyncio.run(_fetch(address, path, body, token, deadline, max_bytes))
@@ -142,14 +140,14 @@ async def _fetch(
     except TimeoutError as error:
         raise WebError(f"{address.label}: the call timed out after {deadline:g} s") from error
     except (httpx2.HTTPError, httpx2.InvalidURL, ImportError, ValueError, OSError) as error:
-        told = printable(without_userinfo(str(error))) or "no answer"
+        told = printable(hide(str(error))) or "no answer"
         raise WebError(f"{address.label}: {type(error).__name__}: {told}") from error
 
 
 def _check_head(address: Address, response: Any) -> None:
     """Raise WebError if the answer is a redirect or compressed."""
     if 300 <= response.status_code < 400:
-        target = printable(without_userinfo(response.headers.get("location", "nowhere")))
+        target = printable(hide(response.headers.get("location", "nowhere")))
         raise WebError(
             f"{address.label} answered {response.status_code}, a redirect to {target}; redirects aren't followed: give "
             "the address that answers"

@@ -1,24 +1,24 @@
-"""`Checkpoints`: save a run, resume it, roll it back, set earlier ones aside, keep the best weights."""
+"""`Checkpoints`: save a run, resume it, set earlier ones aside, keep the best weights."""
 
 from __future__ import annotations
 
-import io
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from trl_tafs.output.files import tolerating_disk_faults, write_whole
+from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.policy.policy import Policy
 from trl_tafs.processes import same_everywhere
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training import checkpoint_files as files
+from trl_tafs.training.divergence import check_weights, left_over
 from trl_tafs.training.logs import Stopwatch, warn_main
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.progress import Progress
@@ -42,7 +42,6 @@ class Checkpoints:
     stopper: Stopper
     newest: Path | None = None  # the one that this run wrote or resumed from last
     failed: bool = False  # the last one could not be written
-    copy: bytes | None = None  # the state at the epoch's start, in memory, where no checkpoint has it
 
     @property
     def folder(self) -> Path:
@@ -55,7 +54,12 @@ class Checkpoints:
         return self.policy.states() | self.other_states
 
     def save(self) -> Path | None:
-        """Write a checkpoint of everything that moves, at the end of an epoch; None where the disk failed."""
+        """Write a checkpoint of everything that moves, at the end of an epoch; None where the disk failed.
+
+        Raises:
+            NonFiniteError: a trained weight isn't finite; what was written before stays.
+        """
+        check_weights(self.policy, self.config, f"after {self.progress.epoch} epochs")
 
         def write(path: Path) -> None:
             files.save_generators(path, self.accelerator.process_index)
@@ -70,14 +74,19 @@ class Checkpoints:
         self.newest, self.failed = path or self.newest, path is None
         return path
 
-    def due(self, epoch: int) -> bool:
-        """Return whether one is to be written after so many epochs: every `save_freq`, and after one that failed."""
-        return bool(self.config.save_freq) and (epoch % self.config.save_freq == 0 or self.failed)
-
     @property
     def saved(self) -> bool:
         """Whether the state that the epoch began with is on disk."""
         return self.newest is not None and files.epoch_of(self.newest) == self.progress.epoch
+
+    def due(self, epoch: int) -> bool:
+        """Return whether to save when `epoch` epochs are done; not while the last optimizer steps were left out.
+
+        Those checkpoints would have the weights of an earlier one, and push those out that a diverged run goes back to.
+        One that could not be written is due again at the next epoch's end.
+        """
+        frequency = self.config.save_freq
+        return bool(frequency) and (epoch % frequency == 0 or self.failed) and not self.progress.skipped_steps
 
     def save_last(self) -> None:
         """Save, unless the newest checkpoint is of this epoch."""
@@ -90,6 +99,8 @@ class Checkpoints:
     def saved_on_failure(self, *, repeated: bool = False) -> Iterator[None]:
         """Save the epochs before this one if a reward fails or a signal comes inside, where nothing is trained.
 
+        Where the weights draw NaN nothing is saved, and the error says which checkpoints there are.
+
         If a resume repeats all of it, it begins with the same global generators; else it goes on with what was kept.
         """
         generators = files.generators()
@@ -99,60 +110,15 @@ class Checkpoints:
             if repeated:
                 files.set_generators(generators)
             self.save()
-            self._say(str(stopped))
+            self.say(str(stopped))
             raise
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}. {left_over(self.config)}") from error
 
-    @contextmanager
-    def rolled_back_on_stop(self, keep: Callable[[], str]) -> Iterator[None]:
-        """Give everything the state that the epoch began with if a signal comes inside, where weights are trained.
-
-        The epoch's rollouts, scored, are kept by `keep`: a resume repeats its optimizer steps alone.
-        """
-        self.copy = None if self.saved or self.config.full_finetuning else self._copied()
-        generators = files.generators()  # as the rewards left them: an update may use them, for a LoRA's dropout
-        try:
-            yield
-        except Stopped:
-            said = keep()
-            self._roll_back()
-            files.set_generators(generators)
-            self.save()
-            self._say(said)
-            raise
-        finally:
-            self.copy = None
-
-    def may_stop(self) -> bool:
-        """Whether to stop while weights are trained: on a signal, unless a whole model would have to be copied for it.
-
-        Then the epoch is finished first.
-        """
-        return (self.saved or self.copy is not None) and self.stopper.agreed()
-
-    def _say(self, more: str) -> None:
+    def say(self, more: str) -> None:
+        """Tell the stopper what is saved, for its last message."""
         where = f"checkpoint {self.newest} is saved" if self.saved else "no checkpoint could be written"
         self.stopper.saved = f"{where}. {more}".removesuffix(". ").removesuffix(".")
-
-    def _copied(self) -> bytes:
-        """Return the trained weights and all states in memory, as a checkpoint has them on disk."""
-        buffer = io.BytesIO()
-        states = {name: item.state_dict() for name, item in self.states.items()}
-        weights = [parameter.detach() for parameter in self.policy.parameters]
-        torch.save({"weights": weights, "states": states, "progress": self.progress.state_dict()}, buffer)
-        return buffer.getvalue()
-
-    def _roll_back(self) -> None:
-        if self.copy is None:
-            self._load(self.newest)
-        else:
-            held = torch.load(io.BytesIO(self.copy), map_location="cpu", weights_only=True)
-            for parameter, weight in zip(self.policy.parameters, held["weights"], strict=True):
-                parameter.data.copy_(weight)
-            for name, item in self.states.items():
-                item.load_state_dict(held["states"][name])
-            self.progress.load_state_dict(held["progress"])
-        if self.accelerator.is_main_process:
-            self.local_tracker.rewind(self.progress.epoch)
 
     # Resuming -------------------------------------------------------------------------------------------------
 
@@ -189,7 +155,7 @@ class Checkpoints:
         return path
 
     def _resume(self, path: Path) -> None:
-        settings = self._load(path)
+        settings = self.load(path)
         files.load_generators(path, self.accelerator.process_index)
         if changed := changes(settings, self.settings):
             warn_main(self.accelerator, f"resumed with other settings than the checkpoint's: {'; '.join(changed)}")
@@ -199,7 +165,7 @@ class Checkpoints:
         self.newest = path if path.parent.resolve() == self.folder.resolve() else None
         self.accelerator.print(f"resumed from {path}: epoch {self.progress.epoch}, step {self.progress.global_step}")
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def load(self, path: Path) -> dict[str, Any]:
         """Take over a checkpoint's weights and states; return the settings that it was made with."""
         state = files.read_state(path)
         with files.reading(path, "the trained weights"):
@@ -211,7 +177,12 @@ class Checkpoints:
         return state["settings"]
 
     def save_best(self, epoch: int, name: str, value: float) -> None:
-        """Keep the weights of the best evaluation apart, in `best/`."""
+        """Keep the weights of the best evaluation apart, in `best/`.
+
+        Raises:
+            NonFiniteError: a trained weight isn't finite; the best so far stays.
+        """
+        check_weights(self.policy, self.config, f"after {epoch} epochs")
         if not self.accelerator.is_main_process:
             return
         folder = Path(self.config.project_dir) / "best"

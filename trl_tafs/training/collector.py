@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from trl_tafs.method.advantages import combine_rewards
 from trl_tafs.method.types import PromptBatch, RewardTable
-from trl_tafs.processes import any_process, gather_rows, progress_bar, same_everywhere, share
+from trl_tafs.pipelines.finite import NonFiniteError
+from trl_tafs.processes import any_process, gather_rows, progress_bar, raise_everywhere, same_everywhere, share
 from trl_tafs.prompts.source import PromptSource, expand_groups
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training.experience import Draw, Experience, ScoredBatch
@@ -51,6 +52,7 @@ class Collector:
         Raises:
             RewardError: a reward failed, or gave no score for any image; the message says where the rollouts are kept.
             Stopped: a signal came; the message says the same.
+            NonFiniteError: the denoiser or the VAE made NaN or infinity, on any process.
         """
         allocation, draws = self.sampler.algorithm.groups, []
         self.drawn = []
@@ -100,6 +102,7 @@ class Collector:
             progress.close()
         self.drawn.append((key, done))
         if any_process(self.accelerator, fault is not None):
+            raise_everywhere(self.accelerator, fault, NonFiniteError, f"epoch {epoch}, step {global_step}")
             self._interrupt(fault, epoch, global_step)
         local_images = torch.arange(place.start, place.stop)
         return Draw(prompts, done, self._gather_rewards(done), local_images)

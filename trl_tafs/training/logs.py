@@ -43,6 +43,10 @@ class MeanMetrics:
             self.totals[name] = self.totals[name] + value if name in self.totals else value.detach().clone()
         self.count += 1
 
+    def mean(self, name: str) -> float:
+        """Return the mean of one metric so far, by a host copy; NaN if there is none."""
+        return self.totals[name].item() / self.count if name in self.totals else float("nan")
+
     def pop(self) -> dict[str, Tensor]:
         """Return the means since the last `pop`."""
         means = {name: total / max(self.count, 1) for name, total in self.totals.items()} | self.last
@@ -80,7 +84,7 @@ class EpochLog:
     Args:
         accelerator: whose trackers are written.
         num_actions: M, of the K images of a scored step those that are actions.
-        clip: the clip range with its unit, for a warning.
+        clip: what clips ratios, with its value, for a warning.
         varying_groups: whether group sizes are worth a line.
     """
 
@@ -112,8 +116,8 @@ class EpochLog:
             self._warned = True
             warn_main(
                 self.accelerator,
-                f"epoch {epoch}: {line['clipfrac']:.0%} of the ratios are clipped at train_clip_range={self.clip}, "
-                "which throttles training; raise the range, or lower train_learning_rate or the number of updates an "
+                f"epoch {epoch}: {line['clipfrac']:.0%} of the ratios are clipped at {self.clip}, "
+                "which throttles training; raise it, or lower train_learning_rate or the number of updates an "
                 "epoch",
             )
 

@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.guidance import is_guided
-from trl_tafs.method.options import CreditOptions, LossOptions, MethodOptions, ObjectiveOptions, SamplingOptions
-from trl_tafs.options import Options, RunOptions, check_at_least, check_at_least_1_or_none, option
+from trl_tafs.method.options import (
+    MAX_STEPS,
+    CreditOptions,
+    LossOptions,
+    MethodOptions,
+    ObjectiveOptions,
+    SamplingOptions,
+)
+from trl_tafs.options import Options, RunOptions, check_at_least, check_at_least_1_or_none, check_not_empty, option
 from trl_tafs.pipelines.options import PipelineOptions
 from trl_tafs.policy.options import AdapterOptions, OldPolicyOptions, OptimizerOptions, PolicyOptions
 from trl_tafs.rewards.options import RewardOptions
@@ -63,11 +70,11 @@ class EvaluationOptions(Options):
         check_at_least(self, 0, "eval_freq", "sample_grid_freq")
         check_at_least(self, 1, "eval_images_per_prompt", "sample_grid_rows")
         check_at_least_1_or_none(self, "eval_batch_size", "early_stopping_patience")
-        for sampler in [self.eval_samplers] if isinstance(self.eval_samplers, str) else self.eval_samplers:
-            if isinstance(self.eval_samplers, str) or sampler not in ("annealed", "ode"):
-                raise ValueError(f"eval_samplers is {self.eval_samplers!r}; use a list of annealed and ode")
-        if not self.eval_num_steps or any(steps < 1 for steps in self.eval_num_steps):
-            raise ValueError(f"eval_num_steps is {self.eval_num_steps}; give step counts of at least 1")
+        check_not_empty(self, "metric_for_best_model")
+        if not set(self.eval_samplers) <= {"annealed", "ode"}:
+            raise ValueError(f"eval_samplers is {self.eval_samplers!r}; use a list of annealed and ode")
+        if not all(1 <= steps <= MAX_STEPS for steps in self.eval_num_steps):
+            raise ValueError(f"eval_num_steps is {self.eval_num_steps}; give step counts of 1 to {MAX_STEPS}")
         if self.early_stopping_patience is not None and not (self.eval_freq and self.metric_for_best_model):
             raise ValueError("early_stopping_patience needs eval_freq above 0 and a metric_for_best_model")
         if self.metric_for_best_model is not None and not self.eval_freq:

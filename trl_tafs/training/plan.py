@@ -90,6 +90,12 @@ def plan_epoch(options: TrainingOptions, world_size: int) -> EpochPlan:
             f"{batches} minibatches an epoch don't divide into train_gradient_accumulation_steps={accumulation}; use "
             f"{fitting[-1]}, or None for one optimizer step"
         )
+    if batches == accumulation and options.train_num_inner_epochs == 1 and not options.old_policy_decay:
+        for name in options.needs_several_updates:
+            raise ValueError(
+                f"{name}={getattr(options, name)} has no effect with one optimizer step an epoch, which is on policy; "
+                f"leave it out, or use train_num_inner_epochs=2 or a train_gradient_accumulation_steps below {batches}"
+            )
     least, most = group_bounds(options, group_size, local * world_size, world_size)
     return EpochPlan(
         world_size=world_size,

@@ -14,6 +14,8 @@ class Progress:
 
     epoch: int = 0  # epochs done
     global_step: int = 0  # optimizer steps done
+    skipped_steps: int = 0  # optimizer steps left out in a row, up to now
+    idle_epochs: int = 0  # epochs without any advantage in a row, up to now
     best_metric: float | None = None
     evaluations_without_gain: int = 0
     reward_curve: list[tuple[int, float]] = field(default_factory=list)  # (epoch, mean reward)
@@ -69,10 +71,7 @@ class Progress:
         if wrong := sorted(state.keys() ^ set(names)):
             raise ValueError(f"progress {'lacks' if wrong[0] in names else 'has an unknown'} {wrong[0]!r}")
         curve = [(epoch, reward) for epoch, reward in state["reward_curve"]]
-        sound = {
-            "epoch": _is_count(state["epoch"]),
-            "global_step": _is_count(state["global_step"]),
-            "evaluations_without_gain": _is_count(state["evaluations_without_gain"]),
+        sound = {f.name: _is_count(state[f.name]) for f in fields(self) if f.type == "int"} | {
             "best_metric": state["best_metric"] is None or _is_number(state["best_metric"]),
             "reward_curve": all(_is_count(epoch) and _is_number(reward) for epoch, reward in curve),
             "evaluations": all(
@@ -81,7 +80,7 @@ class Progress:
             ),
         }
         if not all(sound.values()):
-            name = next(name for name in names if not sound[name])
+            name = next(name for name, right in sound.items() if not right)
             raise ValueError(f"progress has {name}={str(state[name])[:80]!r}")
         for name in names:
             setattr(self, name, state[name])

@@ -97,7 +97,7 @@ def take_lock(folder: Path) -> str:
                 f"{folder} is in use by {reason}; give this run another run_name or project_dir, or stop that one. "
                 f"If it is over, delete {lock}"
             )
-        stale = lock.with_name(f"{LOCK}.{token}.stale")
+        stale = lock.with_name(f"{LOCK}.{token}.part")
         with suppress(FileNotFoundError):  # another job was faster
             os.replace(lock, stale)
             if _holder(stale) != other:  # and had made its own lock by then: it gets that back

@@ -16,6 +16,7 @@ from trl_tafs.algorithm import Algorithm
 from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import rollout
 from trl_tafs.method.types import PromptBatch, Rollout
+from trl_tafs.pipelines.finite import DenoiserWatch, NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.rewards.scoring import RewardSet, Scores
@@ -60,13 +61,18 @@ class RolloutSampler:
     def roll_out(
         self, prompts: PromptBatch, epoch: int, on_scored: Callable[[Tensor], None] | None = None
     ) -> ScoredBatch:
-        """Sample one batch of trajectories; `on_scored` is given each scored step's latents on the way."""
+        """Sample one batch of trajectories; `on_scored` is given each scored step's latents on the way.
+
+        Raises:
+            NonFiniteError: a velocity is NaN or infinite.
+        """
         levels, shape = self.algorithm.levels, self.algorithm.latent_shape
         needs, frequency = type(self.algorithm.objective).rollout_needs(self.config), self.config.sample_grid_freq
         noise = SampleNoise(self.config.seed, epoch, tuple(prompts.sample_ids.tolist()), levels.device)
         groups = SampleNoise(self.config.seed, epoch, tuple(prompts.group_ids.tolist()), levels.device)
+        velocity = DenoiserWatch(self.policy.pipeline, self.policy.velocity)
         trajectories = rollout(
-            self.policy.velocity,
+            velocity,
             self.algorithm.kernel_at(epoch),
             self.encode(prompts.prompts),
             levels,
@@ -78,6 +84,7 @@ class RolloutSampler:
             on_scored=on_scored,
             keep=needs | {"clean"} if frequency and epoch % frequency == 0 else needs,
         )
+        velocity.check()
         if "clean" not in needs:  # a grid shows it, and no update reads it
             trajectories = dataclasses.replace(trajectories, clean=trajectories.clean.cpu())
         return ScoredBatch(prompts, trajectories)
@@ -90,10 +97,15 @@ class RolloutSampler:
     def score(
         self, prompts: PromptBatch, latents: Tensor, scoring: Scoring, executor: ThreadPoolExecutor | None = None
     ) -> None:
-        """Decode one step's clean latents (B, K, *) and have them scored: a future of their `Scores` is added."""
+        """Decode one step's clean latents (B, K, *) and have them scored: a future of their `Scores` is added.
+
+        Raises:
+            NonFiniteError: an image is; no reward sees it.
+        """
         kinds = latents.shape[1]
         with self.stopwatch("decode"):
             images = self.decode(latents.flatten(0, 1))
+            check_images(self.policy.pipeline, images, latents)
         if self.keep_images:
             scoring.images = images[::kinds].clone()
         texts = [prompt for prompt in prompts.prompts for _ in range(kinds)]
@@ -125,7 +137,8 @@ class RolloutSampler:
             progress: told "rollout" or "reward" after each batch.
 
         Returns:
-            The scored batches, and the first error of a reward, or `Stopped`: what came before it is among the batches.
+            The scored batches, and the first fault, an error of a reward, a `NonFiniteError` or `Stopped`: what came
+            before it is among the batches.
         """
         done: list[ScoredBatch] = []
         waiting: list[tuple[ScoredBatch, Scoring]] = []
@@ -145,19 +158,22 @@ class RolloutSampler:
         threads = self.config.async_reward_computation  # else rewards are computed between the rollouts
         with ThreadPoolExecutor(self.config.max_workers) if threads else nullcontext() as executor:
             sampled = self._sampled_batches(batches, epoch, kept, progress, executor)
-            # Where models share the device, all is drawn before anything is scored: they are exchanged once an epoch.
-            sampled = iter(list(sampled)) if devices.shared else sampled
-            with devices.decoding() if devices.shared else nullcontext():
-                for batch, scoring in sampled:
+            try:
+                # Where models share the device, all is drawn before anything is scored: one exchange an epoch.
+                sampled = iter(list(sampled)) if devices.shared else sampled
+                with devices.decoding() if devices.shared else nullcontext():
+                    for batch, scoring in sampled:
+                        done.append(batch)
+                        self._score_steps(batch, scoring, executor)
+                        waiting.append((batch, scoring))
+                        take_finished_scores()
+                        if fault is not None or scoring.fault is not None or self.stop():
+                            break
+                for batch, scoring in sampled if devices.shared else ():  # drawn before the fault
                     done.append(batch)
-                    self._score_steps(batch, scoring, executor)
                     waiting.append((batch, scoring))
-                    take_finished_scores()
-                    if fault is not None or scoring.fault is not None or self.stop():
-                        break
-            for batch, scoring in sampled if devices.shared else ():  # drawn before the fault
-                done.append(batch)
-                waiting.append((batch, scoring))
+            except NonFiniteError as error:  # handed on: the other processes wait for this one's rewards
+                fault = error
             with self.stopwatch("reward"):  # what sampling didn't hide
                 wait([future for _, scoring in waiting for future in scoring.futures])
         take_finished_scores()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trl_tafs.algorithm import Algorithm
+from trl_tafs.output.secrets import without_secrets
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 
@@ -15,24 +16,38 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
     *("resume_from", "num_epochs", "exp_name", "run_name", "logdir", "project_kwargs", "disable_tqdm", "save_freq"),
     *("log_with", "tracker_kwargs", "tracker_project_name", "num_checkpoint_limit", "sample_grid_freq", "max_workers"),
     *("async_reward_computation", "reward_max_retries", "reward_retry_delay", "push_to_hub", "hub_model_id"),
-    *("reward_on_failure", "prompt_cache_dir", "lora_fold_alpha", "model_cpu_offload", "decode_batch_size"),
+    *(
+        "reward_on_failure",
+        "train_max_skipped_steps",
+        "prompt_cache_dir",
+        "lora_fold_alpha",
+        "model_cpu_offload",
+        "decode_batch_size",
+    ),
 }
+
+FACTS = ("num_processes", "levels")  # of a run, beside the options
 
 
 def resolved_settings(
     config: TrainingOptions, plan: EpochPlan, algorithm: Algorithm, height: int, width: int
 ) -> dict[str, Any]:
-    """Return the configuration with what was resolved, as plain values that a tracker can store."""
+    """Return the configuration with what was resolved, as plain values that a tracker can store, without secrets.
+
+    Trackers, the local log, checkpoints, kept rollouts and the card take them from here.
+    `TAFSGRPOConfig.from_settings` reads them.
+    """
     resolved = {
         "num_generations": plan.group_size,
-        "train_clip_range": algorithm.clip_range,
         "height": height,
         "width": width,
         "num_processes": plan.world_size,
         "levels": [round(level, 6) for level in algorithm.levels.tolist()],
     }
-    values = dataclasses.asdict(config) | resolved
-    return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
+    if "train_clip_range" in config.objective_class.reads.values():
+        resolved["train_clip_range"] = algorithm.clip_range
+    values = without_secrets(dataclasses.asdict(config) | resolved)
+    return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v, default=str) for k, v in values.items()}
 
 
 def lasting(settings: Mapping[str, Any]) -> dict[str, Any]:

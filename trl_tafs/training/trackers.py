@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, DistributedDataParallelKwargs
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import KwargsHandler, ProjectConfiguration
 from torch import Tensor
 
+from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.output.pictures import as_images, save_png
+from trl_tafs.processes import any_process
+from trl_tafs.training.launch import check_processes
 from trl_tafs.training.options import TrainingOptions
 
 
@@ -111,26 +117,111 @@ def _position(line: bytes) -> float:
         return math.inf
 
 
+class TolerantTracker(GeneralTracker):
+    """A tracker that has started, whose later faults cost the run a warning: one a kind, however often it recurs."""
+
+    def __init__(self, tracker: GeneralTracker) -> None:
+        super().__init__(_blank=True)
+        self.wrapped, self.name = tracker, tracker.name
+        self.requires_logging_directory = tracker.requires_logging_directory
+        self._seen: set[tuple[str, type]] = set()
+
+    @property
+    def tracker(self) -> Any:
+        """The library's own object."""
+        return self.wrapped.tracker
+
+    def log(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
+        """Log values, as far as the tracker can."""
+        self._try("log", values, step=step, **kwargs)
+
+    def log_images(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
+        """Log images, as far as the tracker can."""
+        self._try("log_images", values, step=step, **kwargs)
+
+    def finish(self) -> None:
+        """Close it, as far as it can be closed."""
+        self._try("finish")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "wrapped":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
+
+    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            getattr(self.wrapped, method)(*args, **kwargs)
+        except Exception as error:  # a service's, a disk's, a library's: no number of theirs is worth the run
+            if (method, type(error)) not in self._seen:
+                self._seen.add((method, type(error)))
+                warnings.warn(
+                    f"the tracker {self.name} failed in {method} ({first_line(error)}); training goes on, and "
+                    "metrics.jsonl has every number",
+                    stacklevel=3,
+                )
+
+
 def make_accelerator(config: TrainingOptions) -> tuple[Accelerator, LocalTracker]:
-    """Make the `Accelerator` of a run, with the local log beside the trackers asked for."""
+    """Make the `Accelerator` of a run, with the local log beside the trackers asked for.
+
+    Raises:
+        ValueError: the processes that were launched aren't those of one data-parallel run.
+    """
     ours = ("automatic_checkpoint_naming", "total_limit")  # checkpoints are named and limited here
     project = {k: v for k, v in config.project_kwargs.items() if k not in ours}
     project = {"logging_dir": config.project_dir, **project, "project_dir": config.project_dir}
     local = LocalTracker(config.project_dir)
+    arguments = dict(config.accelerator_kwargs)
+    handlers = keyword_handlers(arguments.pop("kwargs_handlers", None) or ())
     accelerator = Accelerator(
         log_with=[local] if config.log_with is None else [local, config.log_with],
         mixed_precision=config.mixed_precision,
         project_config=ProjectConfiguration(**project),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        **config.accelerator_kwargs,
+        kwargs_handlers=handlers,
+        **arguments,
     )
+    check_processes(accelerator)
     return accelerator, local
 
 
+def keyword_handlers(given: Sequence[KwargsHandler]) -> list[KwargsHandler]:
+    """Return Accelerate's handlers with DDP's among them, the user's or ours, which never broadcasts buffers.
+
+    Processes evaluate the denoiser by themselves (pictures, the memory plan); a broadcast would wait for the others.
+    """
+    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if connected and any(isinstance(item, InitProcessGroupKwargs) for item in given):
+        warnings.warn(
+            "InitProcessGroupKwargs come too late: the processes are connected already, with the timeout of then",
+            stacklevel=4,
+        )
+    ours = [item for item in given if isinstance(item, DistributedDataParallelKwargs)]
+    others = [item for item in given if not isinstance(item, DistributedDataParallelKwargs)]
+    chosen = ours or [DistributedDataParallelKwargs()]
+    return [*(dataclasses.replace(item, broadcast_buffers=False) for item in chosen), *others]
+
+
 def start_trackers(accelerator: Accelerator, config: TrainingOptions, settings: dict[str, Any]) -> None:
-    """Start the trackers with the run's settings; wandb and trackio are told the run's name."""
-    options = {**config.tracker_kwargs}
+    """Start the trackers with the run's settings; wandb and trackio are told the run's name.
+
+    Raises:
+        ValueError: one can't start, on any process; once they run, their faults are warnings.
+    """
+    options = {name: dict(values) for name, values in config.tracker_kwargs.items()}
     for tracker in ("wandb", "trackio"):
         if config.log_with in (tracker, "all"):
             options.setdefault(tracker, {}).setdefault("name", config.run_name)
-    accelerator.init_trackers(config.tracker_project_name, config=settings, init_kwargs=options)
+    fault: Exception | None = None
+    try:
+        accelerator.init_trackers(config.tracker_project_name, config=settings, init_kwargs=options)
+    except Exception as error:  # a service's or a library's, of whatever class
+        fault = error
+    if any_process(accelerator, fault is not None):
+        reason = first_line(fault) if fault else "on another process"
+        raise ValueError(
+            f"log_with={config.log_with!r}: the tracker can't start ({reason}); mend that, or leave log_with out: "
+            "metrics.jsonl is always written"
+        ) from fault
+    accelerator.trackers = [
+        item if isinstance(item, LocalTracker) else TolerantTracker(item) for item in accelerator.trackers
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor
 
 from trl_tafs.method.noise import SampleNoise, noise_seed
-from trl_tafs.method.objectives import Objective
+from trl_tafs.method.objective import Objective
 from trl_tafs.method.types import Conditioning, LossOutput
 from trl_tafs.policy.policy import Policy
 from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
+from trl_tafs.training.divergence import check_advantages, check_skipped, check_weights
 from trl_tafs.training.experience import Experience, ScoredBatch
-from trl_tafs.training.logs import MeanMetrics, Stopwatch
+from trl_tafs.training.logs import MeanMetrics, Stopwatch, warn_main
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
+from trl_tafs.training.progress import Progress
 from trl_tafs.training.stopping import Stopped
 
 
@@ -43,6 +44,7 @@ class Updater:
     encode: PromptEncoder
     loss: Callable[[Any, Conditioning], LossOutput]  # of one micro-batch
     stopwatch: Stopwatch
+    progress: Progress  # counts the optimizer steps that are left out
     stop: Callable[[], bool] = lambda: False  # whether to stop, on all processes alike: asked before each micro-batch
 
     def update(self, experience: Experience, advantages: Tensor, epoch: int) -> Iterator[StepMetrics]:
@@ -55,7 +57,10 @@ class Updater:
 
         Raises:
             Stopped: a signal came; the policy is in the middle of the epoch.
+            NonFiniteError: the advantages aren't finite, nor the weights after the update, or too many optimizer steps
+                in a row were left out.
         """
+        check_advantages(advantages, self.config, f"epoch {epoch}")
         accelerator, plan = self.policy.accelerator, self.plan
         # Accelerate shares this count between all accelerators of a process, and an interrupt leaves it in the middle.
         accelerator.gradient_accumulation_steps = plan.micro_batches_per_update
@@ -79,10 +84,11 @@ class Updater:
                         if not still or accelerator.sync_gradients:
                             micro = items[index.to(items.sample.device)]
                             self._backward(micro, [prompts[i] for i in index.tolist()], metrics)
-                        self._step(metrics)
+                        self._step(metrics, epoch)
                     bar.update()
                     if accelerator.sync_gradients:
                         yield StepMetrics(inner_epoch, metrics.pop())
+        check_weights(self.policy, self.config, f"epoch {epoch}")
 
     def minibatch_items(self, batches: Sequence[ScoredBatch], advantages: Tensor, epoch: int) -> Any:
         """Return the objective's items of all batches; advantages (b, S, M).
@@ -142,14 +148,32 @@ class Updater:
         self.policy.accelerator.backward(output.loss)
         metrics.add(output.metrics | {"loss": output.loss})
 
-    def _step(self, metrics: MeanMetrics) -> None:
+    def _step(self, metrics: MeanMetrics, epoch: int) -> None:
         """Take an optimizer step where gradients are complete and finite."""
         accelerator, policy = self.policy.accelerator, self.policy
-        if accelerator.sync_gradients:
-            norm = policy.clip_gradients()
-            metrics.last["grad_norm"] = norm
-            if accelerator.scaler is None and not torch.isfinite(norm):  # with fp16 the scaler sees to it
-                warnings.warn(f"the gradient's norm is {norm.item()}: this optimizer step is left out", stacklevel=2)
-                policy.optimizer.zero_grad()
-                return
-        policy.step()
+        if not accelerator.sync_gradients:
+            policy.step()
+            return
+        norm = policy.clip_gradients()
+        metrics.last["grad_norm"] = norm
+        if accelerator.scaler is None and not torch.isfinite(norm):
+            policy.optimizer.zero_grad()
+            skipped = True
+        else:
+            policy.step()
+            skipped = accelerator.optimizer_step_was_skipped  # with fp16 the scaler sees to it
+        self.progress.skipped_steps = self.progress.skipped_steps + 1 if skipped else 0
+        if skipped:
+            self._count_skipped(norm.item(), metrics, epoch)
+
+    def _count_skipped(self, norm: float, metrics: MeanMetrics, epoch: int) -> None:
+        """Log that an optimizer step was left out; raise NonFiniteError after too many."""
+        skipped, loss = self.progress.skipped_steps, metrics.mean("loss")
+        metrics.last["skipped_steps"] = torch.tensor(float(skipped), device=self.policy.accelerator.device)
+        if self.policy.accelerator.scaler is None:  # a scaler's first ones are its search for a size
+            warn_main(
+                self.policy.accelerator,
+                f"epoch {epoch}: the gradient's norm is {norm}: this optimizer step is left out (the loss is {loss}; "
+                f"{skipped} in a row, and the run stops at train_max_skipped_steps={self.config.max_skipped_steps})",
+            )
+        check_skipped(skipped, norm, loss, self.config, f"epoch {epoch}")

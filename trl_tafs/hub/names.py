@@ -1,0 +1,17 @@
+"""Names of repositories on the Hub."""
+
+from __future__ import annotations
+
+
+def check_repo_id(repo_id: str, what: str) -> None:
+    """Raise ValueError if nothing on the Hub can have that name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{what} is {repo_id!r}, which is no name on the Hub: 'user/name' or 'name', of letters, digits, '-', '_' "
+            "and '.', at most 96, with no '-' or '.' at the ends; choose another"
+        ) from error
