@@ -63,6 +63,14 @@ def test_a_reward_that_fails_on_one_process_stops_both_and_loses_nothing(two):
     assert results[0]["straight"]["curve"] == results[1]["resumed"]["curve"]
 
 
+def test_a_signal_to_one_process_stops_both_and_loses_nothing(two):
+    _, results = two
+    assert [result["code"] for result in results] == [143, 143], "one was told"
+    for key, value in results[0]["straight"]["weights"].items():
+        assert all(torch.equal(value, result["continued"]["weights"][key]) for result in results)
+    assert results[0]["straight"]["evaluations"] == results[1]["continued"]["evaluations"]
+
+
 def test_two_processes_share_unequal_groups_as_one_does(two, pipeline_folder, tmp_path):
     folder, results = two
     first, second = (result["streaming"] for result in results)
