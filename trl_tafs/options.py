@@ -167,7 +167,7 @@ KINDS: dict[Any, tuple[Any, str]] = {
 
 
 @functools.cache
-def hints_of(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
     """Return the annotations of a dataclass's fields; of a class that was made in a function, of its bases' alone."""
     for base in cls.__mro__:
         try:
@@ -189,7 +189,7 @@ class Options:
     title: ClassVar[str]  # of the group in docs/configuration.md
 
     def __post_init__(self) -> None:
-        for name, hint in hints_of(type(self)).items():
+        for name, hint in field_types(type(self)).items():
             setattr(self, name, typed(name, getattr(self, name), hint))
         for stage in ("complete", "check"):
             for group in reversed(type(self).__mro__):

@@ -182,9 +182,9 @@ def credit_rule(options: Any) -> CreditRule:
     if isinstance(entry, type) and issubclass(entry, CreditRule):
         return entry._made(options, "credit_kwargs")
     parameters = inspect.signature(entry).parameters.items()
-    own = {name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty}
-    chosen = own_options(entry, "credit_kwargs", options.credit_kwargs, own)
-    return FunctionCredit(entry, chosen)  # type: ignore[arg-type]  # no class is left
+    names = {name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty}
+    own = own_options(entry, "credit_kwargs", options.credit_kwargs, names)
+    return FunctionCredit(entry, own)  # type: ignore[arg-type]  # no class is left
 
 
 @dataclass(frozen=True)

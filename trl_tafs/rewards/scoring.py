@@ -37,7 +37,7 @@ class RewardRefused(RewardError):
 class Scores:
     """The scores of one call of all rewards."""
 
-    values: Tensor  # (B, R) float32, NaN where there is no score
+    values: Tensor  # (B, R) float64, NaN where there is no score
     metadata: Any  # of a single reward what it returned, of several a dict by name
 
 
@@ -83,7 +83,7 @@ class RewardSet:
             told = ", ".join(f"{name}={weight}" for name, (_, weight) in named.items())
             raise ValueError(f"reward_weights={list(weights)}, and the rewards have weights ({told}); give one set")
         chosen = own if weights is None else list(weights)
-        self.weights = torch.tensor(chosen, dtype=torch.float32)
+        self.weights = torch.tensor(chosen, dtype=torch.float64)
         self.max_retries, self.retry_delay, self.on_failure = max_retries, retry_delay, on_failure
 
     @classmethod
@@ -202,7 +202,7 @@ def _is_pair(result: Any) -> bool:
 
 
 def as_rewards(name: str, values: Any, expected: int) -> Tensor:
-    """Return what a reward returned as (B,) float32 on the CPU; None becomes NaN.
+    """Return what a reward returned as (B,) float64 on the CPU; None becomes NaN.
 
     Raises:
         RewardError: it isn't `expected` real, finite numbers.
@@ -221,7 +221,7 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
             f"reward {name!r} returned shape {tuple(rewards.shape)} for {expected} images; it must return one number "
             "an image (None or NaN for no score)"
         )
-    if rewards.isinf().any():
+    if (rewards.abs() > torch.finfo(torch.float32).max).any():
         raise RewardError(
             f"reward {name!r} returned an infinite value, or one beyond float32's 3.4e38; bound it, or return None for "
             "no score"
@@ -230,14 +230,14 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
 
 
 def _as_tensor(values: Any) -> Tensor:
-    """Return numbers of any kind as float32 on the CPU; raise TypeError for complex ones."""
+    """Return numbers of any kind as float64 on the CPU; raise TypeError for complex ones."""
     if isinstance(values, Tensor):
         tensor = values.detach()
         if tensor.is_complex():
             raise TypeError("complex numbers")
-        return tensor.float().cpu()
+        return tensor.cpu().double()
     items = values.tolist() if hasattr(values, "tolist") else list(values)
-    return torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float32)
+    return torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float64)
 
 
 def copy_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

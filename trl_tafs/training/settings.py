@@ -26,7 +26,8 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
     ),
 }
 
-FACTS = ("num_processes", "levels", "frozen_adapters")  # of a run, beside the options
+WRITTEN = ("num_processes", "levels")  # beside the options, of every run
+FACTS = (*WRITTEN, "frozen_adapters")  # where there are any
 
 
 def resolved_settings(
