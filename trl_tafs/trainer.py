@@ -27,6 +27,7 @@ from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
+from trl_tafs.training.doctor import Doctor
 from trl_tafs.training.hooks import DDPOHooks
 from trl_tafs.training.launch import check_launch
 from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
@@ -134,11 +135,13 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
             self.prompts,
             self.rewards,
             self.plan,
+            sampler,
             size=(self.height, self.width),
             logs=self.logs,
             held_out=self.evaluator,
             prepare_push=partial(self.publisher.prepare_repo, None, config.hub_private_repo),
         )
+        self.doctor = Doctor(self.preflight, self.collector, self.updater, self.progress)
 
     def _card_prompts(self) -> list[str]:
         """Return prompts to show: held-out ones, or those of the first epoch."""

@@ -141,14 +141,13 @@ class RewardSet:
                 )
         return [f"reward {name!r} scores {n} of {count} {where}" for name, n in scored.items() if n < count]
 
-    def try_once(self, prompt: str, metadata: dict[str, Any], height: int, width: int) -> None:
-        """Call each reward on two images of noise, before anything is spent on it.
+    def try_once(self, prompt: str, metadata: dict[str, Any], images: Tensor) -> Scores:
+        """Call each reward on images (B, 3, H, W) of one prompt, before anything is spent on it.
 
         Raises:
             RewardError: one raises, or returns what can't be used.
         """
-        images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-        self(images, [prompt] * 2, [metadata] * 2)
+        return self(images, [prompt] * len(images), [metadata] * len(images))
 
     def combined(self, batches: Sequence[tuple], workers: int = 1) -> list[tuple[Tensor, Any]]:
         """Score `(images, prompts, metadata, ...)` batches: the weighted sum of all rewards (B,), and the metadata."""

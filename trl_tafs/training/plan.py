@@ -68,6 +68,18 @@ class EpochPlan:
         """Of all processes together."""
         return self.local_images * self.world_size
 
+    def line(self, inner_epochs: int) -> str:
+        """Return the arithmetic in one line, such as "96 images: 2 prompts x 48; 1 optimizer step an epoch"."""
+        size = str(self.group_size)
+        if self.least_images != self.most_images:
+            size = f"{self.least_images} to {self.most_images}, {self.group_size} on the average"
+        steps = self.updates_per_inner_epoch * inner_epochs
+        spread = f" on {self.world_size} processes" if self.world_size > 1 else ""
+        return (
+            f"{self.total_images} images{spread}: {self.num_groups} prompt{'s' * (self.num_groups > 1)} x {size}; "
+            f"{steps} optimizer step{'s' * (steps > 1)} an epoch"
+        )
+
 
 def plan_epoch(options: TrainingOptions, world_size: int) -> EpochPlan:
     """Work out the sizes of an epoch, and check them.
