@@ -113,7 +113,7 @@ def kept_rollouts(folder, epoch):
 
 def test_a_full_disk_while_rollouts_are_kept_still_leaves_a_checkpoint(pipeline_folder, tmp_path):
     calls = []
-    sizes = {"lora_rank": 1, "sample_batch_size": 32, "num_generations": 64, "sample_num_batches_per_epoch": 2}
+    sizes = {"lora_rank": 1, "sample_batch_size": 64, "num_generations": 128, "sample_num_batches_per_epoch": 2}
     with ExitStack() as full:
 
         def breaks(images, prompts, metadata):
