@@ -285,7 +285,11 @@ class RunOptions(Options):
     num_checkpoint_limit: int = option(5, "Checkpoints kept; the oldest goes first. The best one is kept apart.")
     mixed_precision: str = option("bf16", "no, fp16 or bf16. Trained LoRA weights are float32 always.")
     allow_tf32: bool = option(True, "TF32 matrix products on Ampere and later.")
-    resume_from: str = option("", "Checkpoint to continue from, or `latest` for the newest of this run.")
+    resume_from: str = option(
+        "",
+        "Checkpoint to continue from; `latest`: the newest of this run; `auto`: the newest whole one of this run, or a "
+        "new run where there is none.",
+    )
     preflight_rollout: bool = option(
         True, "Before training, draw two images and score them, to stop at once where pictures or rewards are broken."
     )

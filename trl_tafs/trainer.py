@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
 from trl_tafs.training.doctor import Doctor
+from trl_tafs.training.experience import Experience
 from trl_tafs.training.hooks import DDPOHooks
 from trl_tafs.training.launch import check_launch
 from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
@@ -35,9 +37,12 @@ from trl_tafs.training.notes import run_notes
 from trl_tafs.training.plan import plan_epoch
 from trl_tafs.training.preflight import Preflight
 from trl_tafs.training.progress import Progress
+from trl_tafs.training.rollback import Rollback
+from trl_tafs.training.run_folder import RunFolder
 from trl_tafs.training.samples import SampleViewer
 from trl_tafs.training.sampling import RolloutSampler
 from trl_tafs.training.settings import lasting, resolved_settings
+from trl_tafs.training.stopping import Stopper
 from trl_tafs.training.trackers import make_accelerator, start_trackers
 from trl_tafs.training.updater import Updater
 
@@ -80,6 +85,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         self.rewards = self.training_rewards()
         self.evaluator = Evaluator.of(config, eval_prompts, self.reward_functions, eval_reward_function)
         self.accelerator, self.local_tracker = make_accelerator(config)
+        self.run_folder, self.stopper = RunFolder(config.project_dir, self.accelerator), Stopper(self.accelerator)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
         held_out = None if self.evaluator is None else (self.evaluator.prompts, self.evaluator.rewards)
         drawn, size = (self.prompts, self.rewards), (self.height, self.width)
@@ -108,19 +114,20 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         config, accelerator, policy, algorithm = self.config, self.accelerator, self.policy, self.algorithm
         hook = self.image_samples_callback
         keep_images = hook is not None and accelerator.is_main_process
-        sampler = RolloutSampler(config, policy, algorithm, self.encode, self.rewards, keep_images, self.stopwatch)
+        states, log, stop, watch = algorithm.states(), self.local_tracker, self.stopper, self.stopwatch
+        saved = (config, accelerator, policy, self.progress, states, self.settings, log, watch, stop)
+        self.checkpoints = Checkpoints(*saved)
+        self.rollback = Rollback(self.checkpoints)
+        drawn = (config, policy, algorithm, self.encode, self.rewards, keep_images, watch)
+        sampler = RolloutSampler(*drawn, stop=lambda: stop.requested)
         self.collector = Collector(config, accelerator, sampler, self.prompts, self.plan, lasting(self.settings))
-        objective, watch = algorithm.objective, self.stopwatch
+        trained = (config, self.plan, policy, algorithm.objective, self.encode)
         # a lambda, so that a compute_loss that is overridden later is found
-        self.updater = Updater(
-            config, self.plan, policy, objective, self.encode, lambda *b: self.compute_loss(*b), watch, self.progress
-        )
+        self.updater = Updater(*trained, lambda *b: self.compute_loss(*b), watch, self.progress, self.rollback.may_stop)
         varying_groups = algorithm.prompt_tracker is not None
         actions, limit = algorithm.kernel.num_actions, algorithm.ratio_limit
         self.logs = EpochLog(accelerator, actions, limit, varying_groups, self.progress)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
-        states, log, done = algorithm.states(), self.local_tracker, self.progress
-        self.checkpoints = Checkpoints(config, accelerator, policy, done, states, self.settings, log, watch)
         self.drawer = Drawer.of(config, policy, self.encode)
         spec = self.draw_spec("annealed" if config.anneals else "ode", config.sample_num_steps)
         levels, prompts, papers = algorithm.levels[:-1].tolist(), self._card_prompts, algorithm.papers()
@@ -152,12 +159,19 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
 
     @normal_mode()
     def train(self, epochs: int | None = None) -> None:
-        """Train until `epochs` (by default `config.num_epochs`) epochs are done, counted from the run's beginning."""
+        """Train until `epochs` (by default `config.num_epochs`) epochs are done, counted from the run's beginning.
+
+        SIGINT and SIGTERM stop it where nothing is lost, within a batch, with the KeyboardInterrupt or SystemExit that
+        they stand for; see docs/reliability.md.
+        """
+        with self.run_folder.held(), self.stopper.listening():
+            self._train(self.config.num_epochs if epochs is None else epochs)
+
+    def _train(self, last: int) -> None:
         config, progress = self.config, self.progress
         self.preflight(progress.epoch)
-        if config.eval_freq and progress.epoch == 0:
-            self.evaluate(epoch=0)
-        last = config.num_epochs if epochs is None else epochs
+        if config.eval_freq and progress.epoch % config.eval_freq == 0 and not progress.evaluated(progress.epoch):
+            self.evaluate(progress.epoch)
         enough = progress.out_of_patience(config.early_stopping_patience)
         remaining = range(progress.epoch, progress.epoch if enough else last)
         for epoch in progress_bar(self.accelerator, config.disable_tqdm, remaining, desc="epochs"):
@@ -178,6 +192,10 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         """
         with self.checkpoints.saved_on_failure():
             experience = self.collector.collect(epoch, global_step)
+        with self.rollback.on_stop(partial(self.collector.keep, epoch)):
+            return self._learn(experience, epoch, global_step)
+
+    def _learn(self, experience: Experience, epoch: int, global_step: int) -> int:
         prompts = experience.prompts
         credit = self.algorithm.credit(experience.rewards, prompts, epoch)
         steps = self.algorithm.scored_steps_at(epoch)
@@ -201,9 +219,11 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         if self.evaluator is None:
             raise ValueError("there are no eval_prompts to evaluate on; pass them to the trainer")
         config, progress = self.config, self.progress
-        with self.checkpoints.saved_on_failure(), self.stopwatch("evaluate"), self.policy.averaged(), torch.no_grad():
+        saved = self.checkpoints.saved_on_failure(repeated=True)
+        with saved, self.stopwatch("evaluate"), self.policy.averaged(), torch.no_grad():
             specs = [self.draw_spec(name, steps) for name in config.eval_samplers for steps in config.eval_num_steps]
-            results = self.evaluator(self.drawer, specs, self.accelerator)
+            drawer = replace(self.drawer, before_batch=self.stopper.check_alone)
+            results = self.evaluator(drawer, specs, self.accelerator)
         self.accelerator.log(results | {"epoch": epoch}, step=progress.global_step)
         metric = config.metric_for_best_model
         if progress.add_evaluation(epoch, results, metric, config.greater_is_better):
@@ -223,6 +243,8 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
 
     def _finish(self) -> None:
         """The last checkpoint, the adapter, the push."""
+        with self.checkpoints.saved_on_failure():
+            self.stopper.check()
         self.checkpoints.save_last()
         self.save_pretrained()
         if self.config.push_to_hub:

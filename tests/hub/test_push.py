@@ -74,3 +74,17 @@ def test_what_the_trainer_pushes_is_the_trained_policy(pipeline_folder, tmp_path
     published = b"".join(files.values())
     for private in (TOKEN, str(tmp_path), str(pipeline_folder.parent), os.path.expanduser("~") + "/"):
         assert private.encode() not in published, private
+
+
+def test_a_hub_that_cannot_be_reached_at_the_end_costs_nothing(pipeline_folder, tmp_path, monkeypatch):
+    with HubStub(tokens={TOKEN: "user"}) as stub:
+        stub.connect(monkeypatch, tmp_path / "home", token=TOKEN)
+        trainer = tiny.trainer(tiny.load(pipeline_folder), tmp_path / "run", push_to_hub=True, hub_model_id="tiny-tafs")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits between its attempts
+    adapter = tmp_path / "run" / "adapter"
+    with pytest.raises(PushError) as caught:  # nobody listens there any more
+        trainer.push_to_hub()
+    error = str(caught.value)
+    assert "no push to 'tiny-tafs'" in error and f"the adapter is in {adapter}; push it later with" in error
+    assert f"\n  hf upload tiny-tafs {adapter} . --include" in error
+    assert (adapter / "pytorch_lora_weights.safetensors").is_file()

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,11 @@ def pushed(tmp_path_factory):
             patch.chdir(folder)
             stub.connect(patch, folder / "home", token=TOKEN)
             results = push_all(patch)
+        stub.failing = {}
+        (command,) = re.findall(r"^  (hf .*)$", results["user/broken"], re.M)
+        hf = [str(Path(sys.executable).parent / "hf"), *shlex.split(command)[1:]]
+        environment = os.environ | stub.environment(folder / "home", token=TOKEN)
+        subprocess.run(hf, env=environment, check=True, timeout=900)
         said = load(folder, stub.environment(folder / "empty"))
     return stub, folder, results, said
 
@@ -151,6 +157,11 @@ def test_failed_pushes_say_why_and_keep_the_folder(pushed):
         assert re.search(f"'{name}'.*{message}", results[name]), results[name]
         assert f"the adapter is in {folder / 'adapter'}" in results[name]
     assert (folder / "adapter" / WEIGHT_NAME).is_file()
+
+
+def test_the_command_that_a_failed_push_names_pushes(pushed):
+    stub = pushed[0]
+    assert stub.files("user/broken") == stub.files("user/digits-lora")
 
 
 def test_an_adapter_missing_on_the_hub_is_named(pushed):

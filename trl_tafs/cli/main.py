@@ -74,8 +74,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
     from trl_tafs.pipelines.finite import NonFiniteError
     from trl_tafs.rewards.scoring import RewardError
     from trl_tafs.training.checkpoint_files import CheckpointError
+    from trl_tafs.training.run_folder import RunFolderError
 
-    refused: tuple[type[Exception], ...] = (RewardError, NonFiniteError, CheckpointError, PushError)
+    refused: tuple[type[Exception], ...] = (RewardError, NonFiniteError, CheckpointError, PushError, RunFolderError)
     try:
         try:
             work = COMMANDS[name](argv)

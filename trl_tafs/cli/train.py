@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from trl_tafs.cli.arguments import ScriptArguments, load_pipeline, load_rewards, parse_arguments
@@ -12,7 +15,9 @@ from trl_tafs.prompts.sets import load_prompts
 
 def train(argv: Sequence[str]) -> Callable[[], None]:
     """Train an adapter; all fields of the script's arguments and of `TAFSGRPOConfig` are options, or keys in YAML."""
-    return make_trainer(*parse_arguments(argv, prog="trl-tafs train")).train
+    trainer = make_trainer(*parse_arguments(argv, prog="trl-tafs train"))
+    trainer.stopper.command = resume_command(argv)
+    return trainer.train
 
 
 def make_trainer(arguments: ScriptArguments, config: Any) -> Any:
@@ -37,3 +42,15 @@ def make_trainer(arguments: ScriptArguments, config: Any) -> Any:
         eval_prompts=load_prompts(arguments.eval_prompts) if arguments.eval_prompts else None,
         eval_reward_function=eval_rewards,
     )
+
+
+def resume_command(argv: Sequence[str]) -> str:
+    """Return the command line that resumes the run that this one began."""
+    program = ["python", sys.argv[0]] if Path(sys.argv[0]).name == "train.py" else ["trl-tafs", "train"]
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--resume_from":
+            next(words, None)
+        elif not word.startswith("--resume_from="):
+            kept.append(word)
+    return shlex.join([*program, *kept, "--resume_from", "latest"])

@@ -81,6 +81,7 @@ class Drawer:
     storage_dtype: torch.dtype  # of states between steps
     decode_batch_size: int | None = None  # images that the VAE decodes at once; None: batch_size
     decoding: Callable[[], AbstractContextManager] = nullcontext  # inside, the VAE is where it decodes
+    before_batch: Callable[[], None] = lambda: None  # may raise, to stop
 
     @classmethod
     def of(cls, config: Any, policy: Policy, encode: Encode) -> Drawer:
@@ -112,6 +113,7 @@ class Drawer:
         shape, kernel = self.pipeline.latent_shape(spec.height, spec.width), SAMPLERS[spec.sampler]
         drawn = []
         for start in range(0, len(sample_ids), self.batch_size):
+            self.before_batch()
             rows = list(range(start, min(start + self.batch_size, len(sample_ids))))
             padded = rows + [rows[-1]] * (self.batch_size - len(rows))
             noise = SampleNoise(self.seed, EVAL_EPOCH, tuple(sample_ids[i] for i in padded), self.device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +17,11 @@ from trl_tafs.hub.card import write_model_card
 from trl_tafs.hub.facts import CardFacts, base_model_facts
 from trl_tafs.hub.names import check_repo_id
 from trl_tafs.hub.options import PublishingOptions
-from trl_tafs.hub.push import prepare_repo, push_folder, push_in_background
+from trl_tafs.hub.push import PushError, kept, prepare_repo, push_folder, push_in_background
 from trl_tafs.method.levels import uniform_levels
 from trl_tafs.method.papers import Paper
+from trl_tafs.output.errors import first_line
+from trl_tafs.output.files import is_disk_fault
 from trl_tafs.output.pictures import save_png, tensor_to_image
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.policy.policy import Policy
@@ -67,24 +71,39 @@ class Publisher:
     def save(self, folder: str | os.PathLike | None = None, repo_id: str | None = None) -> Path:
         """Write the averaged weights as plain diffusers loads them, the scheduler, pictures and the card.
 
-        Every process calls it; the main one writes. By default to `<run>/adapter`.
+        Every process calls it; the main one writes. By default to `<run>/adapter` or, where the disk fails there, to a
+        temporary folder that a warning names.
 
         Raises:
             NonFiniteError: a trained weight isn't finite, and nothing is written; or the weights are, and draw NaN.
         """
-        folder, accelerator = Path(folder or self.default_folder), self.policy.accelerator
+        place, accelerator = Path(folder or self.default_folder), self.policy.accelerator
         check_weights(self.policy, self.config, f"after {self.progress.epoch} epochs")
         fault: NonFiniteError | None = None
         if accelerator.is_main_process:
-            with self.policy.averaged():
-                self.policy.publish(folder)
-                try:
-                    self._draw_pictures(folder)
-                except NonFiniteError as error:  # the other processes wait below
-                    fault = error
-            self.write_card(folder, repo_id)
-        raise_everywhere(accelerator, fault, NonFiniteError, f"the weights in {folder} can't be sampled")
-        return folder
+            try:
+                fault = self._write(place, repo_id)
+            except Exception as error:  # safetensors' disk errors share no base class with OSError
+                if folder is not None or not is_disk_fault(error):
+                    raise
+                failed, place = place, Path(tempfile.mkdtemp(prefix=f"{Path(self.config.run_name).name}-adapter-"))
+                fault = self._write(place, repo_id)
+                said = f"{failed} can't be written ({first_line(error)}): the adapter is in {place}"
+                warnings.warn(said, stacklevel=4)
+        raise_everywhere(accelerator, fault, NonFiniteError, f"the weights in {place} can't be sampled")
+        return place
+
+    def _write(self, folder: Path, repo_id: str | None) -> NonFiniteError | None:
+        """Write all of it; return what the pictures had that isn't finite: the other processes wait for that."""
+        fault: NonFiniteError | None = None
+        with self.policy.averaged():
+            self.policy.publish(folder)
+            try:
+                self._draw_pictures(folder)
+            except NonFiniteError as error:
+                fault = error
+        self.write_card(folder, repo_id)
+        return fault
 
     def write_card(self, folder: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
         """Write README.md and training_settings.json beside the weights, on the main process."""
@@ -100,8 +119,16 @@ class Publisher:
         """Save, then push; `options` as `push_folder` takes them. None on all but the main process.
 
         Without `blocking` the folder is uploaded in the background, and a future comes back.
+
+        Raises:
+            PushError: with the folder that the adapter is in, and the command that pushes it later.
         """
-        repo_id = self.prepare_repo(repo_id, private, token)
+        try:
+            repo_id = self.prepare_repo(repo_id, private, token)
+        except PushError as error:  # the Hub can't be reached: what is to be pushed is saved first
+            folder = self.save(repo_id=repo_id)
+            later = kept(folder, repo_id or self.default_repo, private=private, revision=options.get("revision"))
+            raise PushError(f"{error}{later}") from error
         folder = self.save(repo_id=repo_id)
         if not self.policy.accelerator.is_main_process:
             return None

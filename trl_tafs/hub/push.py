@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -64,15 +65,32 @@ def push_folder(
     folder = Path(folder)
     if not (folder / WEIGHT_NAME).is_file() and not (folder / "transformer").is_dir():
         raise FileNotFoundError(f"nothing to push to {repo_id!r}: no {WEIGHT_NAME} in {folder}; save it first")
-    kept = f". Nothing is lost, the adapter is in {folder.resolve()}"
-    api = _api(repo_id, token, kept)
-    with push_errors(repo_id, kept):
+    later = kept(folder, repo_id, private=private, revision=revision)
+    api = _api(repo_id, token, later)
+    with push_errors(repo_id, later):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         given = {"commit_message": commit_message or "Upload a TAFS-GRPO adapter", "revision": revision}
         given["create_pr"] = create_pr or None
         return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(PUSHED), **given)
+
+
+def push_command(
+    folder: str | os.PathLike, repo_id: str, *, private: bool | None = None, revision: str | None = None
+) -> str:
+    """Return the command line of huggingface_hub that pushes a folder as `push_folder` does."""
+    words = ["hf", "upload", repo_id, str(Path(folder).resolve()), "."]
+    words += [word for pattern in PUSHED for word in ("--include", pattern)]
+    words += ["--private"] if private else []
+    words += ["--revision", revision] if revision else []
+    return shlex.join(words)
+
+
+def kept(folder: str | os.PathLike, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
+    """Return, in words, where the adapter is after a push that failed, and the command that pushes it later."""
+    command = push_command(folder, repo_id, private=private, revision=revision)
+    return f". Nothing is lost, the adapter is in {Path(folder).resolve()}; push it later with\n  {command}"
 
 
 def push_in_background(folder: str | os.PathLike, repo_id: str, **options: Any) -> Future[CommitInfo]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,14 +22,15 @@ from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.pending import PendingRollouts
 from trl_tafs.training.plan import EpochPlan
 from trl_tafs.training.sampling import RolloutSampler
+from trl_tafs.training.stopping import Stopped
 
 
 @dataclass
 class Collector:
     """Algorithm 1, lines 3 to 17: an epoch's prompts, rollouts and rewards.
 
-    A reward that fails on any process stops all of them with a `RewardError`; the rollouts that were drawn until then
-    are kept, and `collect` of the same epoch goes on from them.
+    A reward that fails on any process stops all of them with a `RewardError`, a signal with `Stopped`; the rollouts
+    that were drawn until then are kept, and `collect` of the same epoch goes on from them.
     """
 
     config: TrainingOptions
@@ -38,6 +39,7 @@ class Collector:
     prompts: PromptSource
     plan: EpochPlan
     settings: dict[str, Any]  # those that make what is drawn: kept rollouts of others aren't used
+    drawn: list[tuple[dict[str, Any], list[ScoredBatch]]] = field(default_factory=list)  # this epoch's, with their keys
 
     def __post_init__(self) -> None:
         if self.sampler.algorithm.groups.weights is not None:
@@ -53,15 +55,17 @@ class Collector:
 
         Raises:
             RewardError: a reward failed, or gave no score for any image; the message says where the rollouts are kept.
+            Stopped: a signal came; the message says the same.
             NonFiniteError: the denoiser or the VAE made NaN or infinity, on any process.
         """
         allocation, draws = self.sampler.algorithm.groups, []
+        self.drawn = []
         # The main process's prompts: a prompt function with randomness of its own would split the groups.
         groups = same_everywhere(self.accelerator, self.draw_prompts(epoch))
         sizes = allocation.first([prompt for prompt, _ in groups], epoch)
         while sizes is not None:
             prompts = expand_groups(groups, sizes, sum(len(draw.prompts) for draw in draws))
-            draws.append(self._draw(prompts, epoch, global_step, draws))
+            draws.append(self._draw(prompts, epoch, global_step))
             first = draws[0]
             final = combine_rewards(first.rewards, first.prompts.group_ids)[:, -1].mean(1)
             sizes = allocation.rest(final, first.prompts.group_ids) if len(draws) == 1 else None
@@ -75,7 +79,8 @@ class Collector:
         return self.prompts.by_weight(epoch, self.plan.num_groups, weigh)
 
     def forget(self) -> None:
-        """Drop the kept rollouts of an epoch that is done."""
+        """Drop the rollouts of an epoch that is done."""
+        self.drawn = []
         if self.accelerator.is_main_process:
             self.pending.drop()
 
@@ -87,11 +92,17 @@ class Collector:
             for start in range(0, len(mine), self.config.sample_batch_size)
         ]
 
-    def _draw(self, prompts: PromptBatch, epoch: int, global_step: int, earlier: Sequence[Draw]) -> Draw:
+    def keep(self, epoch: int) -> str:
+        """Keep on disk what this process has drawn of the epoch; return a sentence that says where, or why not."""
+        if not any(batches for _, batches in self.drawn):
+            return "Nothing of the epoch had been drawn"
+        return self.pending.save(epoch, self.drawn)
+
+    def _draw(self, prompts: PromptBatch, epoch: int, global_step: int) -> Draw:
         """Sample and score this process's share, and gather the rewards of all."""
         place = share(self.accelerator, len(prompts))
         key = self._rollout_key(prompts[place], epoch, global_step)
-        kept = self.pending.load(epoch, len(earlier), key)
+        kept = self.pending.load(epoch, len(self.drawn), key)
         batches = self.local_batches(prompts)
         options = {"total": len(batches), "leave": False, "position": 1}
         bar = partial(progress_bar, self.accelerator, self.config.disable_tqdm, **options)
@@ -100,27 +111,19 @@ class Collector:
             done, fault = self.sampler.sample(batches, epoch, kept, lambda stage: bars[stage].update())
         for progress in bars.values():
             progress.close()
+        self.drawn.append((key, done))
         if any_process(self.accelerator, fault is not None):
             raise_everywhere(self.accelerator, fault, NonFiniteError, f"epoch {epoch}, step {global_step}")
-            self._keep(done, key, fault, epoch, global_step, earlier)
+            self._interrupt(fault, epoch, global_step)
         local_images = torch.arange(place.start, place.stop)
         return Draw(prompts, done, self._gather_rewards(done), local_images)
 
-    def _keep(
-        self,
-        batches: Sequence[ScoredBatch],
-        key: dict[str, Any],
-        fault: BaseException | None,
-        epoch: int,
-        global_step: int,
-        earlier: Sequence[Draw],
-    ) -> None:
+    def _interrupt(self, fault: BaseException | None, epoch: int, global_step: int) -> None:
         """Keep the rollouts of this epoch on disk, and raise the fault on every process."""
-        keys = [
-            self._rollout_key(d.prompts[share(self.accelerator, len(d.prompts))], epoch, global_step) for d in earlier
-        ]
-        said = self.pending.save(epoch, [*zip(keys, (d.batches for d in earlier), strict=True), (key, batches)])
-        reason = fault or "a reward failed on another process"
+        said, stopped = self.keep(epoch), isinstance(fault, Stopped)
+        if not any_process(self.accelerator, fault is not None and not stopped):
+            raise Stopped(said)
+        reason = "a reward failed on another process" if fault is None or stopped else fault
         raise RewardError(f"epoch {epoch}, step {global_step}: {reason}. {said}") from fault
 
     def _rollout_key(self, prompts: PromptBatch, epoch: int, global_step: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -49,6 +49,10 @@ class Progress:
         self.evaluations_without_gain += 1
         return False
 
+    def evaluated(self, epoch: int) -> bool:
+        """Return whether the evaluation after `epoch` epochs is done."""
+        return any(row["epoch"] == epoch for row in self.evaluations)
+
     def out_of_patience(self, patience: int | None) -> bool:
         """Return whether `patience` evaluations have passed without a better one."""
         return patience is not None and self.evaluations_without_gain >= patience
@@ -58,7 +62,34 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        for name, value in state.items():
-            setattr(self, name, value)
-        self.reward_curve = [(int(epoch), float(reward)) for epoch, reward in self.reward_curve]
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ValueError: a value is missing, unknown, or of another type.
+        """
+        names = [f.name for f in fields(self)]
+        if wrong := sorted(state.keys() ^ set(names)):
+            raise ValueError(f"progress {'lacks' if wrong[0] in names else 'has an unknown'} {wrong[0]!r}")
+        curve = [(epoch, reward) for epoch, reward in state["reward_curve"]]
+        sound = {f.name: _is_count(state[f.name]) for f in fields(self) if f.type == "int"} | {
+            "best_metric": state["best_metric"] is None or _is_number(state["best_metric"]),
+            "reward_curve": all(_is_count(epoch) and _is_number(reward) for epoch, reward in curve),
+            "evaluations": all(
+                isinstance(row, dict) and "epoch" in row and all(map(_is_number, row.values()))
+                for row in state["evaluations"]
+            ),
+        }
+        if not all(sound.values()):
+            name = next(name for name, right in sound.items() if not right)
+            raise ValueError(f"progress has {name}={str(state[name])[:80]!r}")
+        for name in names:
+            setattr(self, name, state[name])
+        self.reward_curve = [(epoch, float(reward)) for epoch, reward in curve]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

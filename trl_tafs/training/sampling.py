@@ -23,6 +23,7 @@ from trl_tafs.rewards.scoring import RewardSet, Scores
 from trl_tafs.training.experience import ScoredBatch
 from trl_tafs.training.logs import Stopwatch
 from trl_tafs.training.options import TrainingOptions
+from trl_tafs.training.stopping import Stopped
 
 
 @dataclass
@@ -56,6 +57,7 @@ class RolloutSampler:
     keep_images: bool  # of the final step, for a hook
     stopwatch: Stopwatch
     keep: frozenset[str] = frozenset()  # of each rollout, besides what the objective needs: names of `rollout.KEPT`
+    stop: Callable[[], bool] = lambda: False  # whether this process was told to stop: asked before each batch
 
     def roll_out(
         self, prompts: PromptBatch, epoch: int, on_scored: Callable[[Tensor], None] | None = None
@@ -137,8 +139,8 @@ class RolloutSampler:
             progress: told "rollout" or "reward" after each batch.
 
         Returns:
-            The scored batches, and the first fault, an error of a reward or a `NonFiniteError`: what came before it is
-            among the batches.
+            The scored batches, and the first fault, an error of a reward, a `NonFiniteError` or `Stopped`: what came
+            before it is among the batches.
         """
         done: list[ScoredBatch] = []
         waiting: list[tuple[ScoredBatch, Scoring]] = []
@@ -160,20 +162,25 @@ class RolloutSampler:
             sampled = self._sampled_batches(batches, epoch, kept, progress, executor)
             try:
                 # Where models share the device, all is drawn before anything is scored: one exchange an epoch.
-                sampled = list(sampled) if devices.shared else sampled
+                sampled = iter(list(sampled)) if devices.shared else sampled
                 with devices.decoding() if devices.shared else nullcontext():
                     for batch, scoring in sampled:
                         done.append(batch)
                         self._score_steps(batch, scoring, executor)
                         waiting.append((batch, scoring))
                         take_finished_scores()
-                        if fault is not None or scoring.fault is not None:
+                        if fault is not None or scoring.fault is not None or self.stop():
                             break
+                for batch, scoring in sampled if devices.shared else ():  # drawn before the fault
+                    done.append(batch)
+                    waiting.append((batch, scoring))
             except NonFiniteError as error:  # handed on: the other processes wait for this one's rewards
                 fault = error
             with self.stopwatch("reward"):  # what sampling didn't hide
                 wait([future for _, scoring in waiting for future in scoring.futures])
         take_finished_scores()
+        if fault is None and len([batch for batch in done if batch.scores is not None]) < len(batches):
+            fault = Stopped()
         return done, fault
 
     def _sampled_batches(
@@ -194,6 +201,8 @@ class RolloutSampler:
             if i < len(kept):
                 batch = self._restore(prompts, kept[i])
             else:
+                if self.stop():
+                    return
                 with self.stopwatch("rollout"):
                     batch = self.roll_out(prompts, epoch, self._scorer(prompts, scoring, executor))
             progress("rollout")

@@ -48,7 +48,8 @@ class LocalTracker(GeneralTracker):
 
     def store_init_configuration(self, values: dict) -> None:
         """Write the run's configuration to `config.json`."""
-        self._write(self.folder / "config.json", json.dumps(values, indent=2, default=str), "w")
+        with tolerating_disk_faults(self.folder / "config.json"):
+            write_whole(self.folder / "config.json", json.dumps(values, indent=2, default=str))
 
     def log(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
         """Append the numbers among `values`; NaN is written as null."""
@@ -59,7 +60,9 @@ class LocalTracker(GeneralTracker):
                 value = value.item()
             if isinstance(value, (bool, int, float, str)):
                 line[key] = None if isinstance(value, float) and not math.isfinite(value) else value
-        self._write(self.tracker, json.dumps(line) + "\n", "a")
+        with tolerating_disk_faults(self.tracker):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _append(self.tracker, json.dumps(line).encode() + b"\n")
 
     def log_images(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
         """Save each image as `images/<step>_<title>.png`, several under one title numbered.
@@ -83,26 +86,35 @@ class LocalTracker(GeneralTracker):
 
         An evaluation before `epoch` has that number itself, and stays.
         """
-        if self.tracker.exists():
-            lines = self.tracker.read_text().splitlines()
-            kept = [line for line in lines if _position(line) < epoch]
-            with tolerating_disk_faults(self.tracker):
-                write_whole(self.tracker, "".join(line + "\n" for line in kept))
-
-    def _write(self, path: Path, text: str, mode: str) -> None:
-        with tolerating_disk_faults(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open(mode) as file:
-                file.write(text)
+        with tolerating_disk_faults(self.tracker):
+            if self.tracker.exists():
+                lines = self.tracker.read_bytes().splitlines()
+                kept = [line for line in lines if _position(line) < epoch]
+                write_whole(self.tracker, b"".join(line + b"\n" for line in kept))
 
 
-def _position(line: str) -> float:
+def _append(path: Path, line: bytes) -> None:
+    """Append a line, or nothing of it where the disk is full; what a kill left of an earlier one gets its end first."""
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        try:
+            while line:  # a disk that is nearly full takes a part
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _position(line: bytes) -> float:
     try:
         values = json.loads(line)
-    except json.JSONDecodeError:  # torn by a full disk or a kill
+        evaluation = any(name.startswith("eval/") for name in values)
+        return float(values.get("epoch", -1)) - 0.5 * evaluation
+    except (ValueError, TypeError, AttributeError):  # torn by a kill, or of somebody else's
         return math.inf
-    evaluation = any(name.startswith("eval/") for name in values)
-    return values.get("epoch", -1) - 0.5 * evaluation
 
 
 class TolerantTracker(GeneralTracker):

@@ -22,6 +22,7 @@ from trl_tafs.training.logs import MeanMetrics, Stopwatch, warn_main
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 from trl_tafs.training.progress import Progress
+from trl_tafs.training.stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Updater:
     loss: Callable[[Any, Conditioning], LossOutput]  # of one micro-batch
     stopwatch: Stopwatch
     progress: Progress  # counts the optimizer steps that are left out
+    stop: Callable[[], bool] = lambda: False  # whether to stop, on all processes alike: asked before each micro-batch
 
     def update(self, experience: Experience, advantages: Tensor, epoch: int) -> Iterator[StepMetrics]:
         """Yield the metrics of each optimizer step, over all inner epochs; none where nothing can move the policy.
@@ -54,6 +56,7 @@ class Updater:
             epoch: the key of the shuffles.
 
         Raises:
+            Stopped: a signal came; the policy is in the middle of the epoch.
             NonFiniteError: the advantages aren't finite, nor the weights after the update, or too many optimizer steps
                 in a row were left out.
         """
@@ -77,6 +80,8 @@ class Updater:
             idle = not advantages.any() and bool(self.objective.without_gradient(items).all())
             for inner_epoch in range(0 if idle else inner_epochs):
                 for index, still in self.micro_batches(items, epoch, inner_epoch):
+                    if self.stop():
+                        raise Stopped
                     with accelerator.accumulate(self.policy.model):
                         if not still or accelerator.sync_gradients:
                             micro = items[index.to(items.sample.device)]
