@@ -101,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, action in _ROUTES:
             if self.command in method and (match := re.fullmatch(pattern, path)):
                 return action(self, *match.groups())
+        if path == "/api/agent-harnesses":  # the hub's own command line asks
+            return self._send(404, {"error": "not here"})
         return self._send(501, {"error": f"the stub doesn't know {self.command} {path}"})
 
     def _read(self) -> bytes:

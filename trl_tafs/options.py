@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -257,7 +258,8 @@ def check_not_empty(options: Options, *names: str) -> None:
 
 
 def _default_exp_name() -> str:
-    return os.path.splitext(os.path.basename(sys.argv[0] or "tafs"))[0] or "tafs"
+    name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+    return name if re.fullmatch(r"\w[\w.-]*", name) else "tafs"  # `python -c` has no script
 
 
 @dataclass

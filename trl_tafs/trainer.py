@@ -134,20 +134,9 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         self.publisher = Publisher(
             policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec, papers
         )
-        self.preflight = Preflight(
-            config,
-            accelerator,
-            policy,
-            self.encode,
-            self.prompts,
-            self.rewards,
-            self.plan,
-            sampler,
-            size=(self.height, self.width),
-            logs=self.logs,
-            held_out=self.evaluator,
-            prepare_push=partial(self.publisher.prepare_repo, None, config.hub_private_repo),
-        )
+        tried = (config, accelerator, policy, self.encode, self.prompts, self.rewards, self.plan, sampler)
+        push, size = partial(self.publisher.prepare_repo, None, config.hub_private_repo), (self.height, self.width)
+        self.preflight = Preflight(*tried, size, self.logs, self.evaluator, push)
         self.doctor = Doctor(self.preflight, self.collector, self.updater, self.progress)
 
     def _card_prompts(self) -> list[str]:

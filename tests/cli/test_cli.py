@@ -7,10 +7,12 @@ import tiny
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from trl_tafs.cli.arguments import ScriptArguments, load_pipeline, load_rewards, parse_arguments
 from trl_tafs.cli.main import main
 from trl_tafs.cli.sample import _draw, sampling_parser
+from trl_tafs.policy.adapter_file import WEIGHT_NAME
 from trl_tafs.prompts.sets import load_prompts
 
 
@@ -147,6 +149,20 @@ def test_train_then_sample(pipeline_folder, tmp_path, capsys):
     options = ["--pretrained_model", str(pipeline_folder), "--prompt", "one", "two", "--dtype", "float32"]
     assert main(["sample", str(adapter), *options, "--output", str(out)]) == 0
     assert "2 images in" in capsys.readouterr().out and out.stat().st_size > 0
+
+    # above it, frozen at half its weight: a LoRA of its own, which alone is published, and drawn above the same one
+    beneath = ["--frozen_adapters", f"{adapter}=0.5"]
+    more = ["--run_name", "above", "--train_learning_rate", "0.01", "--disable_tqdm", "True", *beneath]
+    assert main(["train", "--config", str(tmp_path / "config.yaml"), *prompts, *more]) == 0
+    above = tmp_path / "above" / "adapter"
+    frozen = json.loads((above / "training_settings.json").read_text())["frozen_adapters"]
+    assert [(entry["name"], entry["weight"]) for entry in frozen] == [("adapter", 0.5)]
+    assert load_file(above / WEIGHT_NAME).keys() == load_file(adapter / WEIGHT_NAME).keys()
+    for name, words in {"both.png": beneath, "alone.png": []}.items():
+        assert main(["sample", str(above), *options, *words, "--output", str(tmp_path / name)]) == 0
+    assert (tmp_path / "both.png").read_bytes() != (tmp_path / "alone.png").read_bytes()
+    assert main(["sample", str(above), *options, "--frozen_adapters", "somewhere=much"]) == 2
+    assert "--frozen_adapters has 'somewhere=much'" in capsys.readouterr().err
 
 
 def test_pictures_of_nan_are_no_result(pipeline, tmp_path, capsys):

@@ -40,7 +40,8 @@ def test_a_vae_that_decodes_to_nan_stops_the_first_epoch_before_a_reward_sees_it
         return jpeg_compressibility(images, prompts, metadata)
 
     spoil(pipeline.vae, "decoder.conv_in.weight")
-    trainer = tiny.trainer(pipeline, tmp_path, reward=size, async_reward_computation=asynchronous)
+    changes = {"async_reward_computation": asynchronous, "preflight_rollout": False}
+    trainer = tiny.trainer(pipeline, tmp_path, reward=size, **changes)
     with pytest.raises(NonFiniteError) as caught:
         trainer.train()
     said = str(caught.value)

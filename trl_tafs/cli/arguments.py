@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
+from trl_tafs.cli.adapters import load_frozen, read_frozen
 from trl_tafs.cli.parsing import OneLineParser, UsageError, check_numbers, read_options
 from trl_tafs.options import Options
 from trl_tafs.output.errors import did_you_mean, first_line, one_line, require, shown
@@ -20,6 +20,10 @@ QUANTIZATIONS = ("nf4", "int8")
 IMPORT_HELP = (
     "Files or modules, run before anything else, that register kernels, credit rules, objectives or families of your "
     "own (docs/extending.md)."
+)
+FROZEN_HELP = (
+    "LoRAs to lie frozen beneath the trained one, such as a turbo LoRA: folders or repositories, each with =WEIGHT "
+    "where it isn't 1 (docs/adapters.md)."
 )
 PIPELINE_HELP = "A pipeline class of your own, file.py:Name or module:Name (docs/new_family.md)."
 
@@ -44,6 +48,7 @@ class ScriptArguments(Options):
         metadata={"help": "The parts that `quantization` is for, as the base's model_index.json names them."},
     )
     pipeline_class: str | None = field(default=None, metadata={"help": PIPELINE_HELP})
+    frozen_adapters: list[str] | None = field(default=None, metadata={"help": FROZEN_HELP})
     imports: list[str] | None = field(
         default=None, metadata={"help": f"`--import`, in YAML `import`. {IMPORT_HELP}", "aliases": ["--import"]}
     )
@@ -80,6 +85,7 @@ class ScriptArguments(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_quantization(self.quantization)
+        read_frozen(self.frozen_adapters)
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) -> tuple[ScriptArguments, Any]:
@@ -200,10 +206,10 @@ def quantization_config(name: str | None, components: Sequence[str]) -> Any:
 
 
 def load_pipeline(arguments: ScriptArguments | argparse.Namespace, precision: str) -> Any:
-    """Load the base model as a TAFS pipeline.
+    """Load the base model as a TAFS pipeline, with the LoRAs that lie frozen on it.
 
     Args:
-        arguments: that name the model, its revision, its quantization, and a pipeline class of the user's own.
+        arguments: that name the model, its revision, its quantization, a pipeline class of the user's own, the LoRAs.
         precision: of the weights: a value of `mixed_precision`, or a dtype's name.
 
     Raises:
@@ -233,6 +239,7 @@ def load_pipeline(arguments: ScriptArguments | argparse.Namespace, precision: st
         told = one_line(error) if isinstance(error, (ValueError, OSError)) else first_line(error)
         raise ValueError(f"the model {arguments.pretrained_model} can't be loaded: {told}") from error
     pipeline.set_progress_bar_config(disable=True)
+    load_frozen(pipeline, arguments.frozen_adapters)
     return pipeline
 
 
@@ -288,34 +295,13 @@ def check_drawing(options: argparse.Namespace) -> None:
     """Raise ValueError for options of `sample` and `evaluate` that can't work, whatever the model."""
     check_numbers(options, num_steps=1, guidance_scale=0, embedded_guidance_scale=0, max_sequence_length=1, seed=0)
     check_quantization(options.quantization)
+    read_frozen(options.frozen_adapters)
     if options.negative_prompt and options.guidance_scale <= 1.0:
         raise ValueError(
             f"--negative_prompt is {options.negative_prompt!r}, and without guidance it has no effect; give "
             "--guidance_scale above 1, or leave it out"
         )
     import_all(options.imports)
-
-
-def check_adapter(name: str) -> None:
-    """Raise ValueError if a local adapter isn't there or is none, before its base is loaded; `none` is the base."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    from trl_tafs.policy.adapter_file import WEIGHT_NAME
-
-    folder, fault = Path(name), ""
-    if folder.is_dir():
-        found = (folder / "transformer").is_dir() or any(folder.glob("*.safetensors"))
-        fault = "" if found else f"the folder holds no {WEIGHT_NAME}"
-    elif name != "none" and not folder.is_file():
-        try:
-            hf_hub_download(name, WEIGHT_NAME)
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            fault = f"there is no such folder, and no such repository on the Hub ({first_line(error)})"
-        except Exception:  # no network, or a file of another name: loading says what is wrong
-            return
-    if fault:
-        raise ValueError(f"the adapter {name} can't be loaded: {fault}; give the folder that training wrote")
 
 
 def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -327,3 +313,4 @@ def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--quantized_components", nargs="+", default=["transformer"])
     parser.add_argument("--import", dest="imports", nargs="+", help=IMPORT_HELP)
     parser.add_argument("--pipeline_class", help=PIPELINE_HELP)
+    parser.add_argument("--frozen_adapters", nargs="+", help=FROZEN_HELP.replace("the trained one", "the adapter"))

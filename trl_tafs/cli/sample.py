@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trl_tafs.cli.adapters import check_adapter
 from trl_tafs.cli.arguments import (
     add_model_options,
     add_prompt_options,
-    check_adapter,
     check_drawing,
     load_pipeline,
 )

@@ -33,6 +33,8 @@ def make_trainer(arguments: ScriptArguments, config: Any) -> Any:
     if arguments.prompts is None:
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
     prompts = load_prompts(arguments.prompts)
+    if arguments.frozen_adapters and config.model_adapter_name is None:
+        config.model_adapter_name = "default"  # a new one, above them
     rewards, eval_rewards = load_rewards(arguments)
     return TAFSGRPOTrainer(
         config,
