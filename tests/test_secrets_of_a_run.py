@@ -68,7 +68,7 @@ def written(folder):
 
 
 def options(folder, model, url):
-    """A run with a canary in the password of an address, in trackers', Accelerate's and a reward's options."""
+    """A run with a canary in the password of an address, in a tracker's and a reward's options."""
     (folder / "keyed.py").write_text(REWARD)
     (folder / "prompts.txt").write_text("one\ntwo\n")
     return {
@@ -78,7 +78,7 @@ def options(folder, model, url):
         "reward_options": {"Keyed": {"api_key": CANARY}},
         "reward_retry_delay": 0.0,
         "log_with": "tensorboard",
-        "tracker_kwargs": {"tensorboard": {}, "wandb": {"settings": {"api_key": CANARY}, "notes": f"is {CANARY}"}},
+        "tracker_kwargs": {"tensorboard": {"comment": f"--wandb_api_key {CANARY}"}},
         "mixed_precision": "no",
         "run_name": "run",
         "num_epochs": 1,
@@ -116,7 +116,11 @@ def test_a_published_run_has_no_secret_in_it(pipeline_folder, tmp_path):
 def test_errors_and_kept_rollouts_have_no_secret_in_them(pipeline_folder, tmp_path, capsys, recwarn):
     with serving(judge()) as url:
         given = options(tmp_path, pipeline_folder, url) | {"logdir": str(tmp_path / "runs"), "reward_max_retries": 1}
-        given |= {"reward": [given["reward"][0], f"{tmp_path / 'keyed.py'}:Failing"], "log_with": None}
+        given |= {
+            "reward": [given["reward"][0], f"{tmp_path / 'keyed.py'}:Failing"],
+            "log_with": None,
+            "tracker_kwargs": None,
+        }
         given |= {"reward_options": {"Failing": {"api_key": CANARY}}}
         (tmp_path / "config.yaml").write_text(json.dumps(given))
         assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 1

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ROOT
 
 from trl_tafs import evaluate
-from trl_tafs.cli.evaluate import evaluate as evaluate_command
+from trl_tafs.cli.evaluate import _evaluation_arguments, evaluation_parser
 from trl_tafs.cli.main import main
 from trl_tafs.evaluation import compare as comparison
 from trl_tafs.evaluation.drawing import DrawSpec
@@ -349,7 +349,7 @@ def test_benchmarks_are_scored_as_the_papers_do_whatever_weight_is_given(weight,
     command = ["none", "--pretrained_model", "base", "--prompts", str(tmp_path / "prompts.txt"), "--reward"]
     for given, scale in ({}, 100.0), ({"clip_score": {"scale": 1.0}}, 1.0):
         options = [name + weight for name in names] + ["--reward_options", json.dumps(given)]
-        arguments = evaluate_command([*command, *options]).args[1]
+        arguments = _evaluation_arguments(evaluation_parser().parse_args([*command, *options]))
         found = {name: reward.args[1] or {} for name, (reward, _) in arguments["rewards"].items()}
         expected = {"geneval": {"graded": False}, "clip_score": {"scale": scale}}
         assert found == expected | {"pickscore": {}} and arguments["reward_options"] == expected
@@ -357,9 +357,9 @@ def test_benchmarks_are_scored_as_the_papers_do_whatever_weight_is_given(weight,
         "def geneval(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n\n"
         "class Sharp:\n    title, evaluation_options = 'Sharpness', {'strict': True}\n"
     )
-    own = evaluate_command([*command, f"{tmp_path}/mine.py:geneval{weight}"]).args[1]
+    own = _evaluation_arguments(evaluation_parser().parse_args([*command, f"{tmp_path}/mine.py:geneval{weight}"]))
     assert own["reward_options"] == {}, "a reward of one's own of that name takes what it takes"
-    own = evaluate_command([*command, f"{tmp_path}/mine.py:Sharp{weight}"]).args[1]
+    own = _evaluation_arguments(evaluation_parser().parse_args([*command, f"{tmp_path}/mine.py:Sharp{weight}"]))
     assert own["reward_options"] == {"Sharp": {"strict": True}}, "and one that says how it is evaluated is made so"
 
 
@@ -375,7 +375,7 @@ def test_the_command_compares_base_and_adapter(adapter, tmp_path, capsys):
     assert "--push is for adapters on the Hub" in capsys.readouterr().err
     assert main(["evaluate", "none", *options, "--size", "8"]) == 1
     assert "isn't HEIGHTxWIDTH" in capsys.readouterr().err
-    assert main(["evaluate", "none", *options, "--reward", "a", "--reward", "b"]) == 1
+    assert main(["evaluate", "none", *options, "--reward", "a", "--reward", "b"]) == 2
     assert "--reward is given more than once" in capsys.readouterr().err
 
 

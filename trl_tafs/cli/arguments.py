@@ -182,7 +182,7 @@ def check_quantization(name: str | None) -> None:
     """Raise ValueError if there is no such quantization; None is none."""
     if name not in (None, *QUANTIZATIONS):
         known = did_you_mean(name, QUANTIZATIONS)
-        raise ValueError(f"quantization is {name!r}; use {' or '.join(QUANTIZATIONS)}, or leave it out{known}")
+        raise ValueError(f"quantization is {shown(name)}; use {' or '.join(QUANTIZATIONS)}, or leave it out{known}")
 
 
 def quantization_config(name: str | None, components: Sequence[str]) -> Any:

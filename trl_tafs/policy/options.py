@@ -18,6 +18,7 @@ from trl_tafs.options import (
     check_share,
     option,
 )
+from trl_tafs.output.errors import shown
 from trl_tafs.pipelines.options import PipelineOptions
 
 # Those of diffusers' get_scheduler that need a number of steps and no more, and are a factor on the rate.
@@ -85,8 +86,8 @@ class AdapterOptions(Options):
         check_at_least(self, 1, "lora_rank", "lora_alpha")
         if self.model_adapter_name is not None and not re.fullmatch(r"\w[\w-]*", self.model_adapter_name):
             raise ValueError(
-                f"model_adapter_name is {self.model_adapter_name!r}; use letters, digits, _ and - (PEFT puts it into "
-                "the names of weights)"
+                f"model_adapter_name is {shown(self.model_adapter_name)}; use letters, digits, _ and - (PEFT puts it "
+                "into the names of weights)"
             )
         check_share(self, "train_ema_decay")
         check_not_empty(self, "adapter_name_or_path")
