@@ -126,7 +126,7 @@ FAULTS = {
     "a list": (http(b"[1, 2]"), "answered a list"),
     "no JSON": (http(b"\x80\x04\x1b[31mred"), "no JSON"),
     "no HTTP": (b"\x00\x01\r\n\r\n", "RemoteProtocolError"),
-    "cut": (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "RemoteProtocolError"),
+    "cut": (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "RemoteProtocolError|ReadError"),
     "endless head": (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 100_000, "RemoteProtocolError"),
 }
 
