@@ -87,10 +87,11 @@ if __name__ == "__main__":
     except RewardError as error:
         results["error"] = str(error)
     results["kept"] = len(list((folder / "failed" / "pending").glob("*.pt")))
-    try:
-        run(folder / "spoiled", model, 2, spoiled=1)
-    except NonFiniteError as error:
-        results["spoiled"] = str(error)
+    for early in (True, False):
+        try:
+            run(folder / f"spoiled_{early}", model, 2, spoiled=1, preflight_rollout=early)
+        except NonFiniteError as error:
+            results["spoiled", early] = str(error)
     torch.distributed.barrier()
     results["resumed"] = run(folder / "failed", model, 2, resume="latest")
     try:

@@ -73,9 +73,11 @@ def test_a_signal_to_one_process_stops_both_and_loses_nothing(two):
 
 def test_a_vae_that_makes_nan_on_one_process_stops_both(two):
     folder, results = two
-    assert results[0]["spoiled"].startswith("epoch 0, step 0: NonFiniteError on another process")
-    assert "the VAE (AutoencoderKL, float32) decoded finite latents to NaN" in results[1]["spoiled"]
-    assert not (folder / "spoiled" / "adapter").exists() and not (folder / "spoiled" / "pending").exists()
+    for early, place in ((True, "before the first epoch"), (False, "epoch 0, step 0")):
+        assert results[0]["spoiled", early].startswith(f"{place}: NonFiniteError on another process")
+        assert "the VAE (AutoencoderKL, float32) decoded finite latents to NaN" in results[1]["spoiled", early]
+        there = {path.name for path in (folder / f"spoiled_{early}").iterdir()}
+        assert not there & {"adapter", "pending", "checkpoints"}
 
 
 def test_two_processes_share_unequal_groups_as_one_does(two, pipeline_folder, tmp_path):

@@ -31,6 +31,14 @@ def saved(folder):
     return sorted(path.name for path in (folder / "checkpoints").glob("*")) if folder.exists() else []
 
 
+def test_a_vae_that_decodes_to_nan_stops_before_the_first_epoch(pipeline, tmp_path):
+    seen = []
+    spoil(pipeline.vae, "decoder.conv_in.weight")
+    with pytest.raises(NonFiniteError, match="VAE .* decoded finite latents to NaN"):
+        tiny.trainer(pipeline, tmp_path, reward=lambda images, p, m: seen.append(images)).train()
+    assert not seen
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_vae_that_decodes_to_nan_stops_the_first_epoch_before_a_reward_sees_it(pipeline, tmp_path, asynchronous):
     seen = []
@@ -40,8 +48,8 @@ def test_a_vae_that_decodes_to_nan_stops_the_first_epoch_before_a_reward_sees_it
         return jpeg_compressibility(images, prompts, metadata)
 
     spoil(pipeline.vae, "decoder.conv_in.weight")
-    changes = {"async_reward_computation": asynchronous, "preflight_rollout": False}
-    trainer = tiny.trainer(pipeline, tmp_path, reward=size, **changes)
+    settings = {"async_reward_computation": asynchronous, "preflight_rollout": False}
+    trainer = tiny.trainer(pipeline, tmp_path, reward=size, **settings)
     with pytest.raises(NonFiniteError) as caught:
         trainer.train()
     said = str(caught.value)

@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trl_tafs.pipelines.finite import check_images
+from trl_tafs.pipelines.finite import NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
+from trl_tafs.processes import any_process
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.source import PromptSource, expand_groups
-from trl_tafs.rewards.scoring import RewardSet, Scores
+from trl_tafs.rewards.scoring import RewardError, RewardSet, Scores
 from trl_tafs.training.checkpoint_files import kept_generators
 from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
 from trl_tafs.training.memory import MemoryPlan, announce_plan
@@ -67,11 +68,22 @@ class Preflight:
         if config.prompt_cache_dir is not None:
             self.encode.prepare(self.prompts.known())
         self.plan_memory(prompt)
-        images = self._first_images(prompt, metadata, epoch)
-        if config.eval_freq and self.held_out is not None:
-            self.held_out.rewards.try_once(*self.held_out.items[0], images)
+        fault: Exception | None = None
+        try:
+            images = self._first_images(prompt, metadata, epoch)
+            if config.eval_freq and self.held_out is not None:
+                self.held_out.rewards.try_once(*self.held_out.items[0], images)
+        except (NonFiniteError, RewardError) as error:  # the other processes would wait for this one's rewards
+            fault = error
+        self._stop_together(fault)
         if epoch == 0 and config.eval_freq == 0 and self.held_out is not None:
             warn_main(self.accelerator, "eval_prompts were given, and eval_freq is 0: nothing will be evaluated")
+
+    def _stop_together(self, fault: Exception | None) -> None:
+        """Raise a fault of any process on all of them."""
+        if any_process(self.accelerator, fault is not None):
+            kind = NonFiniteError if any_process(self.accelerator, isinstance(fault, NonFiniteError)) else RewardError
+            raise fault or kind(f"before the first epoch: {kind.__name__} on another process")
 
     def plan_memory(self, prompt: str) -> MemoryPlan | None:
         """Announce what the run will hold; on the main process alone."""
