@@ -398,7 +398,7 @@ def test_a_run_survives_a_disk_that_is_really_full(pipeline_folder, tmp_path, ca
 
         def reward(images, prompts, metadata):
             calls.append(1)
-            if len(calls) == 9:  # in the second epoch
+            if len(calls) == 13:  # in the second epoch
                 with open(tmp_path / "disk" / "filler", "wb", buffering=0) as filler:
                     with pytest.raises(OSError, match="No space left"):
                         while True:
