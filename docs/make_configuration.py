@@ -26,7 +26,8 @@ Written by `python docs/make_configuration.py` from the help texts in the files 
 configures; change them there.
 
 Every field of `TAFSGRPOConfig` can be set in Python, on the command line and in YAML. What is given on the command line
-counts more than what is in the file. An unknown field is an error in all three.
+counts more than what is in the file. An unknown field is an error in all three, as is a value of another type, a number
+that isn't finite, or one that can't work: one line names the field, the value and what it can be.
 
 ```python
 from trl_tafs import TAFSGRPOConfig
@@ -50,6 +51,9 @@ train_gradient_checkpointing: true
 ```
 
 Lists take their items one after the other, mappings are JSON. In YAML, write `mixed_precision: "no"` with its quotes.
+A run's `training_settings.json`, published beside its adapter, and its `config.json` are configurations too:
+`--config training_settings.json`, or `TAFSGRPOConfig.from_settings(path)`, is a new run with the same settings, given
+the same number of processes.
 Names are `DDPOConfig`'s and `GRPOConfig`'s where these have one. Defaults are the paper's where it gives them; the
 text says so.
 """
@@ -82,7 +86,8 @@ def default(field: dataclasses.Field) -> str:
 def preset_rows() -> str:
     """Each preset with the options that set it apart."""
     shown = {name: [f"`{k}={v!r}`" for k, v in options.items()] for name, options in presets.PRESETS.items()}
-    return table(["Preset", "Options"], [(f"`{name}`", ", ".join(options)) for name, options in shown.items()])
+    rows = [(f"`{name}`", ", ".join(options), presets.DIFFERENCES.get(name, "")) for name, options in shown.items()]
+    return table(["Preset", "Options", "Differs from its source in"], rows)
 
 
 def text() -> str:
@@ -98,7 +103,9 @@ def text() -> str:
     parts.append(
         "## Presets\n\n`TAFSGRPOConfig.from_preset(name, ...)`, `--preset NAME`: the methods of the papers, whose "
         "options you can still change. Where each value is from stands beside it in `trl_tafs/presets.py`; how they "
-        f"compare: [benchmarks.md](benchmarks.md).\n\n{preset_rows()}\n"
+        f"compare: [benchmarks.md](benchmarks.md). Steps, log-probabilities, losses, gradients and advantages are "
+        "tested against the public code's (`tests/method/test_preset_parity.py`); the last column says what differs."
+        f"\n\n{preset_rows()}\n"
     )
     return "\n".join(parts)
 

@@ -50,10 +50,10 @@ TRAINED_ROW = "4 annealed steps"
 class Panel:
     """All judges on the held-out words, with fixed noise."""
 
-    def __init__(self, size: str, images_per_word: int, seed: int) -> None:
-        """Judge `images_per_word` images of each held-out word, their noise keyed by `seed`."""
+    def __init__(self, size: str, images_per_word: int, seed: int, words: int = len(HELD_OUT_WORDS)) -> None:
+        """Judge `images_per_word` images of each of the first held-out words, their noise keyed by `seed`."""
         self.layout, self.seed = LAYOUTS[size], seed
-        self.prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(images_per_word)]
+        self.prompts = [prompt for prompt in HELD_OUT_PROMPTS[:words] for _ in range(images_per_word)]
         self.images_per_word = images_per_word
         self.judges = {judge.__name__: judge for judge in (OCRReward(), OCRJudge(), ColourJudge(), PrintJudge())}
 
@@ -151,6 +151,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--reward", choices=["edit", "ctc"], default="edit", help="trained on; judged is edit always")
     parser.add_argument("--after", nargs="+", choices=list(ROWS), default=list(ROWS)[:4], help="rows judged after it")
     parser.add_argument("--images_per_word", type=int, default=2, help="images of each held-out word that are judged")
+    parser.add_argument("--words", type=int, default=len(HELD_OUT_WORDS), help="held-out words that are judged")
     parser.add_argument("--output_dir", type=Path, help="by default runs/words_<size>_<setting>_<seed>")
     parser.add_argument("--base", type=Path, help="the base's figures, read where the file is there, else written")
     return parser.parse_args()
@@ -189,9 +190,10 @@ def main() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    pipeline, panel = load(args.size, TAFSStableDiffusion3Pipeline), Panel(args.size, args.images_per_word, seed=1000)
+    pipeline = load(args.size, TAFSStableDiffusion3Pipeline)
+    panel = Panel(args.size, args.images_per_word, seed=1000, words=args.words)
     dimension = math.prod(pipeline.latent_shape(panel.layout.height, panel.layout.width))
-    print(f"D = {dimension:,}; judging the base on {len(HELD_OUT_WORDS)} held-out words ...", flush=True)
+    print(f"D = {dimension:,}; judging the base on {args.words} held-out words ...", flush=True)
     before = judged_base(panel, pipeline, args.base)
     save_grid(panel, pipeline, folder / "grid_before.png", "before: 4 annealed steps, no guidance")
 

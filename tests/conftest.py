@@ -10,8 +10,19 @@ import pytest
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# How fast examples are made and tried is the machine's matter.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+LONGEST = ("tests/gauge/", "tests/examples/", "tests/training/", "tests/test_trainer.py", "tests/pipelines/")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that `make test` has short ones for both processes at its end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture(scope="session")

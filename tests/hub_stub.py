@@ -1,7 +1,8 @@
 """A Hugging Face Hub in memory on 127.0.0.1, as much of it as it takes to push and to load a model.
 
-Commits, branches, pull requests, LFS uploads with verification, and downloads; no Xet. A client is pointed
-at it by `HubStub.environment`, set before huggingface_hub is imported (which reads it then): in a subprocess.
+Commits, branches, pull requests, LFS uploads with verification, and downloads of models and datasets; no Xet. A new
+process is pointed at it by `HubStub.environment`, which huggingface_hub reads when it is imported; the test's own,
+which has imported it, by `HubStub.connect`.
 """
 
 import base64
@@ -44,6 +45,26 @@ class HubStub:
         environment = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return environment | {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_TOKEN": token or ""}
+
+    def connect(self, patch, home: Path, token: str | None = None) -> None:
+        """Do to this process what `environment` does to a new one, as long as the MonkeyPatch `patch` lasts."""
+        from diffusers.loaders import lora_base
+        from huggingface_hub import constants, hf_api
+
+        for name, value in self.environment(home, token).items():
+            patch.setenv(name, value)
+        url = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        read = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_CACHE": str(home / "hub")}
+        read |= {
+            "HF_HOME": str(home),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_STORED_TOKENS_PATH": str(home / "tokens"),
+        }
+        read |= {"HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_TELEMETRY": True}
+        for name, value in read.items():
+            patch.setattr(constants, name, value)
+        patch.setattr(hf_api.api, "endpoint", self.url)
+        patch.setattr(lora_base, "HF_HUB_OFFLINE", False)
 
     def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
         """What the repository holds on a branch."""
@@ -229,16 +250,23 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in self.hub.commits[commit]]
         self._send(200, {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []})
 
+    def paths_info(self, repo_id, revision):
+        if (commit := self._revision(repo_id, revision)) is None:
+            return
+        wanted = json.loads(self.body)["paths"]
+        self._send(200, json.dumps([entry for entry in self._entries(commit) if entry["path"] in wanted]).encode())
+
     def tree(self, repo_id, revision, folder):
         if (commit := self._revision(repo_id, revision)) is None:
             return
-        files = self.hub.commits[commit].items()
-        entries = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for path, content in files
-            if path.startswith((folder or "").strip("/"))
-        ]
+        entries = [entry for entry in self._entries(commit) if entry["path"].startswith((folder or "").strip("/"))]
         self._send(200, json.dumps(entries).encode())
+
+    def _entries(self, commit):
+        return [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in self.hub.commits[commit].items()
+        ]
 
     def resolve(self, repo_id, revision, path):
         if (commit := self._revision(repo_id, revision)) is None:
@@ -266,7 +294,8 @@ _ROUTES = [  # the first that matches answers
     (("PUT",), rf"/lfs/{_REPO}/([0-9a-f]{{64}})", _Handler.lfs_put),
     (("POST",), "/lfs/verify", _Handler.lfs_verify),
     (("POST",), rf"/api/models/{_REPO}/commit/(.+)", _Handler.commit),
-    (("GET",), rf"/api/models/{_REPO}/tree/([^/]+)(/.*)?", _Handler.tree),
-    (("GET",), rf"/api/models/{_REPO}(?:/revision/(.+))?", _Handler.info),
-    (("GET", "HEAD"), rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    (("GET",), rf"/api/(?:models|datasets)/{_REPO}/tree/([^/]+)(/.*)?", _Handler.tree),
+    (("POST",), rf"/api/datasets/{_REPO}/paths-info/([^/]+)", _Handler.paths_info),
+    (("GET",), rf"/api/(?:models|datasets)/{_REPO}(?:/revision/(.+))?", _Handler.info),
+    (("GET", "HEAD"), rf"(?:/datasets)?/{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
 ]

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 
 import uvicorn
 
+LIMIT = 900.0  # seconds, by which a test that hangs ends; nothing else is decided by it
+
 
 @contextmanager
 def serving(app, **options):
@@ -17,13 +19,13 @@ def serving(app, **options):
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    while not server.started:
+    while not server.started and thread.is_alive():
         time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=LIMIT)
 
 
 @contextmanager
@@ -32,11 +34,15 @@ def speaking(talk):
     listener, threads = socket.create_server(("127.0.0.1", 0)), []
 
     def answer(connection):
+        connection.settimeout(LIMIT)
         with connection, suppress(OSError):
             head = b""
             while b"\r\n\r\n" not in head and (part := connection.recv(65536)):
                 head += part
             talk(connection)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65536):  # what is unread when a socket is closed makes the other side lose the answer
+                pass
 
     def accept():
         with suppress(OSError):

@@ -105,9 +105,11 @@ RUN = [name for name in DOCUMENTS if any(marked for marked, _, _ in blocks(name,
 
 @pytest.fixture
 def registries():
-    """What a document registers is gone after it."""
+    """What a document registers is gone after it, and is registered anew when it is imported again."""
     with mock.patch.dict(CREDITS), mock.patch.dict(OBJECTIVES), mock.patch.dict(KERNELS):
         yield
+    for name in [name for name in sys.modules if name.startswith("own_parts_")]:
+        del sys.modules[name]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -226,6 +228,7 @@ def refused(check, *arguments):
     return ""
 
 
+@pytest.mark.usefixtures("registries")
 def test_commands_are_accepted(monkeypatch):
     monkeypatch.chdir(ROOT)
     found = [(where, words) for name in DOCUMENTS for where, words in commands(name)]
@@ -255,7 +258,9 @@ def test_a_command_that_would_not_work_is_found(command, monkeypatch):
     assert refused(check_command, shlex.split(command))
 
 
-def test_yaml_is_accepted(tmp_path):
+@pytest.mark.usefixtures("registries")
+def test_yaml_is_accepted(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     found = [(name, line, code) for name in DOCUMENTS for _, line, code in blocks(name, "yaml")]
     assert found
     path, told = tmp_path / "given.yaml", {}

@@ -32,20 +32,22 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # Within the mathematics: which files a file may import.
 METHOD = {
     "types": set(),
-    "levels": set(),
+    "levels": {"papers"},
     "noise": set(),
     "guidance": set(),
-    "parts": set(),
+    "papers": set(),
+    "parts": {"papers"},
     "losses": {"types"},
-    "credit": {"types", "parts"},
+    "credit": {"types", "papers", "parts"},
     "advantages": {"types", "credit"},
     "allocation": {"noise", "advantages"},
-    "kernels": {"types", "levels", "parts"},
+    "kernels": {"types", "levels", "papers", "parts"},
     "rollout": {"types", "levels", "noise", "kernels"},
     "objective": {"types", "levels", "noise", "losses", "kernels", "rollout", "parts"},
-    "image_objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective"},
+    "image_objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "papers", "objective"},
     "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective", "image_objectives"},
 }
+METHOD["superflow"] = {"noise", "papers", "advantages", "allocation"}
 METHOD["options"] = set(METHOD)
 
 HEAVY = {"diffusers", "transformers", "open_clip", "accelerate", "peft", "trl", "datasets", "huggingface_hub"}

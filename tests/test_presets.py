@@ -54,7 +54,7 @@ def test_command_line_before_yaml_before_preset_before_default(tmp_path):
 def test_every_preset_trains_and_its_first_update_is_on_policy(name, pipeline, tmp_path):
     small = {"num_generations": 8, "num_epochs": 1, "sample_batch_size": 16, "sample_num_batches_per_epoch": 1}
     small |= {"train_batch_size": 16}
-    trainer = tiny.trainer(pipeline, tmp_path, **preset(name) | small)
+    trainer = tiny.trainer(pipeline, tmp_path, prompt_function=["one", "two", "three"], **preset(name) | small)
     trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (update,) = [line for line in lines if "loss" in line]
@@ -71,10 +71,11 @@ def test_presets_are_told_apart_by_what_their_papers_tell_them_apart():
     assert differs("paper", "tafs") == {"train_level_weighting"}
     assert differs("tafs", "tafs_without_step_advantage") == {"step_credit"}
     assert differs("tafs", "tafs_without_annealing") == {"sample_kernel", "sample_eta"}
-    assert differs("tafs", "superflow") == {"group_allocation", "step_credit", "credit_trace"}
+    assert differs("tafs", "tafs_trace") == {"group_allocation", "step_credit", "credit_trace"}
+    assert differs("flow_grpo", "superflow") == {"group_allocation", "train_level_weighting"}
     assert differs("tafs_nft", "tafs_nft_stepwise") == {"forward_images"}
     assert differs("flow_grpo", "flow_grpo_fast") == {
         *("sample_window_size", "sample_window_range", "sample_window_order", "sample_window_interval"),
-        *("sample_eta", "beta", "train_log_prob_reduction", "train_clip_range"),
+        *("sample_eta", "beta", "train_kl_weighting", "train_log_prob_reduction", "train_clip_range"),
     }
     assert dataclasses.asdict(TAFSGRPOConfig()) == dataclasses.asdict(TAFSGRPOConfig.from_preset("tafs_nft"))

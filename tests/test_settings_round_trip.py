@@ -77,6 +77,7 @@ GIVEN = {
     "run_name": "first",
 }
 CONFIGS = {name: {"preset": name} for name in PRESETS} | {"own": OWN, "given": GIVEN, "default": {}}
+CONFIGS["limit"] = {"preset": "paper", "train_kl_limit": 0.1, "train_num_inner_epochs": 2}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from trl_tafs.method.allocation import (
     PromptTracker,
     StreamingGroups,
     VarianceGroups,
+    images_of_equal_prompts,
 )
 from trl_tafs.method.credit import Credit, TerminalCredit
 from trl_tafs.method.kernels import Kernel, Windowed
@@ -23,7 +25,9 @@ from trl_tafs.method.levels import SlidingWindow
 from trl_tafs.method.losses import clip_range_for
 from trl_tafs.method.objective import Objective
 from trl_tafs.method.options import MethodOptions
+from trl_tafs.method.papers import TAFS_GRPO, Paper
 from trl_tafs.method.rollout import default_scored_steps
+from trl_tafs.method.superflow import BetaBelief, ExpectedBaseline, SuperFlowGroups
 from trl_tafs.method.types import PromptBatch, RewardTable
 
 
@@ -37,6 +41,7 @@ class Algorithm:
     latent_shape: tuple[int, ...]
     groups: GroupSizes
     prompt_tracker: PromptTracker | None
+    averages_prompts: bool  # the loss is the mean over prompts, or over images
     advantages: Advantages
     stat_tracker: PerPromptStatTracker | None
     clip_range: float  # in the units of the reduction
@@ -51,12 +56,22 @@ class Algorithm:
         """Return an epoch's advantages (B, S, M), with the combined rewards that they come from (Eq. 9 and 10)."""
         scored = self.levels[list(self.scored_steps_at(epoch))]
         trained = len(self.kernel_at(epoch).trained_steps(len(self.levels) - 1))
-        return self.advantages(rewards, prompts.group_ids, prompts.prompts, trained, scored)
+        table = self.advantages(rewards, prompts.group_ids, prompts.prompts, trained, scored)
+        if not self.averages_prompts:
+            return table
+        weights = images_of_equal_prompts(prompts.group_ids)[:, None, None]
+        return dataclasses.replace(table, advantages=table.advantages * weights)
 
     def states(self) -> dict[str, Any]:
         """Return what it learns from epoch to epoch, by name: objects with `state_dict` and `load_state_dict`."""
         found = {"stat_tracker": self.stat_tracker, "prompt_tracker": self.prompt_tracker}
         return {name: item for name, item in found.items() if item is not None}
+
+    def papers(self) -> list[Paper]:
+        """Return what a run by it cites: TAFS-GRPO's paper, and those of its parts that say one."""
+        parts = (self.kernel, self.window, self.advantages.credit.rule, self.groups, self.objective)
+        found = [TAFS_GRPO, *(getattr(part, "paper", None) for part in parts)]
+        return [paper for paper in dict.fromkeys(found) if paper is not None]
 
     def scored_steps_at(self, epoch: int) -> range:
         """Return the steps, 0-based, whose clean images are scored in an epoch."""
@@ -79,6 +94,10 @@ def build_algorithm(
     buffer, least = config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
     tracker = PerPromptStatTracker(buffer, least) if config.per_prompt_stat_tracking else None
     prompt_tracker = build_prompt_tracker(config)
+    groups = build_groups(config, sizes, prompt_tracker)
+    normalizer = (
+        ExpectedBaseline(groups.belief, config.scale_rewards) if isinstance(groups, SuperFlowGroups) else tracker
+    )
     clip_range = config.train_clip_range or clip_range_for(config.train_log_prob_reduction, math.prod(latent_shape))
     limit = f"train_clip_range={clip_range:.3g} ({config.train_log_prob_reduction})"
     if config.train_kl_limit is not None:
@@ -88,8 +107,9 @@ def build_algorithm(
         window=build_window(config),
         levels=levels,
         latent_shape=latent_shape,
-        groups=build_groups(config, sizes, prompt_tracker),
+        groups=groups,
         prompt_tracker=prompt_tracker,
+        averages_prompts=config.group_averaging == "prompts",
         advantages=Advantages(
             credit=build_credit(config),
             scale=config.scale_rewards,
@@ -97,8 +117,8 @@ def build_algorithm(
             own_baseline=kernel.scores_mean or kernel.num_actions > 1,
             drop_mean=kernel.scores_mean,
             clip=config.train_adv_clip_max,
-            tracker=tracker,
-            baseline=prompt_tracker.means if prompt_tracker is not None and sizes.least == 1 else None,
+            tracker=normalizer,
+            baseline=prompt_tracker.means if normalizer is None and prompt_tracker and sizes.least == 1 else None,
         ),
         stat_tracker=tracker,
         clip_range=clip_range,
@@ -138,5 +158,8 @@ def build_groups(config: MethodOptions, sizes: GroupBounds, tracker: PromptTrack
     """Choose how an epoch's images are shared among its prompts."""
     if tracker is None:
         return FixedGroups(sizes.mean)
+    if config.group_allocation == "superflow":
+        reward_range = None if config.reward_range is None else (config.reward_range[0], config.reward_range[1])
+        return SuperFlowGroups(BetaBelief(tracker, reward_range), sizes.mean, config.group_bins)
     allocation = {"variance": VarianceGroups, "streaming": StreamingGroups}[config.group_allocation]
     return allocation(tracker, sizes.mean, sizes.least, sizes.most, config.group_optimism)

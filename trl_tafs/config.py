@@ -16,7 +16,7 @@ from trl_tafs.method.credit import CREDITS
 from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.kernels import KERNELS
 from trl_tafs.options import annotations
-from trl_tafs.output.errors import did_you_mean, one_line
+from trl_tafs.output.errors import did_you_mean, one_line, shown
 from trl_tafs.output.secrets import REMOVED
 from trl_tafs.presets import preset
 from trl_tafs.training.settings import FACTS
@@ -57,6 +57,16 @@ class TAFSGRPOConfig(PublishingOptions):
                 f"scale_rewards={self.scale_rewards!r} has no effect with per_prompt_stat_tracking, which divides by a "
                 "prompt's own deviation; leave one of them out"
             )
+        if self.group_allocation == "superflow" and self.scale_rewards == "group":
+            raise ValueError(
+                "group_allocation='superflow' compares with what is expected of a prompt, not with its group, and "
+                "scale_rewards='group' has no effect; use scale_rewards='batch'"
+            )
+        if self.group_allocation == "superflow" and self.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "group_allocation='superflow' knows what is expected of the sum of the rewards: use "
+                "multi_objective_aggregation='sum_then_normalize'"
+            )
         if self.min_generations == 1 and self.multi_objective_aggregation == "normalize_then_sum":
             raise ValueError(
                 "min_generations=1 takes a prompt's expected reward as the baseline, which is known of the sum of the "
@@ -73,7 +83,7 @@ class TAFSGRPOConfig(PublishingOptions):
                 f"{self.num_checkpoint_limit}; give one of them"
             )
         if idle := idle_options(self):
-            told = "; ".join(f"{name}={getattr(self, name)!r} needs {need}" for name, need in idle.items())
+            told = "; ".join(f"{name}={shown(getattr(self, name))} needs {need}" for name, need in idle.items())
             raise ValueError(f"options without effect: {told}; leave them out, or give what they need")
 
 
@@ -82,7 +92,6 @@ def idle_options(config: TAFSGRPOConfig) -> dict[str, str]:
     window, tracked = config.sample_window_size is not None, config.per_prompt_stat_tracking
     varying, guided = config.group_allocation != "fixed", is_guided(config.sample_guidance_scale)
     read = {  # whether something reads an option, and what would
-        "logdir": ("project_dir" not in config.project_kwargs, "project_kwargs without a project_dir"),
         "negative_prompts": (guided, "sample_guidance_scale above 1"),
         "sample_window_interval": (window, "a sample_window_size"),
         "sample_window_order": (window, "a sample_window_size"),
@@ -131,7 +140,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
         if name in (*FACTS, "resume_from"):
             continue
         if name not in hints:
-            raise ValueError(f"{path}: there is no option {name!r}{did_you_mean(name, hints)}")
+            raise ValueError(f"{path}: there is no option {shown(name)}{did_you_mean(name, hints)}")
         if REMOVED in json.dumps(value):
             removed.append(name)
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import json
 import math
@@ -11,10 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from trl_tafs.output.errors import did_you_mean, one_line, shown
 from trl_tafs.output.secrets import remember_all
+
+T = TypeVar("T")
 
 MAX_DEPTH = 32  # of a mapping's values
 MAX_SEED = 4_000_000_000  # numpy takes 32 bits, and each process adds its number
@@ -72,7 +76,8 @@ def _copied(place: str, value: Any, depth: int = 0) -> Any:
         return {key: _copied(f"{place}[{key!r}]", item, depth + 1) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_copied(f"{place}[{i}]", item, depth + 1) for i, item in enumerate(value))
-    value = _plain(value)
+    with contextlib.suppress(TypeError):
+        value = _plain(value)
     if isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value):
         raise ValueError(f"{place} is {shown(value)}; it must be a finite number")
     return value
@@ -107,7 +112,10 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _typed_list(name: str, value: Any, kind: Any, optional: bool) -> list[Any]:
-    items = value.tolist() if hasattr(value, "tolist") else value  # of numpy and torch
+    try:
+        items = value.tolist() if hasattr(value, "tolist") else value  # of numpy and torch
+    except (RuntimeError, NotImplementedError):  # torch's meta device
+        items = None
     if not isinstance(items, Sequence) or isinstance(items, (str, bytes)) or not items:
         other = " or None" if optional else ""
         raise ValueError(f"{name} is {shown(value)}; it must be a list with at least one item{other}")
@@ -115,8 +123,13 @@ def _typed_list(name: str, value: Any, kind: Any, optional: bool) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return Python's own number for a scalar of numpy or torch."""
-    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    """Return Python's own number for a scalar of numpy or torch; raise TypeError for one without a value."""
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except RuntimeError as error:  # torch's meta device
+        raise TypeError from error
 
 
 def _bool(value: Any) -> bool:
@@ -154,7 +167,7 @@ KINDS: dict[Any, tuple[Any, str]] = {
 
 
 @functools.cache
-def annotations(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
     """Return the annotations of a dataclass's fields; of a class that was made in a function, of its bases' alone."""
     for base in cls.__mro__:
         try:
@@ -176,12 +189,23 @@ class Options:
     title: ClassVar[str]  # of the group in docs/configuration.md
 
     def __post_init__(self) -> None:
-        for name, hint in annotations(type(self)).items():
+        for name, hint in field_types(type(self)).items():
             setattr(self, name, typed(name, getattr(self, name), hint))
         for stage in ("complete", "check"):
             for group in reversed(type(self).__mro__):
                 if stage in vars(group):
                     vars(group)[stage](self)
+
+
+def own_copy(options: T) -> T:
+    """Return a copy whose lists and mappings are its own; what can't be copied in them (a handler) is shared."""
+    copied = copy.copy(options)
+    for name, value in vars(options).items():
+        try:
+            setattr(copied, name, copy.deepcopy(value))
+        except Exception:  # the value's own code can't
+            setattr(copied, name, copy.copy(value))
+    return copied
 
 
 def check_choice(options: Options, name: str, allowed: Collection[str]) -> None:
@@ -266,6 +290,9 @@ class RunOptions(Options):
         "Checkpoint to continue from; `latest`: the newest of this run; `auto`: the newest whole one of this run, or a "
         "new run where there is none.",
     )
+    preflight_rollout: bool = option(
+        True, "Before training, draw two images and score them, to stop at once where pictures or rewards are broken."
+    )
     disable_tqdm: bool = option(False, "No progress bars.")
 
     def complete(self) -> None:
@@ -292,7 +319,7 @@ class RunOptions(Options):
                 raise ValueError(f"{place} is no option; use {', '.join(PROJECT_OPTIONS)}{known}")
             value = self.project_kwargs[name] = typed(place, value, PROJECT_OPTIONS[name])
             if value == "" or (name == "total_limit" and value is not None and value < 1):
-                raise ValueError(f"{place} is {value!r}; it must be at least 1, or left out")
+                raise ValueError(f"{place} is {shown(value)}; it must be at least 1, or left out")
 
     @property
     def project_dir(self) -> str:

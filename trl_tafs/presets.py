@@ -31,6 +31,7 @@ _FLOW_GRPO = {
     "train_level_weighting": "gaussian",  # the density as it is
     "train_log_prob_reduction": "mean",  # sd3_sde_with_logprob; the clip range at 512 px is then train.clip_range, 1e-4
     "beta": 0.04,  # train.beta
+    "train_kl_weighting": "diffusion",  # train_sd3: the KL is divided by 2 std_dev_t^2, without dt
 }
 # Its fast configurations: train.clip_range 1e-5 of a mean over 65,536 elements, 512 px, as one that holds at any size
 _FAST_CLIP = {"train_log_prob_reduction": "sqrt", "train_clip_range": 0.0026}
@@ -67,9 +68,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "step_credit": "step",
         "beta": 0.2,
     },
-    # Chen et al. 2025, arXiv 2512.17951: group sizes by the rewards' variance, step-level advantages in continuous
-    # time. Its paper is known here by its abstract; trace, discount, optimism and memory are our choice.
-    "superflow": {
+    # group sizes by the rewards' variance, step-level advantages in continuous time: both ours
+    "tafs_trace": {
         **_TAFS,
         "train_level_weighting": "balanced",
         "group_allocation": "variance",
@@ -89,13 +89,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_window_order": "random",
         "sample_window_interval": 1,
         "beta": 0.0,  # train.beta
+        "train_kl_weighting": "gaussian",
     },
-    # Xue et al. 2025, arXiv 2505.07818; DanceGRPO, scripts/finetune/finetune_flux_grpo.sh
+    # Chen et al. 2025, arXiv 2512.17951, on its Flow-GRPO base. Its formulas are those of three study notes of the full
+    # text; its code isn't published. The law of rho (group_memory an epoch), eps, the prior and K are ours
+    # (method/superflow.py), as is that the sizes add up to an epoch's images.
+    "superflow": {
+        **_FLOW_GRPO,
+        **_SD3_GUIDANCE,
+        "group_allocation": "superflow",  # Beta tracker, prompts by weight, bins, the tracker as the baseline
+        "group_bins": 4,
+        "train_level_weighting": "diffusion",  # A_t = eta sigma_t A; eta goes into the learning rate
+    },
+    # Xue et al. 2025, arXiv 2505.07818; DanceGRPO, scripts/finetune/finetune_flux_grpo_8gpus_lora.sh
     "dance_grpo": {
         "objective": "clipped",
         "sample_kernel": "dance_sde",
         "sample_eta": 0.3,  # --eta
-        "sample_num_steps": 16,  # --sampling_steps
+        "sample_num_steps": 12,  # --sampling_steps
         "num_generations": 12,  # --num_generations
         "share_initial_noise": True,  # --init_same_noise
         "train_timestep_fraction": 0.6,  # --timestep_fraction
@@ -126,6 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_kernel": "cps",
         "sample_eta": 0.8,
         "train_level_weighting": "uniform",  # sd3_sde_with_logprob: -(x - mean)^2, without 1 / (2 std^2)
+        "train_kl_weighting": "gaussian",
         "beta": 0.0,
     },
     # Zheng et al. 2025, arXiv 2509.16117; DiffusionNFT, config/nft.py; its solver of second order is the Euler ODE here
@@ -136,6 +148,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_generations": 24,  # sample.num_image_per_prompt
         "scale_rewards": "batch",  # sample.global_std
         "forward_levels": "sampler",  # train_nft_sd3: the sampler's own timesteps, shuffled
+        "train_timestep_fraction": 0.99,  # train.timestep_fraction: 9 of the 10
         "nft_beta": 1.0,  # beta
         "old_policy_decay": 0.5,  # decay_type 1: min(.001 epoch, .5)
         "old_policy_ramp": 0.001,
@@ -148,18 +161,40 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_num_steps": 14,  # sample.num_steps
         "num_generations": 24,  # sample.num_image_per_prompt
         "scale_rewards": "batch",  # sample.global_std
-        "forward_levels": "random",
-        "forward_num_levels": 6,  # train.train_timesteps
-        "train_adv_clip_max": 5.0,  # train.adv_clip_max; there rescaled by advantage_max / 5, here beta is times 5
+        "forward_levels": "sampler",  # time_type, discrete_wo_init
+        "train_timestep_fraction": 0.43,  # train.train_timesteps, 6 of the 14
+        "train_adv_clip_max": 5.0,  # train.adv_clip_max; there divided by 5 (advantage_max)
         "train_log_prob_reduction": "mean",  # of the matching losses
-        "train_clip_range": 1.0,  # train.clip_range
+        "train_clip_range": 0.35,  # train.clip_range, 1: a ratio of at most 2, of squares that are halved here
         "train_level_weighting": "velocity",  # Eq. 6's weight; its public configuration has a robust one
-        "beta": 0.03,  # train.beta, .003, times 5 and halved here; its KL to a lagging average is left out
+        "beta": 0.015,  # train.beta, .003, times 5 as the advantages; both its squares are whole, both here halved
     },
     # the paper's Table 3, "w/o TAFS": the same number of SDE steps; an SDE's few-step estimates are scored as TAFS's
     "tafs_without_annealing": {**_TAFS, "sample_kernel": "flow_sde", "train_level_weighting": "balanced"},
     # the paper's Table 3, "w/o Step Adv."
     "tafs_without_step_advantage": {**_TAFS, "step_credit": "terminal", "train_level_weighting": "balanced"},
+}
+
+
+# What public code does otherwise, where an option doesn't bring it here.
+DIFFERENCES: dict[str, str] = {
+    "flow_grpo": (
+        "two optimizer steps an epoch there (set train_gradient_accumulation_steps); its levels end at .0089, not at "
+        "1/N (10 steps, shift 3); deviations are biased there; bounds 1 -+ eps, not e^(-+eps)"
+    ),
+    "flow_grpo_fast": "as flow_grpo",
+    "superflow": "its code isn't public; as flow_grpo, and what method/superflow.py marks as ours",
+    "dance_grpo": "LoRA of rank 128; advantages are divided by std + 1e-8; bounds 1 -+ eps",
+    "mix_grpo": (
+        "the weighted sum of normalised rewards isn't normalised again there; its window runs on over the last steps, "
+        "where it gets shorter; std + 1e-8; bounds 1 -+ eps; full fine-tuning"
+    ),
+    "flow_cps": "the ratio itself is without 1 / (2 std^2) there, so that its clip range depends on the level",
+    "diffusion_nft": "a solver of second order; its levels end at .0089, not at 1/N; deviations are biased there",
+    "awm": (
+        "levels 2 to 12 of 14 there, one of each sixth; a robust weight of the error (its power 1/4); a KL to a "
+        "lagging average; a solver of its own; log-probabilities aren't halved: the same gradient, 2.5 times here"
+    ),
 }
 
 

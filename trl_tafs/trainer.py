@@ -17,8 +17,10 @@ from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.evaluation.held_out import Evaluator
 from trl_tafs.hub.closing import ClosingLines
 from trl_tafs.hub.publisher import Publisher
+from trl_tafs.options import own_copy
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.policy.base import image_size
+from trl_tafs.policy.base import image_size, normal_mode
+from trl_tafs.policy.carried import frozen_settings
 from trl_tafs.policy.policy import Policy
 from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
@@ -26,10 +28,12 @@ from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
+from trl_tafs.training.doctor import Doctor
 from trl_tafs.training.experience import Experience
 from trl_tafs.training.hooks import DDPOHooks
 from trl_tafs.training.launch import check_launch
-from trl_tafs.training.logs import EpochLog, Stopwatch
+from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
+from trl_tafs.training.notes import run_notes
 from trl_tafs.training.plan import plan_epoch
 from trl_tafs.training.preflight import Preflight
 from trl_tafs.training.progress import Progress
@@ -72,15 +76,21 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         eval_prompts: Any | None = None,
         eval_reward_function: Any | None = None,
     ) -> None:
+        config = own_copy(config)  # the caller's may be another trainer's, too
         self.config, self.sd_pipeline, self.image_samples_callback = config, sd_pipeline, image_samples_hook
         check_launch(config, image_samples_hook)
-        self.height, self.width = image_size(sd_pipeline, config)
+        self.height, self.width = image_size(sd_pipeline, config, peft_config)
         self.prompts = PromptSource(prompt_function, config.seed)
-        self.rewards = RewardSet.of(config, reward_function, config.reward_weights)
-        self.evaluator = Evaluator.of(config, eval_prompts, self.rewards, eval_reward_function)
+        self.reward_functions = RewardSet.of(config, reward_function, config.reward_weights)
+        self.rewards = self.training_rewards()
+        self.evaluator = Evaluator.of(config, eval_prompts, self.reward_functions, eval_reward_function)
         self.accelerator, self.local_tracker = make_accelerator(config)
         self.run_folder, self.stopper = RunFolder(config.project_dir, self.accelerator), Stopper(self.accelerator)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
+        held_out = None if self.evaluator is None else (self.evaluator.prompts, self.evaluator.rewards)
+        drawn, size = (self.prompts, self.rewards), (self.height, self.width)
+        for note in run_notes(config, self.plan, sd_pipeline, size, drawn, held_out):
+            warn_main(self.accelerator, note)
         set_seed(config.seed, device_specific=True)
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -93,6 +103,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         )
         self.encode = PromptEncoder.of(sd_pipeline, config, self.policy.devices)
         self.settings = resolved_settings(config, self.plan, self.algorithm, self.height, self.width)
+        self.settings |= frozen_settings(self.policy.frozen)
         self.progress, self.stopwatch = Progress(), Stopwatch()
         self._make_stages()
         start_trackers(self.accelerator, config, self.settings)
@@ -114,13 +125,14 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         # a lambda, so that a compute_loss that is overridden later is found
         self.updater = Updater(*parts, lambda *b: self.compute_loss(*b), watch, self.progress, self.rollback.may_stop)
         varying_groups = algorithm.prompt_tracker is not None
-        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, algorithm.ratio_limit, varying_groups)
+        actions, limit = algorithm.kernel.num_actions, algorithm.ratio_limit
+        self.logs = EpochLog(accelerator, actions, limit, varying_groups, self.progress)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         self.drawer = Drawer.of(config, policy, self.encode)
         spec = self.draw_spec("annealed" if config.anneals else "ode", config.sample_num_steps)
-        levels, prompts = algorithm.levels[:-1].tolist(), self._card_prompts
+        levels, prompts, papers = algorithm.levels[:-1].tolist(), self._card_prompts, algorithm.papers()
         self.publisher = Publisher(
-            policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec
+            policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec, papers
         )
         self.preflight = Preflight(
             config,
@@ -130,11 +142,13 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
             self.prompts,
             self.rewards,
             self.plan,
+            sampler,
             size=(self.height, self.width),
             logs=self.logs,
             held_out=self.evaluator,
             prepare_push=partial(self.publisher.prepare_repo, None, config.hub_private_repo),
         )
+        self.doctor = Doctor(self.preflight, self.collector, self.updater, self.progress)
 
     def _card_prompts(self) -> list[str]:
         """Return prompts to show: held-out ones, or those of the first epoch."""
@@ -143,11 +157,11 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
 
     # Algorithm 1 ----------------------------------------------------------------------------------------------
 
+    @normal_mode()
     def train(self, epochs: int | None = None) -> None:
         """Train until `epochs` (by default `config.num_epochs`) epochs are done, counted from the run's beginning.
 
-        SIGINT and SIGTERM stop it where nothing is lost, within a batch, with the KeyboardInterrupt or SystemExit that
-        they stand for; see docs/reliability.md.
+        SIGINT and SIGTERM stop it within a batch, where nothing is lost (docs/reliability.md).
         """
         with self.run_folder.held(), self.stopper.listening():
             self._train(self.config.num_epochs if epochs is None else epochs)
@@ -162,7 +176,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         for epoch in progress_bar(self.accelerator, config.disable_tqdm, remaining, desc="epochs"):
             progress.global_step = self.step(epoch, progress.global_step)
             progress.epoch = epoch + 1
-            enough = bool(config.eval_freq) and (epoch + 1) % config.eval_freq == 0 and self.evaluate(epoch + 1)
+            enough = config.evaluates_at(epoch + 1, last) and self.evaluate(epoch + 1)
             if self.checkpoints.due(epoch + 1):
                 self.save_checkpoint()
             if enough:
@@ -228,8 +242,6 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
 
     def _finish(self) -> None:
         """The last checkpoint, the adapter, the push."""
-        with self.checkpoints.saved_on_failure():
-            self.stopper.check()
         self.checkpoints.save_last()
         self.save_pretrained()
         if self.config.push_to_hub:

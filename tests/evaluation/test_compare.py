@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from hub_stub import HubStub
+from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import ROOT
@@ -23,10 +24,14 @@ from trl_tafs import evaluate
 from trl_tafs.cli.evaluate import evaluate as evaluate_command
 from trl_tafs.cli.main import main
 from trl_tafs.evaluation import compare as comparison
+from trl_tafs.evaluation.drawing import DrawSpec
+from trl_tafs.evaluation.results import ResultRow, Results
 from trl_tafs.evaluation.scores import read_scores
+from trl_tafs.evaluation.statistics import Estimate
 from trl_tafs.evaluation.tables import markdown
-from trl_tafs.hub.results import card_results
+from trl_tafs.hub.results import card_results, push
 from trl_tafs.policy.adapter_file import WEIGHT_NAME
+from trl_tafs.policy.fingerprint import fingerprint
 from trl_tafs.rewards import RewardError, RewardSet, loading
 
 TAGS = {"one": "colors", "two": "colors", "three": "counting", "four": "counting", "five": "counting"}
@@ -245,39 +250,21 @@ def test_an_older_folder_that_says_less_is_refused(adapter, tmp_path):
     run()
 
 
-FINGERPRINT = """
-import sys
-from huggingface_hub import hf_hub_download
-from trl_tafs.policy.fingerprint import fingerprint
-
-for line in sys.stdin:
-    name, file = line.split()
-    if file != "-":
-        hf_hub_download(name, file)
-    print(fingerprint(name), flush=True)
-"""
-
-
-def test_an_adapter_on_the_hub_is_known_by_its_commit(tmp_path):
+def test_an_adapter_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     with HubStub({"token": "user"}) as hub:
-        environment = os.environ | hub.environment(tmp_path / "home", "token") | {"PYTHONPATH": str(ROOT)}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-        with subprocess.Popen([sys.executable, "-c", FINGERPRINT], **pipes) as process:
-
-            def known(name="user/a", file="-", failing=False):
-                hub.failing = {("GET", "/api/models"): 503} if failing else {}
-                process.stdin.write(f"{name} {file}\n")
-                process.stdin.flush()
-                return process.stdout.readline().strip()
-
-            first = hub.commit("user/a", "main", {WEIGHT_NAME: b"first"})
-            assert known(failing=True) == "user/a", "nothing is known of it"
-            assert known(file=WEIGHT_NAME) == first
-            second = hub.commit("user/a", "main", {WEIGHT_NAME: b"second"})
-            assert known() == second
-            assert known(failing=True) == first, "what is in the cache, and would be loaded without the Hub"
-            assert known("no/such/name") == "no/such/name"
-            process.stdin.close()
+        hub.connect(monkeypatch, tmp_path / "home", "token")
+        first = hub.commit("user/a", "main", {WEIGHT_NAME: b"first"})
+        hub.failing = {("GET", "/api/models"): 503}
+        assert fingerprint("user/a") == "user/a", "nothing is known of it"
+        hub.failing = {}
+        hf_hub_download("user/a", WEIGHT_NAME)
+        assert fingerprint("user/a") == first
+        second = hub.commit("user/a", "main", {WEIGHT_NAME: b"second"})
+        assert fingerprint("user/a") == second
+        hub.failing = {("GET", "/api/models"): 503}
+        assert fingerprint("user/a") == first, "what is in the cache, and would be loaded without the Hub"
+        hub.failing = {}
+        assert fingerprint("no/such/name") == "no/such/name"
 
 
 def test_each_prompt_is_encoded_once_for_all_ways_of_drawing(adapter, tmp_path, monkeypatch):
@@ -392,31 +379,18 @@ def test_the_command_compares_base_and_adapter(adapter, tmp_path, capsys):
     assert "--reward is given more than once" in capsys.readouterr().err
 
 
-PUSH = """
-import sys
-from trl_tafs.evaluation.drawing import DrawSpec
-from trl_tafs.evaluation.statistics import Estimate
-from trl_tafs.evaluation.results import ResultRow, Results
-from trl_tafs.hub.results import push
+def test_results_are_added_to_the_card_and_replaced_the_next_time(tmp_path, monkeypatch):
+    def found(value):
+        scores = {"pickscore": Estimate(value, 20.0, 23.0, 3), "sharpness": Estimate(1.0, 1.0, 1.0, 3)}
+        row = ResultRow("user/a", DrawSpec("annealed", 4, 8, 8), 3, scores, {})
+        return Results([row], [], [], ("pickscore", "sharpness"), {}, titles={"pickscore": "PickScore"})
 
-def results(value):
-    row = ResultRow("user/a", DrawSpec("annealed", 4, 8, 8), 3, {"pickscore": Estimate(value, 20.0, 23.0, 3),
-              "sharpness": Estimate(1.0, 1.0, 1.0, 3)}, {})
-    return Results([row], [], [], ("pickscore", "sharpness"), {}, titles={"pickscore": "PickScore"})
-
-for value in (21.0, 22.5):
-    print(push(results(value), "user/a", "user/a", "geneval"))
-"""
-
-
-def test_results_are_added_to_the_card_and_replaced_the_next_time(tmp_path):
+    head = b"---\nlibrary_name: diffusers\ntags:\n- lora\n---\n\n# An adapter\n"
     with HubStub({"token": "user"}) as hub:
-        hub.commit(
-            "user/a", "main", {"README.md": b"---\nlibrary_name: diffusers\ntags:\n- lora\n---\n\n# An adapter\n"}
-        )
-        environment = os.environ | hub.environment(tmp_path / "home", "token") | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", PUSH], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
+        hub.connect(monkeypatch, tmp_path / "home", "token")
+        hub.commit("user/a", "main", {"README.md": head})
+        for value in (21.0, 22.5):
+            push(found(value), "user/a", "user/a", "geneval")
         card = hub.files("user/a")["README.md"].decode()
     assert "# An adapter" in card and "- lora" in card and "model-index:" in card
     assert card.count("type: pickscore") == 1 and "value: 22.5" in card and "sharpness" not in card

@@ -1,12 +1,11 @@
 """The second embedded default: what it draws, who judges it, and that its scripts run."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from scripts import run_script
 from tiny import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -164,23 +163,30 @@ def test_pre_training_goes_on_where_it_is_told_and_is_the_same_twice():
     assert any(not torch.equal(first[key], fresh[key]) for key in first)
 
 
-def test_words_ocr_writes_what_it_promises(tmp_path):
-    options = ["--images_per_word", "1", "--base", str(tmp_path / "base.json"), "--output_dir", str(tmp_path)]
+def test_words_ocr_writes_what_it_promises(tmp_path, capsys):
+    options = [
+        "--images_per_word",
+        "1",
+        "--words",
+        "36",
+        "--base",
+        str(tmp_path / "base.json"),
+        "--output_dir",
+        str(tmp_path),
+    ]
     options += ["--after", "4 annealed steps"]
 
     def run(*more):
-        command = [sys.executable, str(EXAMPLES / "words_ocr.py"), *options, *more]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done, json.loads((tmp_path / "summary.json").read_text())
+        run_script(EXAMPLES / "words_ocr.py", *options, *more)
+        return capsys.readouterr().out, json.loads((tmp_path / "summary.json").read_text())
 
-    done, summary = run("--epochs", "1")
+    out, summary = run("--epochs", "1")
     assert summary["D"] == 1536 and summary["epochs"] == 1
     for when in ("before", "after"):
         assert {"ocr", "second_ocr", "colour", "print", "stderr"} <= set(summary[when]["4 annealed steps"])
     for name in ("grid_before.png", "grid_after.png", "adapter/pytorch_lora_weights.safetensors"):
         assert (tmp_path / name).stat().st_size > 0, name
-    assert "before, 32 ODE steps, guidance 3" in done.stdout
+    assert "before, 32 ODE steps, guidance 3" in out
     base = json.loads((tmp_path / "base.json").read_text())
     assert base == summary["before"]
     base["4 annealed steps"]["ocr"] = 0.123  # read, not judged again

@@ -6,59 +6,63 @@ import sys
 
 import pytest
 import torch
+from gauge import bit_equal
 from gauge.bit_equal import CASES, differences
 from tiny import ROOT
 
-THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
-ONE = "reward-to-go"
+import trl_tafs.method.noise as noise
+
+# Every kernel, objective, allocation and way to place a base once; the other cases are among the slow tests.
+QUICK = ["branches", "sde-kl-guided", "window", "awm-ode-bf16", "streaming-async", "ddpo-stats-ema"]
+ONE = "window"
 
 
-def start(out, *cases, **environment):
-    """A process of its own that writes the records of the cases, all by default."""
+def elsewhere(folder, *cases):
+    """The records of the cases, all by default, from a process of its own."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, str(ROOT / "tests" / "gauge" / "bit_equal.py"), "write", str(out), *cases]
-    environment = os.environ | THREAD | {"PYTHONPATH": paths} | environment
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def read(process, out):
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said[-4000:]
-    return torch.load(out, weights_only=False)  # this test's own
+    command = [sys.executable, str(ROOT / "tests" / "gauge" / "bit_equal.py"), "write", str(folder / "out.pt"), *cases]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / "out.pt", weights_only=False)  # this test's own
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """All cases, trained at once in two processes."""
-    folder = tmp_path_factory.mktemp("gauge")
-    started = [(start(folder / name), folder / name) for name in ("a.pt", "b.pt")]
-    return [read(*pair) for pair in started]
+def records():
+    """Of this process, in which other tests may have run before."""
+    return bit_equal.record(QUICK)
 
 
-def test_two_processes_compute_the_same_to_the_bit(records):
-    assert records[0].keys() == CASES.keys()
-    assert differences(*records) == []
+def test_two_processes_compute_the_same_to_the_bit(records, tmp_path):
+    assert differences(records, elsewhere(tmp_path, *QUICK)) == []
+
+
+@pytest.mark.slow
+def test_all_cases_are_the_same_to_the_bit_and_learn(tmp_path):
+    records = bit_equal.record(CASES)
+    assert differences(records, elsewhere(tmp_path)) == []
+    check_learning(records)
 
 
 def test_every_case_learns_from_something_and_stays_finite(records):
+    check_learning(records)
+
+
+def check_learning(records):
     def moved(record):
         lora = [value for name, value in record["weights"].items() if "lora_B" in name]
         return any(value.any() for value in lora) or not lora
 
-    for case, record in records[0].items():
+    for case, record in records.items():
         assert all(value.isfinite().all() for value in record["weights"].values()), case
         assert moved(record) and any(line.get("grad_norm", 0) > 0 for line in record["log"]), case
 
 
-def test_other_noise_is_seen(records, tmp_path):
-    planted = read(start(tmp_path / "planted.pt", ONE, GAUGE_PLANT="noise"), tmp_path / "planted.pt")
-    told = differences({ONE: records[0][ONE]}, planted)
+def test_other_noise_is_seen(records, monkeypatch):
+    seed = noise.noise_seed
+    monkeypatch.setattr(noise, "noise_seed", lambda *key: seed("planted", *key))
+    told = differences({ONE: records[ONE]}, bit_equal.record([ONE]))
     assert {line.partition(":")[0] for line in told} >= {f"{ONE}/{part}" for part in ("weights", "states", "log")}
-
-
-def test_an_unknown_plant_is_an_error(tmp_path):
-    process = start(tmp_path / "x.pt", ONE, GAUGE_PLANT="typo")
-    assert process.wait(timeout=300) and "GAUGE_PLANT is 'typo'" in process.stdout.read()
 
 
 def record(**changes):

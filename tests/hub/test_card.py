@@ -8,12 +8,17 @@ import yaml
 from digits_components import build_pipeline
 from published import LEVELS, PRIVATE, SIZES, facts, on_a_private_machine
 
-from trl_tafs import AutoTAFSPipeline
+from trl_tafs import AutoTAFSPipeline, TAFSGRPOConfig
+from trl_tafs.algorithm import build_algorithm
 from trl_tafs.hub.card import create_model_card, usage_code, write_model_card
 from trl_tafs.hub.facts import base_model_facts
-from trl_tafs.method.credit import SumCredit
+from trl_tafs.hub.publisher import evaluation_columns
+from trl_tafs.method.allocation import GroupBounds
+from trl_tafs.method.credit import CREDITS, SumCredit
 from trl_tafs.method.kernels import FlowSde, Ode
+from trl_tafs.method.levels import uniform_levels, with_zero
 from trl_tafs.method.objectives import ClippedObjective
+from trl_tafs.method.papers import Paper
 
 
 @pytest.fixture
@@ -42,7 +47,7 @@ def test_card_metadata(elsewhere):
         "| 2 | 0.75 | 0.9 |",
         "| 4 annealed steps | 0.19 | 0.845 |",
         "| legible | 1 |",
-        "2512.17951",
+        "2602.01591",
     ):
         assert part in text
     assert [part for part in PRIVATE if part in text] == []
@@ -106,7 +111,7 @@ def test_base_model_facts(tmp_path):
     assert of(folder).items() >= expected.items()
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\nText\n")
     expected = {**expected, "base_license": "other", "base_license_name": "mine", "base_license_link": None}
-    assert of(folder) == {**expected, "base_revision": None, "base_llama": None}
+    assert of(folder) == {**expected, "base_revision": None, "base_llama": None, "base_fused": ()}
     snapshot = tmp_path / "models--org--sd3-tiny" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "README.md").write_text((folder / "README.md").read_text())
@@ -129,3 +134,54 @@ def test_the_card_s_code_loads_the_revision_that_was_trained_on(tmp_path):
     assert "revision" not in usage_code(facts(**base_model_facts(pipeline)), base="here")
     pipeline.base_revision = None
     assert 'from_pretrained("org/sd3-tiny")' in usage_code(facts(**base_model_facts(pipeline)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"objective": "clipped"}, []),
+        ({"objective": "forward"}, ["DiffusionNFT"]),
+        ({"objective": "awm"}, ["AWM"]),
+        ({"objective": "clipped", "sample_kernel": "flow_sde"}, ["Flow-GRPO"]),
+        ({"objective": "clipped", "sample_kernel": "dance_sde", "step_credit": "trace"}, ["DanceGRPO"]),
+        ({"objective": "clipped", "sample_kernel": "cps", "sample_window_size": 2}, ["Flow-CPS", "MixGRPO"]),
+        ({"objective": "forward", "group_allocation": "variance"}, ["DiffusionNFT"]),
+        ({"group_allocation": "superflow", "scale_rewards": "batch"}, ["SuperFlow", "DiffusionNFT"]),
+    ],
+)
+def test_a_card_cites_what_the_run_used(settings, names):
+    algorithm = build_algorithm(
+        TAFSGRPOConfig(**settings), GroupBounds(8, 2, 32), with_zero(uniform_levels(4)), (1, 8, 8)
+    )
+    papers = algorithm.papers()
+    assert [paper.name for paper in papers] == ["TAFS-GRPO", *names]
+    text = create_model_card(facts(papers=papers)).text
+    assert text.count("@misc{") == len(papers) and all(paper.bibtex() in text for paper in papers)
+    assert ("Parts of it come from [" in text) == bool(names)
+
+
+def test_a_part_from_outside_is_cited_too():
+    paper = Paper("Tapered", "doe2026", "Tapered noise", ("Jane Doe", "John Roe"), 2026, "2601.00001")
+
+    def rule(per_step):
+        return per_step
+
+    rule.paper = paper
+    CREDITS["tapered"] = rule
+    try:
+        config = TAFSGRPOConfig(objective="clipped", step_credit="tapered")
+        made = build_algorithm(config, GroupBounds(8, 8, 8), with_zero(uniform_levels(4)), (1, 8, 8))
+    finally:
+        del CREDITS["tapered"]
+    assert made.papers()[1:] == [paper]
+    assert "author        = {Jane Doe and John Roe}" in paper.bibtex()
+
+
+def test_each_number_of_the_results_has_its_epoch():
+    evaluations = [{"epoch": epoch, "eval/annealed_4/bright": epoch / 10} for epoch in (0, 3, 5)]
+    columns = evaluation_columns(evaluations)
+    assert columns == {"eval/annealed_4/bright": {"before training": 0.0, "after epoch 5": 0.5}}
+    assert evaluation_columns(evaluations[1:2]) == {"eval/annealed_4/bright": {"after epoch 3": 0.3}}
+    assert evaluation_columns([]) == {}
+    text = create_model_card(facts(metrics=columns, epochs=6)).text
+    assert "| | before training | after epoch 5 |" in text.replace("|  |", "| |") and "for 6 epochs: " in text

@@ -1,7 +1,6 @@
 """One process pushes, another has diffusers and the name of the repository alone: the same images, bit for bit."""
 
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -19,37 +18,12 @@ from tiny import ROOT
 
 from trl_tafs.hub.card import write_model_card
 from trl_tafs.hub.facts import base_model_facts
+from trl_tafs.hub.push import PushError, prepare_repo, push_folder
 from trl_tafs.policy.adapter_file import (
     SCHEDULER_FILE,
     WEIGHT_NAME,
     save_adapter,
 )
-
-PUSH = """
-from trl_tafs.hub import card
-from trl_tafs.hub.push import PushError, prepare_repo, push_folder
-import sys
-loaded = {"diffusers", "huggingface_hub", "peft", "transformers"} & sys.modules.keys()
-import json, os, time
-from trl_tafs.hub.push import PushError, prepare_repo, push_folder
-
-results = {"loaded": sorted(loaded), "repo": prepare_repo("digits-lora", private=True)}
-results["url"] = push_folder("adapter", "digits-lora").commit_url
-push_folder("adapter", "user/digits-lora", revision="epoch-2")
-
-time.sleep = lambda seconds: None  # huggingface_hub waits between its attempts
-for name in ("user/torn", "user/broken", "other/digits-lora", "user/digits", "no token"):
-    token = "hf_wrong" if name == "user/digits" else None
-    if name == "no token":
-        del os.environ["HF_TOKEN"]
-    try:
-        push_folder("adapter", name, token=token)
-    except PushError as error:
-        results[name] = str(error)
-with open("results.json", "w") as file:
-    json.dump(results, file)
-"""
-
 
 LOAD = """
 import re, sys
@@ -81,19 +55,29 @@ for source, weight_name in (("user/nowhere", WEIGHT_NAME), ("user/digits-lora", 
 """
 
 
-def run(code, folder, environment):
-    paths = [str(ROOT), str(ROOT / "tests")]
-    environment = {
-        **os.environ,
-        **environment,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "MPLCONFIGDIR": str(folder),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+def load(folder, environment):
+    """LOAD in a process of its own, which has diffusers alone; what it printed."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | environment | {"PYTHONPATH": paths, "MPLCONFIGDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", LOAD], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def push_all(patch):
+    """Push `adapter` in all ways that work and that don't; what came of each."""
+    results = {"repo": prepare_repo("digits-lora", private=True)}
+    results["url"] = push_folder("adapter", "digits-lora").commit_url
+    push_folder("adapter", "user/digits-lora", revision="epoch-2")
+    patch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits between its attempts
+    for name in ("user/torn", "user/broken", "other/digits-lora", "user/digits", "no token"):
+        token = "hf_wrong" if name == "user/digits" else None
+        if name == "no token":
+            patch.delenv("HF_TOKEN")
+        with pytest.raises(PushError) as caught:
+            push_folder("adapter", name, token=token)
+        results[name] = str(caught.value)
+    return results
 
 
 def train_and_save(folder):
@@ -116,7 +100,7 @@ def train_and_save(folder):
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
-    """A stub that took an adapter from one process and gave it to another, their folder, what was said."""
+    """A stub that took an adapter from here and gave it to another process, the folder, and what both said."""
     folder = tmp_path_factory.mktemp("home") / "alicesmith" / "job"
     folder.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -124,18 +108,21 @@ def pushed(tmp_path_factory):
         train_and_save(folder)
     with HubStub(tokens={TOKEN: "user"}) as stub:
         stub.failing = {("PUT", "user/torn"): 500, ("POST", "user/broken/commit"): 500}
-        run(PUSH, folder, stub.environment(folder / "home", token=TOKEN))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            stub.connect(patch, folder / "home", token=TOKEN)
+            results = push_all(patch)
         stub.failing = {}
-        (command,) = re.findall(r"^  (hf .*)$", json.loads((folder / "results.json").read_text())["user/broken"], re.M)
+        (command,) = re.findall(r"^  (hf .*)$", results["user/broken"], re.M)
         hf = [str(Path(sys.executable).parent / "hf"), *shlex.split(command)[1:]]
         environment = os.environ | stub.environment(folder / "home", token=TOKEN)
         subprocess.run(hf, env=environment, check=True, timeout=600)
-        said = run(LOAD, folder, stub.environment(folder / "empty"))
-    return stub, folder, said
+        said = load(folder, stub.environment(folder / "empty"))
+    return stub, folder, results, said
 
 
 def test_the_hub_gives_the_trained_policys_images_bit_for_bit(pushed):
-    stub, folder, _ = pushed
+    stub, folder, *_ = pushed
     policy, loaded = numpy.load(folder / "policy.npy"), numpy.load(folder / "loaded.npy")
     assert numpy.array_equal(policy, loaded)
     assert (folder / "image.png").read_bytes() == (folder / "example.png").read_bytes()  # the card's own code
@@ -143,7 +130,7 @@ def test_the_hub_gives_the_trained_policys_images_bit_for_bit(pushed):
 
 
 def test_only_what_is_meant_to_be_published_is(pushed):
-    stub, folder, _ = pushed
+    stub, folder, *_ = pushed
     pictures = {"images/before_0.png", "images/after_0.png"}
     if importlib.util.find_spec("matplotlib"):
         pictures.add("images/reward_curve.png")
@@ -156,9 +143,7 @@ def test_only_what_is_meant_to_be_published_is(pushed):
 
 
 def test_failed_pushes_say_why_and_keep_the_folder(pushed):
-    stub, folder, _ = pushed
-    results = json.loads((folder / "results.json").read_text())
-    assert results["loaded"] == []  # by importing trl_tafs.hub and trl_tafs.card
+    stub, folder, results, _ = pushed
     assert results["repo"] == "user/digits-lora"
     assert results["url"].startswith(f"{stub.url}/user/digits-lora/commit/")
     expected = {
@@ -180,5 +165,5 @@ def test_the_command_that_a_failed_push_names_pushes(pushed):
 
 
 def test_an_adapter_missing_on_the_hub_is_named(pushed):
-    lines = pushed[2].splitlines()[-2:]
+    lines = pushed[3].splitlines()[-2:]
     assert "no adapter at 'user/nowhere'" in lines[0] and "ema.safetensors" in lines[1]

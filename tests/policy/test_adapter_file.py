@@ -20,6 +20,7 @@ from trl_tafs.policy.adapter_file import (
     read_adapter,
     save_adapter,
 )
+from trl_tafs.policy.denoiser_file import applied
 
 CONFIGS = {
     "plain": {"lora_alpha": 16},
@@ -209,3 +210,119 @@ def test_adapter_of_another_family_or_size_does_not_fit():
         check_adapter_fits({layer + "A.weight": A, layer + "B.weight": torch.zeros(24, 4)}, transformer)
     with pytest.raises(ValueError, match=r"'single_tr.*lora_A.weight' \(4, 16\), and SD3.*like one for FLUX.1"):
         check_adapter_fits({"single_transformer_blocks.0.attn.to_q.lora_A.weight": A}, transformer)
+
+
+# Strength where the header isn't read -------------------------------------------------------------------------
+
+
+def in_comfyui(folder):
+    """The images of a base with ComfyUI's patches: W += (alpha / r where there is an alpha key, else 1) B A."""
+    weights, pipeline = load_file(folder / WEIGHT_NAME), build_pipeline(0, **SIZES)
+    for key, up in weights.items():
+        if not key.endswith(".lora_B.weight"):
+            continue
+        path = key.removesuffix(".lora_B.weight")
+        alpha = weights.get(f"{path}.alpha")
+        strength = 1.0 if alpha is None else float(alpha) / up.shape[1]
+        layer = pipeline.transformer.get_submodule(path.removeprefix("transformer."))
+        layer.weight.data += strength * up @ weights[f"{path}.lora_A.weight"]
+    return images(pipeline)
+
+
+def from_a_dict(folder):
+    """The images of plain diffusers that is given the weights alone."""
+    pipeline = build_pipeline(0, **SIZES)
+    pipeline.load_lora_weights(load_file(folder / WEIGHT_NAME))
+    return images(pipeline)
+
+
+def into_the_denoiser(folder):
+    """The images of plain diffusers whose denoiser is given the weights alone."""
+    pipeline = build_pipeline(0, **SIZES)
+    pipeline.transformer.load_lora_adapter(load_file(folder / WEIGHT_NAME), prefix="transformer")
+    return images(pipeline)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "rank_pattern", "alpha_pattern", "dora", "bias"])
+def test_a_folded_adapter_acts_the_same_however_it_is_read(kind, tmp_path, base_images):
+    pipeline, config = with_lora(
+        **(CONFIGS | {"bias": {"lora_alpha": 16, "lora_bias": True, "init_lora_weights": True}})[kind]
+    )
+    expected = images(pipeline)
+    save_adapter(pipeline, tmp_path, lora_config=config, fold_alpha=True)
+    ways = {"file": reloaded, "dict": from_a_dict, "denoiser": into_the_denoiser}
+    if kind not in ("dora", "bias"):  # of which ComfyUI's rule is another
+        ways["comfyui"] = in_comfyui
+    exact = kind in ("plain", "dora", "bias")  # factors that are powers of two, and ranks that are all alike
+    for name, way in ways.items():
+        found = way(tmp_path)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        assert torch.equal(found, expected) or not exact or name == "comfyui", name
+    again, read = read_adapter(tmp_path)
+    assert read.lora_alpha == read.r and not read.use_rslora
+    going_on = build_pipeline(0, **SIZES)
+    going_on.transformer.add_adapter(read)
+    set_peft_model_state_dict(going_on.transformer, again)
+    torch.testing.assert_close(images(going_on), expected, atol=1e-5, rtol=0)
+    assert (expected - base_images).abs().max() > 0.01
+
+
+# Parts of adapters --------------------------------------------------------------------------------------------
+
+
+def rewritten(folder, change):
+    """The adapter's file with other weights and the same header."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHT_NAME, "pt") as file:
+        header = file.metadata()
+    weights = load_file(folder / WEIGHT_NAME)
+    change(weights)
+    save_file(weights, folder / WEIGHT_NAME, metadata=header)
+
+
+def test_halves_parts_and_mixed_ranks_are_named(saved):
+    whole = load_file(saved / WEIGHT_NAME)
+    layer = "transformer.transformer_blocks.1.attn.to_k"
+    rewritten(saved, lambda weights: weights.pop(f"{layer}.lora_B.weight"))
+    with pytest.raises(ValueError, match=r"1 of 8 layers are halves, the first '.*1.attn.to_k'.*lacks lora_B"):
+        read_adapter(saved)
+
+    def mixed(weights):
+        weights.update(whole)
+        weights[f"{layer}.lora_A.weight"], weights[f"{layer}.lora_B.weight"] = torch.zeros(2, 16), torch.zeros(16, 2)
+
+    rewritten(saved, mixed)
+    with pytest.raises(ValueError, match=r"the rank of '.*1.attn.to_k' is 2, and the metadata's is 4.*rank_pattern"):
+        read_adapter(saved)
+
+    def half(weights):
+        weights.update(whole)
+        for key in [key for key in weights if ".0." in key.partition("attn")[0]]:
+            del weights[key]
+
+    rewritten(saved, half)
+    weights, config = read_adapter(saved)
+    base = build_pipeline(0, **SIZES)
+    with pytest.raises(ValueError, match=r"lacks 4 of the 8 layers that its metadata targets.*blocks.0.attn.to_q"):
+        check_adapter_fits(weights, base.transformer, config)
+    with pytest.warns(UserWarning, match=r"lacks 4 of the 8 layers"), applied(base, saved):
+        pass
+    rewritten(saved, lambda weights: weights.update(whole))
+    weights, config = read_adapter(saved)
+    check_adapter_fits(weights, with_lora()[0].transformer, config)
+
+
+def test_an_adapter_is_applied_above_what_a_pipeline_carries_and_taken_off_again(saved):
+    pipeline, config = with_lora(lora_alpha=2)
+    alone = images(pipeline)
+    with applied(pipeline, saved):
+        both = images(pipeline)
+    assert not torch.equal(both, alone)
+    assert torch.equal(images(pipeline), alone) and list(pipeline.transformer.peft_config) == ["default"]
+    pipeline.load_lora_weights(saved, adapter_name="second")
+    pipeline.set_adapters(["default", "second"])
+    assert torch.equal(images(pipeline), both), "as plain diffusers has both"
+    pipeline.fuse_lora()
+    with pytest.raises(ValueError, match=r"fused.*unload_lora_weights\(\)"), applied(pipeline, saved):
+        pass

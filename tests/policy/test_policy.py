@@ -5,6 +5,7 @@ import logging
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 
 from trl_tafs.cli.arguments import ScriptArguments, load_pipeline
 from trl_tafs.policy.lora import adapter_state_dict
@@ -110,3 +111,19 @@ def test_a_checkpoint_of_other_states_names_what_is_missing(pipeline_folder, tmp
     tiny.trainer(tiny.load(pipeline_folder), tmp_path, num_epochs=1, **before).train()
     with pytest.raises(CheckpointError, match=message):
         tiny.trainer(tiny.load(pipeline_folder), tmp_path, resume_from="latest", **after)
+
+
+def test_a_checkpoint_of_another_lora_is_refused_before_anything_is_loaded(pipeline_folder, tmp_path):
+    tiny.trainer(tiny.load(pipeline_folder), tmp_path, num_epochs=1).train()
+    for changes, message in (
+        ({"lora_rank": 2, "lora_alpha": 4}, "has a LoRA of rank 4 on .*this run's is of 2; resume with the lora_rank"),
+        (
+            {"lora_alpha": 16},
+            "strength 2 on .*this run's is 4: it would act 2 times as strongly.*adapter_name_or",
+        ),
+        ({"lora_target_modules": ["attn.to_q"]}, "has a LoRA on .* layers, and this run on .*lora_target_modules"),
+        ({"full_finetuning": True}, "holds a LoRA, and this run trains the whole denoiser.*full_finetuning=False"),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(ValueError, match=message):
+            tiny.trainer(tiny.load(pipeline_folder), tmp_path, resume_from="latest", **changes)

@@ -1,7 +1,11 @@
+import shutil
+import warnings
+
+import pytest
 import tiny
 import torch
 
-from trl_tafs.prompts.encoder import PromptEncoder
+from trl_tafs.prompts.encoder import PromptEncoder, cache_note
 
 PROMPTS = ["one", "two", "three", "four"]
 
@@ -67,3 +71,46 @@ def test_the_bytes_in_memory_are_counted_as_prompts_come_and_go(pipeline, tmp_pa
         encode(prompts)
         held = [v for c in encode.cache.values() for v in vars(c.positive).values() if isinstance(v, torch.Tensor)]
         assert encode._bytes == sum(v.numel() * v.element_size() for v in held)
+
+
+# Room ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_refused_by_the_size_of_one_prompt(tmp_path):
+    assert cache_note(2**20, 100, 2**30, tmp_path) is None
+    note = cache_note(2 * 2**20 + 2**19, 50_000, 200 * 2**30, tmp_path)
+    assert "50,000 prompts of 2.50 MiB are 122.1 GiB" in note and "has 200.0 free" in note
+    with pytest.raises(ValueError, match="prompt_cache_dir: 50,000 prompts of 2.50 MiB are .*; .* has 100.0 free"):
+        cache_note(2 * 2**20 + 2**19, 50_000, 100 * 2**30, tmp_path)
+
+
+def test_the_cache_s_room_is_looked_at_after_one_prompt(pipeline, tmp_path, monkeypatch):
+    encoder = PromptEncoder(pipeline, torch.device("cpu"), cache_dir=tmp_path / "cache")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10))
+    with pytest.raises(ValueError, match="prompt_cache_dir: 2 prompts of"):
+        encoder.prepare(["one", "two", "three"])
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+    monkeypatch.undo()
+    encoder.prepare(["one", "two", "three"])
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_refused_unless_it_is_only_read(pipeline, tmp_path):
+    (tmp_path / "file").touch()
+    encoder = PromptEncoder(pipeline, torch.device("cpu"), cache_dir=tmp_path / "file" / "cache")
+    for prompts in (["one"], []):  # missing ones, and those of a function
+        with pytest.raises(ValueError, match="prompt_cache_dir is '.*cache', which can't be written .Not a directory"):
+            encoder.prepare(prompts)
+
+
+def test_a_memory_that_is_too_small_is_told_once(pipeline):
+    encoder = PromptEncoder(pipeline, torch.device("cpu"), cache_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompt in ("one", "one", "two"):
+            encoder([prompt])
+    with pytest.warns(UserWarning, match="again that memory had no room for: it holds 1 of them") as told:
+        for prompt in ("one", "two", "one"):
+            encoder([prompt])
+    assert len(told) == 1

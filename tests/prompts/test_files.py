@@ -154,14 +154,14 @@ def check_any_file(data, ending):
     assert rows and all((row if isinstance(row, str) else row["prompt"]).strip() for row in rows)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(BYTES, st.sampled_from(list(PARSERS)))
 def test_any_bytes_are_prompts_or_our_error(data, ending):
     check_any_file(data, ending)
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=5000)
 @given(BYTES, st.sampled_from(list(PARSERS)))
 def test_any_bytes_are_prompts_or_our_error_at_length(data, ending):
     check_any_file(data, ending)

@@ -1,17 +1,21 @@
+import io
 import json
 import re
 import time
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
+from hub_stub import HubStub
+from huggingface_hub import constants
 from loopback import http, serving, speaking
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from trl_tafs.prompts.sets import MIRROR, SET_FILES, article, geneval_prompts, load_prompts, plural
+from trl_tafs.prompts.sets import MIRROR, SET_DATASETS, SET_FILES, article, geneval_prompts, load_prompts, plural
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.geneval_rules import COCO_NAMES, TAGS, check_row
 
@@ -166,7 +170,7 @@ def test_a_set_that_cannot_be_had_says_where_a_copy_goes(tmp_path, monkeypatch, 
 def test_a_server_that_drips_a_set_is_cut_off(tmp_path, monkeypatch):
     def drip(connection):
         connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-        for _ in range(400):  # 20 s, and then the answer is a wrong one
+        for _ in range(18_000):  # until the other side hangs up, or 900 s
             connection.sendall(b" ")
             time.sleep(0.05)
 
@@ -177,6 +181,77 @@ def test_a_server_that_drips_a_set_is_cut_off(tmp_path, monkeypatch):
         monkeypatch.setenv(MIRROR, url)
         with pytest.raises(ValueError, match=r"timed out after 0.5 s"):
             load_prompts("flow_grpo/ocr_test")
+
+
+def parquet(**columns):
+    file = io.BytesIO()
+    datasets.Dataset.from_dict(columns).to_parquet(file)
+    return file.getvalue()
+
+
+PARTI = 'Prompt\tCategory\tChallenge\tNote\na "yes" sign\tSigns\tBasic\t\na cat, asleep\tAnimals\tBasic\tfine\n'
+DATASETS = {
+    "yuvalkirstain/pickapic_v1_no_images": {
+        "data/test_unique-00001-of-00002-ab.parquet": parquet(caption=["a dog"], user_id=[3]),
+        "data/test_unique-00000-of-00002-cd.parquet": parquet(caption=["a cat", "a cow"], user_id=[1, 2]),
+        "data/train-00000-of-00001-ef.parquet": b"of 8 GB",
+    },
+    "nateraw/parti-prompts": {"README.md": b"---\nlicense: apache-2.0\n---\n", "PartiPrompts.tsv": PARTI.encode()},
+    "user/own": {"train.jsonl": CONTENT[".jsonl"]},
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hub on 127.0.0.1, which this process takes for it."""
+    with HubStub({}) as hub:
+        hub.connect(monkeypatch, tmp_path / "home")
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+        for name, files in DATASETS.items():
+            hub.commit(name, "main", files)
+        yield hub
+
+
+@pytest.mark.parametrize(
+    ("source", "prompts", "column"),
+    [
+        ("pickapic", ["a cat", "a cow", "a dog"], ("user_id", [1, 2, 3])),
+        ("parti", ['a "yes" sign', "a cat, asleep"], ("Note", [None, "fine"])),
+        ("user/own", ["a cat"], ("tag", ["counting"])),
+    ],
+)
+def test_sets_on_the_hub_are_fetched_once_and_nothing_beside_them(hub, monkeypatch, source, prompts, column):
+    found = load_prompts(source)
+    assert found["prompt"] == prompts and found[column[0]] == column[1]
+    assert not [path for _, path, _ in hub.log if "/resolve/" in path and "train-0" in path]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    hub.log.clear()
+    assert load_prompts(source)["prompt"] == prompts and not hub.log, "the second time it is there"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (None, "Repository Not Found"),
+        ({"data/train-00000-of-00001-ef.parquet": b""}, "has no file data/test_unique-"),
+        ({"data/test_unique-0.parquet": b"<html>log in</html>"}, "parquet|Parquet"),
+        ({"data/test_unique-0.parquet": parquet(text=["a cat"])}, "caption"),
+    ],
+    ids=["no repository", "no file", "no parquet", "no column"],
+)
+def test_a_set_that_the_hub_has_not_is_one_line_with_what_helps(hub, files, told):
+    name = SET_DATASETS["pickapic"][0]
+    del hub.repos[name]
+    if files is not None:
+        hub.commit(name, "main", files)
+    with pytest.raises(
+        ValueError, match=f"the prompt set pickapic can't be fetched .*(?:{told}).*HF_ENDPOINT"
+    ) as caught:
+        load_prompts("pickapic")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("source", ["no/such/dataset/at_all", "a b", "", "x" * 5000, "http://host/prompts"])

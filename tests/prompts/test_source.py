@@ -239,14 +239,14 @@ def check_any_rows(rows):
         assert prompt.strip() and prompt.encode() and isinstance(metadata, dict)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(ANYTHING | st.just("a cat"), max_size=4))
 def test_any_rows_are_prompts_or_our_error(rows):
     check_any_rows(rows)
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.lists(ANYTHING | st.just("a cat"), max_size=4))
 def test_any_rows_are_prompts_or_our_error_at_length(rows):
     check_any_rows(rows)
@@ -279,3 +279,36 @@ def test_a_source_of_another_kind_is_an_error(source):
 def test_a_mapping_is_an_error_that_asks_for_one_split_or_a_list(source):
     with pytest.raises(ValueError, match="split|a function, a dataset or a list"):
         PromptSource(source)
+
+
+# By weight ------------------------------------------------------------------------------------------------------
+
+
+def numbers(prompts):
+    return torch.tensor([1.0 + int(prompt.split()[1]) for prompt in prompts])
+
+
+def test_prompts_by_weight_are_a_pure_function_of_seed_epoch_and_weights():
+    first = PromptSource(ROWS, seed=3).by_weight(2, 5, numbers)
+    source = PromptSource(ROWS, seed=3)
+    source.by_weight(0, 7, numbers), source.groups(1, 3), random.random()
+    assert source.by_weight(2, 5, numbers) == first and len({prompt for prompt, _ in first}) == 5
+    others = [PromptSource(ROWS, seed=s).by_weight(e, 5, numbers) for s, e in ((3, 3), (4, 2))]
+    others.append(source.by_weight(2, 5, lambda prompts: 1 / numbers(prompts) ** 4))
+    assert all(other != first for other in others)
+    assert all(ROWS[metadata["target"]]["prompt"] == prompt for prompt, metadata in first)
+
+
+def test_they_are_drawn_in_proportion_to_their_weights():
+    source, drawn = PromptSource(ROWS), []
+    for epoch in range(4000):
+        drawn += [metadata["target"] for _, metadata in source.by_weight(epoch, 1, numbers)]
+    shares = np.bincount(drawn, minlength=7) / 4000
+    np.testing.assert_allclose(shares, np.arange(1, 8) / 28, atol=0.025)
+    assert len({prompt for prompt, _ in source.by_weight(0, 7, numbers)}) == 7, "none comes twice before all came once"
+    assert len(source.by_weight(0, 17, numbers)) == 17
+
+
+def test_a_function_has_no_set_to_draw_from():
+    with pytest.raises(ValueError, match="'superflow' draws prompts by weight .* come from a function; give a list"):
+        PromptSource(draw).by_weight(0, 1, numbers)

@@ -75,7 +75,7 @@ class Flaky:
 )
 def test_numbers_of_every_kind_are_rewards(values):
     got = score(returning(values)).values
-    assert got.dtype == torch.float32
+    assert got.dtype == torch.float64
     assert not got.requires_grad
     assert got.tolist() == [[1.0], [2.5], [-3.0]]
 
@@ -135,8 +135,8 @@ def test_rewards_keep_their_names_order_and_weights():
     assert rewards.names == ("bright", "jpeg")
     assert rewards.weights.tolist() == [1.0, 0.5]
     got = rewards(images(), PROMPTS, METADATA).values
-    torch.testing.assert_close(got[:, 0], brightness(images(), PROMPTS, METADATA))
-    torch.testing.assert_close(got[:, 1], jpeg_compressibility(images(), PROMPTS, METADATA))
+    torch.testing.assert_close(got[:, 0].float(), brightness(images(), PROMPTS, METADATA))
+    torch.testing.assert_close(got[:, 1].float(), jpeg_compressibility(images(), PROMPTS, METADATA))
 
 
 def test_weights_stand_in_the_dict_or_beside_it():
@@ -217,10 +217,10 @@ def test_rows_that_a_reward_cannot_score_are_found_before_anything_is_drawn():
     rewards = RewardSet({"digits": Digits(), "bright": brightness})
     rows = [("one", {"digit": 1}), ("two", {"digit": "2"})]
     assert rewards.check_rows(rows) == []
-    assert rewards.check_rows([*rows, ("a cat", {})]) == ["reward 'digits' scores 2 of 3 prompt rows"]
-    with pytest.raises(ValueError, match="prompt row 2, 'x': reward 'digits' says invalid literal for int"):
+    assert rewards.check_rows([*rows, ("a cat", {})]) == ["reward 'digits' scores 2 of 3 prompts"]
+    with pytest.raises(ValueError, match="prompts, row 2 .'x'.: reward 'digits' says invalid literal for int"):
         rewards.check_rows([*rows, ("x", {"digit": "x"})])
-    with pytest.raises(ValueError, match="reward 'digits' scores none of the 2 prompt rows"):
+    with pytest.raises(ValueError, match="reward 'digits' scores none of the 2 prompts:"):
         rewards.check_rows([("a cat", {}), ("a dog", {})])
     assert rewards.check_rows([]) == [], "rows of a prompt function aren't known"
 
@@ -231,8 +231,8 @@ def test_a_reward_may_name_the_metadata_that_it_needs():
 
     judge.required_metadata = ("target",)
     RewardSet(judge).check_rows([("a", {"target": 1}), ("b", {"target": 0})])
-    with pytest.raises(ValueError, match="eval_prompts row 1, 'b', has no target, which reward 'judge' needs"):
-        RewardSet(judge).check_rows([("a", {"target": 1}), ("b", {"target": None})], "eval_prompts row")
+    with pytest.raises(ValueError, match="eval_prompts, row 1 .'b'. has no target, which reward 'judge' needs"):
+        RewardSet(judge).check_rows([("a", {"target": 1}), ("b", {"target": None})], "eval_prompts")
 
 
 def test_rows_are_not_gone_through_for_rewards_that_score_all():

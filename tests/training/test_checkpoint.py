@@ -58,9 +58,13 @@ def assert_same(trainer, other):
         {"objective": "forward", "old_policy_decay": 0.75, "old_policy_ramp": 0.5, "forward_levels": "random"},
         {"group_allocation": "variance", "step_credit": "trace", "num_generations": 4, "min_generations": 1},
         {"group_allocation": "streaming"},
+        {
+            **{"group_allocation": "superflow", "scale_rewards": "batch", "step_credit": "terminal"},
+            **{"group_averaging": "prompts", "prompt_function": ["one", "two", "three", "four", "five"]},
+        },
         {"sample_kernel": "flow_sde", "sample_window_size": 1, "sample_window_interval": 1, "step_credit": "terminal"},
     ],
-    ids=["plain", "ema", "statistics", "old policy", "variance", "streaming", "window"],
+    ids=["plain", "ema", "statistics", "old policy", "variance", "streaming", "superflow", "window"],
 )
 def test_two_and_two_epochs_are_four_bit_for_bit(pipeline_folder, tmp_path, changes):
     straight = run(tmp_path / "straight", pipeline_folder, **changes)

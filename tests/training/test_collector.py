@@ -1,3 +1,4 @@
+import pytest
 import tiny
 import torch
 
@@ -40,3 +41,28 @@ def test_only_the_final_image_is_scored_where_it_alone_is_matched(pipeline, tmp_
 
     tiny.trainer(pipeline, tmp_path, reward=count, objective="forward", num_epochs=1).train()
     assert seen == [2, 8, 8]  # the preflight, two batches
+
+
+SUPERFLOW = {"group_allocation": "superflow", "step_credit": "terminal", "scale_rewards": "batch", "group_bins": 2}
+SUPERFLOW |= {"num_generations": 4}
+
+
+def test_superflows_prompts_are_drawn_by_what_the_tracker_knows_and_more_of_the_open_ones(pipeline, tmp_path):
+    names = [f"prompt {i}" for i in range(40)]
+    trainer = tiny.trainer(pipeline, tmp_path, prompt_function=names, **SUPERFLOW)
+    groups, collector = trainer.algorithm.groups, trainer.collector
+    groups.update(names[:20] * 50, torch.ones(1000, 1), 0)  # mastered: a third of the others' weight
+    drawn = [prompt for epoch in range(100) for prompt, _ in collector.draw_prompts(epoch)]
+    assert 0.12 < sum(prompt in names[:20] for prompt in drawn) / 400 < 0.28
+    assert collector.draw_prompts(3) == trainer.prompts.by_weight(3, 4, groups.weights)
+    experience = collector.collect(0, 0)
+    sizes = torch.bincount(experience.prompts.group_ids)
+    weights = groups.weights([prompt for prompt, _ in collector.draw_prompts(0)])
+    assert sizes.sum() == 16 and sizes[weights.argmax()] == 5 and sizes[weights.argmin()] == 3
+    trainer.step(0, 0)
+    assert len(trainer.algorithm.prompt_tracker) > 20
+
+
+def test_superflow_says_at_once_that_a_function_of_prompts_will_not_do(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="'superflow' draws prompts by weight from a fixed set"):
+        tiny.trainer(pipeline, tmp_path, **SUPERFLOW)

@@ -22,7 +22,6 @@ def two(pipeline_folder, tmp_path_factory):
         [*command, str(HERE / "distributed_run.py"), str(folder), str(pipeline_folder)],
         capture_output=True,
         text=True,
-        timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -43,6 +42,15 @@ def test_two_processes_are_one(two, pipeline_folder, tmp_path):
     assert first["evaluations"][-1][key] == pytest.approx(one["evaluations"][-1][key], abs=1e-4)
     lines = [(path / "metrics.jsonl").read_text().count("\n") for path in (folder / "straight", tmp_path)]
     assert lines[0] == lines[1], "one process writes the log"
+
+
+def test_the_doctor_of_two_processes_is_one_and_leaves_no_trace(two):
+    _, results = two
+    first, second = (result["straight"]["report"] for result in results)
+    assert first.findings == second.findings == () and first.images == 8 and first.groups == 2
+    assert first.rewards == second.rewards and first.gradients == second.gradients and first.pixels == second.pixels
+    for key, value in results[0]["straight"]["weights"].items():  # "resumed" was never examined
+        assert torch.equal(value, results[0]["resumed"]["weights"][key])
 
 
 def test_a_reward_that_fails_on_one_process_stops_both_and_loses_nothing(two):

@@ -15,7 +15,8 @@ from trl_tafs.cli.arguments import (
     check_drawing,
     load_pipeline,
 )
-from trl_tafs.cli.parsing import OneLineParser, check_numbers, check_writable
+from trl_tafs.cli.parsing import OneLineParser, check_numbers
+from trl_tafs.output.writable import check_writable
 from trl_tafs.prompts.sets import load_prompts
 
 
@@ -29,7 +30,7 @@ def evaluate(argv: Sequence[str]) -> Callable[[], None]:
     for name in options.adapters:
         check_adapter(name)
     arguments = _evaluation_arguments(options)
-    check_writable(options.output_dir, f"--output_dir {options.output_dir}")
+    check_writable(options.output_dir, "--output_dir")
     for name in options.adapters if options.push else ():
         if name != "none":
             prepare_repo(name)

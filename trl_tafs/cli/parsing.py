@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +60,7 @@ def read_options(path: str, known: Sequence[str]) -> dict[str, Any]:
 
     from trl_tafs.config import read_settings
     from trl_tafs.prompts.files import decode_text
-    from trl_tafs.training.settings import FACTS
+    from trl_tafs.training.settings import WRITTEN
 
     try:
         values = yaml.load(decode_text(Path(path).read_bytes(), path), _loader())
@@ -74,7 +72,7 @@ def read_options(path: str, known: Sequence[str]) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         told = "is empty" if values is None else f"holds a {type(values).__name__}"
         raise UsageError(f"--config {path} {told}; write a line `name: value` for each option")
-    if set(FACTS) <= values.keys():  # what a run wrote, which JSON, and so YAML, is
+    if set(WRITTEN) <= values.keys():  # what a run wrote, which JSON, and so YAML, is
         return read_settings(path)
     for name in values:
         if name not in known:
@@ -105,13 +103,3 @@ def check_numbers(options: argparse.Namespace, **least: float) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not (math.isfinite(number) and bound <= number < 2**63):
                 raise UsageError(f"--{name} is {number}; it must be at least {bound}, and finite")
-
-
-def check_writable(folder: str | os.PathLike, option: str) -> None:
-    """Raise ValueError if no file can be written into the folder, which is made."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option} can't be written: {one_line(error)}") from error

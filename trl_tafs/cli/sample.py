@@ -15,8 +15,9 @@ from trl_tafs.cli.arguments import (
     check_drawing,
     load_pipeline,
 )
-from trl_tafs.cli.parsing import OneLineParser, check_numbers, check_writable
+from trl_tafs.cli.parsing import OneLineParser, check_numbers
 from trl_tafs.output.errors import one_line
+from trl_tafs.output.writable import check_writable
 
 
 def sample(argv: Sequence[str]) -> Callable[[], None]:
@@ -28,7 +29,7 @@ def sample(argv: Sequence[str]) -> Callable[[], None]:
         raise ValueError(f"--output is {options.output!r}; images are written as PNG, so give a name that ends in .png")
     if Path(options.output).is_dir():
         raise ValueError(f"--output can't be written: {options.output} is a folder")
-    check_writable(Path(options.output).parent, f"--output {options.output}")
+    check_writable(Path(options.output).parent, "the folder of --output")
     check_adapter(options.adapter)
     return partial(_sample, options, load_pipeline(options, options.dtype))
 

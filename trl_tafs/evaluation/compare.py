@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trl_tafs.pipelines.components import is_text_encoder
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.pipelines.identity import base_identity
 from trl_tafs.pipelines.quantized import is_bitsandbytes
+from trl_tafs.policy.carried import active_adapters, frozen_adapter
 from trl_tafs.policy.denoiser_file import applied
 from trl_tafs.policy.fingerprint import fingerprint
 from trl_tafs.prompts.encoder import PromptEncoder
@@ -175,6 +177,8 @@ def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, encodin
 def _base_settings(pipeline: TAFSPipelineMixin) -> dict[str, Any]:
     """Return what a model's base is known by, beside its weights: where it came from, and how it computes."""
     base = base_identity(pipeline)
+    carried = [asdict(frozen_adapter(pipeline.denoiser, name)) for name in active_adapters(pipeline.denoiser)]
+    carried += [{"fused": name} for name in base.fused]
     return {
         "pipeline": base.pipeline_class,
         "base": base.location,
@@ -182,6 +186,7 @@ def _base_settings(pipeline: TAFSPipelineMixin) -> dict[str, Any]:
         "commit": base.commit,
         "dtype": base.dtype,
         "quantized": base.quantization,
+        "carried": carried or None,
     }
 
 

@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trl_tafs.hub.comfyui import recipe
 from trl_tafs.hub.facts import CardFacts
 from trl_tafs.output.files import write_whole
 from trl_tafs.output.markdown import table
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+
+    from trl_tafs.policy.carried import FrozenAdapter
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 CURVE_FILE = "images/reward_curve.png"
@@ -56,7 +59,7 @@ text_encoder_4 = LlamaForCausalLM.from_pretrained({_quoted(facts.base_llama)}, {
 {name} = {facts.whole_denoiser}.from_pretrained({_quoted(adapter)}, subfolder={_quoted(name)}{dtype})
 """
         options += f", {name}={name}"
-    lora = "" if facts.whole_denoiser else f"\npipe.load_lora_weights({_quoted(adapter)})"
+    lora = "" if facts.whole_denoiser else _load_lora(facts, adapter)
     return f"""\
 import torch
 from diffusers import {", ".join(sorted(classes))}{imports}
@@ -71,6 +74,21 @@ image = pipe(
 {call}
 ).images[0]
 image.save("image.png")"""
+
+
+def _load_lora(facts: CardFacts, adapter: str) -> str:
+    """Return the lines that load the LoRA, and those that were frozen beneath it, which act in this order."""
+    if not facts.frozen:
+        return f"\npipe.load_lora_weights({_quoted(adapter)})"
+    lines = [
+        f"pipe.load_lora_weights({_quoted(a.name)}, adapter_name={_quoted(a.name)})  # from where you have it"
+        for a in facts.frozen
+    ]
+    lines.append(f"pipe.load_lora_weights({_quoted(adapter)}, adapter_name={_quoted(facts.adapter_name)})")
+    names = ", ".join(_quoted(name) for name in (*(a.name for a in facts.frozen), facts.adapter_name))
+    weights = [1.0 if a.weight is None else round(a.weight, 6) for a in facts.frozen]
+    lines.append(f"pipe.set_adapters([{names}], {[*weights, 1.0]})")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _quoted(text: str) -> str:
@@ -109,11 +127,21 @@ def create_model_card(facts: CardFacts) -> ModelCard:
         datasets=", ".join(f"[{one}](https://huggingface.co/datasets/{one})" for one in facts.datasets),
         base=base,
         usage=usage_code(facts),
+        comfyui=recipe(facts),
+        beneath=", ".join(_beneath(adapter) for adapter in facts.frozen),
+        fused=", ".join(f"`{name}`" for name in facts.base_fused),
+        parts=", ".join(f"[{paper.name}]({paper.url})" for paper in facts.papers[1:]),
+        bibtex="\n\n".join(paper.bibtex() for paper in facts.papers),
         method=_method(facts),
         versions=", ".join(f"{name} {version}" for name, version in facts.versions.items()),
         licence=_licence(facts, base),
         **_tables(facts),
     )
+
+
+def _beneath(adapter: FrozenAdapter) -> str:
+    weight = "a weight of its own for each layer" if adapter.weight is None else f"weight {adapter.weight:g}"
+    return f"`{adapter.name}` at {weight} (digest {adapter.digest})"
 
 
 def _method(facts: CardFacts) -> str:

@@ -10,10 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from trl_tafs.hub.scrub import scrub
+from trl_tafs.method.papers import TAFS_GRPO, Paper
 from trl_tafs.pipelines.identity import REPOSITORY, base_identity
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from trl_tafs.policy.carried import FrozenAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +45,15 @@ class CardFacts:
     height: int
     width: int
     guidance_scale: float = 1.0
+    embedded_guidance: float | None = None  # what a guidance-distilled denoiser was given
     call: Mapping[str, Any] | None = None  # steps, levels and guidance as the stock pipeline's call takes them
     whole_denoiser: str | None = None  # the class of the denoiser, where all of it was trained instead of a LoRA
     denoiser_name: str = "transformer"  # the pipeline's component that was trained
+    adapter_name: str = "default"  # the trained LoRA's, where others are beneath it
+    frozen: Sequence[FrozenAdapter] = ()  # LoRAs that were active and frozen beneath it
+    comfyui_shift: float | None = None  # by which ComfyUI shifts this family's levels; None: no recipe for it
+    papers: Sequence[Paper] = (TAFS_GRPO,)  # that the run used
+    epochs: int | None = None  # that the weights have been trained for
     card_tags: Sequence[str] = ()  # the family's, of its pipeline class
     renoises_from_generator: bool = False  # whether the stock pipeline hands its generator to the scheduler
     scheduler_class: str = "FlowMatchEulerDiscreteScheduler"  # of the repository's scheduler
@@ -59,6 +68,7 @@ class CardFacts:
     base_name: str = "base model"  # what the card calls it
     base_revision: str | None = None  # of base_model, the branch, tag or commit that was trained on, if asked for
     base_llama: str | None = None  # where HiDream's Llama came from, which its repository lacks
+    base_fused: Sequence[str] = ()  # names of LoRAs that were fused into it before it was trained on
     base_license: str | None = None  # the Hub's identifier, None if unknown
     base_license_name: str | None = None  # where the identifier is "other"
     base_license_link: str | None = None
@@ -91,7 +101,7 @@ class CardFacts:
             object.__setattr__(self, name, scrub(getattr(self, name)))
 
 
-def base_model_facts(pipeline: DiffusionPipeline) -> dict[str, str | None]:
+def base_model_facts(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Return the `base_*` fields of `CardFacts`, of the model that the pipeline was loaded from.
 
     A folder is named by its last component, unless it is a snapshot in the Hub's cache; the licence is the
@@ -107,6 +117,7 @@ def base_model_facts(pipeline: DiffusionPipeline) -> dict[str, str | None]:
         "base_model": base.repo_id,
         "base_name": base.name,
         "base_revision": base.revision if base.repo_id else None,
+        "base_fused": base.fused,
         "base_llama": llama if REPOSITORY.fullmatch(llama) and not Path(llama).is_dir() else None,
         "base_license": data.get("license"),
         "base_license_name": data.get("license_name"),

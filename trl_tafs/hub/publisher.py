@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trl_tafs.hub.names import check_repo_id
 from trl_tafs.hub.options import PublishingOptions
 from trl_tafs.hub.push import PushError, kept, prepare_repo, push_folder, push_in_background
 from trl_tafs.method.levels import uniform_levels
+from trl_tafs.method.papers import Paper
 from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import is_disk_fault
 from trl_tafs.output.pictures import save_png, tensor_to_image
@@ -45,6 +46,7 @@ class Publisher:
     prompts: Callable[[], Sequence[str]]  # some of which are shown on the card
     drawer: Drawer
     spec: DrawSpec  # how its pictures are drawn
+    papers: Sequence[Paper]  # that the run used
     naming: dict[str, Any] = field(default_factory=dict)  # facts that the user gives the card
 
     def name_card(
@@ -95,7 +97,7 @@ class Publisher:
         """Write all of it; return what the pictures had that isn't finite: the other processes wait for that."""
         fault: NonFiniteError | None = None
         with self.policy.averaged():
-            self.policy.save(folder, fold_alpha=self.config.lora_fold_alpha)
+            self.policy.publish(folder)
             try:
                 self._draw_pictures(folder)
             except NonFiniteError as error:
@@ -170,8 +172,6 @@ class Publisher:
         config, pipeline, progress = self.config, self.policy.pipeline, self.progress
         prompts = self.card_prompts()
         pictures = [(p, f"images/before_{i}.png", f"images/after_{i}.png") for i, p in enumerate(prompts)]
-        first, last = (progress.evaluations[i] if progress.evaluations else {} for i in (0, -1))
-        metrics = {name: {"before": first[name], "after": last[name]} for name in last if name.startswith("eval/")}
         length = config.max_sequence_length or pipeline.default_max_sequence_length()
         return CardFacts(
             pipeline_class=type(pipeline).stock_class().__name__,
@@ -181,12 +181,18 @@ class Publisher:
             height=self.spec.height,
             width=self.spec.width,
             guidance_scale=config.sample_guidance_scale,
+            embedded_guidance=pipeline.embedded_guidance(config.sample_embedded_guidance_scale),
             call=pipeline.call_arguments(
                 config.sample_num_steps,
                 config.sample_guidance_scale,
                 config.negative_prompts,
                 config.sample_embedded_guidance_scale,
             ),
+            adapter_name=self.policy.adapter_name or "",
+            frozen=self.policy.frozen,
+            comfyui_shift=pipeline.comfyui_shift,
+            papers=self.papers,
+            epochs=progress.epoch,
             card_tags=pipeline.card_tags,
             denoiser_name=pipeline.denoiser_name,
             renoises_from_generator=pipeline.renoises_from_generator,
@@ -206,6 +212,18 @@ class Publisher:
             training=self.settings,
             rewards=dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
             reward_curve=progress.reward_curve,
-            metrics=metrics,
+            metrics=evaluation_columns(progress.evaluations),
             pictures=[picture for picture in pictures if Path(folder, picture[2]).exists()],
         )
+
+
+def evaluation_columns(evaluations: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the first evaluation and the last one as columns of a table, each named by its epoch."""
+    columns: dict[str, dict[str, float]] = {}
+    for evaluation in (*evaluations[:1], *evaluations[1:][-1:]):
+        epoch = int(evaluation["epoch"])
+        title = "before training" if epoch == 0 else f"after epoch {epoch}"
+        for name, value in evaluation.items():
+            if name.startswith("eval/"):
+                columns.setdefault(name, {})[title] = value
+    return columns

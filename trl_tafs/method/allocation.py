@@ -1,14 +1,14 @@
 """How many images each prompt of an epoch gets.
 
-Fixed groups, or SuperFlow's (arXiv 2512.17951): more images where a prompt's rewards vary, since only there a
-group-relative advantage says anything. Its paper is known here by its abstract; the formulas are our reading.
+Fixed groups, or more images where a prompt's rewards vary, since only there a group-relative advantage says anything.
+The latter are ours; SuperFlow's are in `superflow`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from torch import Tensor
 from trl_tafs.method.advantages import group_mean_std
 from trl_tafs.method.noise import noise_seed
 
+PromptWeights = Callable[[Sequence[str]], Tensor]  # of P prompts, (P,), all above 0
+
 
 def neyman_allocation(deviations: Sequence[float], total: int, low: int, high: int) -> list[int]:
     """Neyman's allocation in whole images: `n_p` proportional to `deviations[p]`, within [low, high], `total` in all.
 
-    A fixed budget so spent estimates the mean over prompts with the least variance. Where bounds bind, the others share
-    what is left in proportion; where nothing varies, all get the same. Rounded by the largest remainders.
+    A fixed budget so spent estimates the mean over prompts with the least variance: the mean of each prompt's mean, so
+    that images must weigh `1 / n_p` (`images_of_equal_prompts`). Where bounds bind, the others share what is left in
+    proportion; where nothing varies, all get the same. Rounded by the largest remainders.
 
     Args:
         deviations: P standard deviations of a prompt's rewards, at least 0.
@@ -55,6 +58,18 @@ def neyman_allocation(deviations: Sequence[float], total: int, low: int, high: i
     return sizes.int().tolist()
 
 
+def images_of_equal_prompts(group_ids: Tensor) -> Tensor:
+    """Return weights of images with which a mean over them is the mean over prompts of each one's mean, (B,).
+
+    They are `n / n_p`, n the mean size of a group, and 1 where all groups are of one size.
+
+    Args:
+        group_ids: (B,) int64, 0 to P - 1.
+    """
+    sizes = torch.bincount(group_ids).float()
+    return (sizes[sizes > 0].mean() / sizes)[group_ids]
+
+
 class PromptTracker:
     """Mean and variance of each prompt's rewards at Q scored steps, exponentially weighted over epochs.
 
@@ -63,14 +78,14 @@ class PromptTracker:
     spread.
 
     Memory is bounded: at most `capacity` prompts, of which the one seen longest ago makes room for a new one. A million
-    prompts of 3 steps take 44 MB, and their index about 100.
+    prompts of 3 steps take 68 MB, and their index about 100.
     """
 
     def __init__(self, num_values: int, memory: float = 0.9, capacity: int = 1_000_000) -> None:
         self.memory, self.capacity = memory, capacity
         self.rows: dict[int, int] = {}  # a prompt's key to its row; the one seen longest ago first
-        self.mean = torch.zeros(0, num_values)
-        self.variance = torch.zeros(0, num_values)
+        self.mean = torch.zeros(0, num_values, dtype=torch.float64)
+        self.variance = torch.zeros(0, num_values, dtype=torch.float64)
         self.weight = torch.zeros(0)  # evidence for the mean, images
         self.freedom = torch.zeros(0)  # evidence for the variance, degrees of freedom
         self.epoch = torch.zeros(0, dtype=torch.int64)  # when seen last
@@ -85,7 +100,7 @@ class PromptTracker:
             by_prompt.setdefault(prompts[i], []).append(i)
         for prompt, index in by_prompt.items():
             row = self._row(noise_seed("prompt", prompt))
-            self._merge(row, values[index].float(), epoch)
+            self._merge(row, values[index].double(), epoch)
 
     def _merge(self, row: int, values: Tensor, epoch: int) -> None:
         count, mean = len(values), values.mean(0)
@@ -126,7 +141,7 @@ class PromptTracker:
 
     def deviations(self, prompts: Sequence[str], epoch: int) -> tuple[Tensor, Tensor]:
         """(P,) deviation at the last scored step, NaN for a prompt never seen, and (P,) the images that it rests on."""
-        deviation, evidence = torch.full((len(prompts),), float("nan")), torch.zeros(len(prompts))
+        deviation, evidence = self.variance.new_full((len(prompts),), float("nan")), torch.zeros(len(prompts))
         for i, prompt in enumerate(prompts):
             row = self.rows.get(noise_seed("prompt", prompt))
             if row is not None and self.freedom[row] > 0:
@@ -143,7 +158,7 @@ class PromptTracker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         for name in ("mean", "variance", "weight", "freedom", "epoch"):
-            setattr(self, name, state[name].clone())
+            setattr(self, name, state[name].to(getattr(self, name).dtype, copy=True))
         self.rows = {key: row for row, key in enumerate(state["keys"].tolist())}
 
 
@@ -169,6 +184,10 @@ class GroupBounds:
 class GroupSizes(Protocol):
     """What the trainer asks of an allocation. An epoch's images are drawn in one wave or two."""
 
+    @property
+    def weights(self) -> PromptWeights | None:
+        """By which weights an epoch's prompts are drawn; None: in turn."""
+
     def first(self, prompts: Sequence[str], epoch: int) -> list[int]:
         """Images of each of P prompts in the first wave."""
 
@@ -184,6 +203,7 @@ class FixedGroups:
     """G images of every prompt, the paper's."""
 
     group_size: int
+    weights: ClassVar[None] = None
 
     def first(self, prompts: Sequence[str], epoch: int) -> list[int]:
         """G each."""
@@ -198,7 +218,7 @@ class FixedGroups:
 
 @dataclass(frozen=True)
 class VarianceGroups:
-    """SuperFlow's variance-aware groups: a fixed budget spent by what a tracker knows of each prompt.
+    """Variance-aware groups: a fixed budget spent by what a tracker knows of each prompt.
 
     A prompt never seen gets the default G; the others share the rest by `neyman_allocation` of their optimistic
     deviations. Prompts whose rewards don't vary get the least.
@@ -209,6 +229,7 @@ class VarianceGroups:
     low: int
     high: int
     optimism: float = 0.5
+    weights: ClassVar[None] = None
 
     def first(self, prompts: Sequence[str], epoch: int) -> list[int]:
         """`P * G` images in all."""
@@ -233,7 +254,7 @@ class VarianceGroups:
 
 @dataclass(frozen=True)
 class StreamingGroups(VarianceGroups):
-    """SuperFlow's streaming: `low` images of each prompt first, then the rest of the budget where these varied."""
+    """Streaming: `low` images of each prompt first, then the rest of the budget where these varied."""
 
     def first(self, prompts: Sequence[str], epoch: int) -> list[int]:
         """`low` each."""
@@ -242,7 +263,7 @@ class StreamingGroups(VarianceGroups):
     def rest(self, values: Tensor, group_ids: Tensor) -> list[int] | None:
         """Return sizes that share what is left of `P * G`."""
         count = int(group_ids.max()) + 1
-        deviation = torch.zeros(count)
+        deviation = values.new_zeros(count)
         deviation[group_ids] = group_mean_std(values, group_ids)[1]
         wanted = optimistic_deviations(deviation, torch.full((count,), float(self.low)), self.optimism)
         sizes = neyman_allocation(wanted.tolist(), self.group_size * count, self.low, self.high)

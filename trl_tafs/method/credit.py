@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from trl_tafs.method.papers import Paper
 from trl_tafs.method.parts import Part, own_options
 from trl_tafs.options import check_choice
 
@@ -18,7 +19,7 @@ Normalize = Callable[..., Tensor]  # (values, reward's name = "")
 
 
 def trace_advantages(values: Tensor, levels: Tensor, trace: float = 0.0, discount: float = 0.0) -> Tensor:
-    r"""SuperFlow's step-level advantages as we read its abstract (arXiv 2512.17951), in continuous time.
+    r"""Step-level advantages in continuous time.
 
     .. math:: A_n = \sum_{m \ge n} e^{-(\kappa + \rho)(s_n - s_m)} \delta_m, \qquad
         \delta_m = e^{-\rho (s_m - s_{m+1})} V_{m+1} - V_m.
@@ -154,6 +155,11 @@ class FunctionCredit(CreditRule):
         """The function's name."""
         return f"each step is credited by `{getattr(self.function, '__name__', 'a function')}`"
 
+    @property
+    def paper(self) -> Paper | None:  # type: ignore[override]
+        """The function's attribute of that name."""
+        return getattr(self.function, "paper", None)
+
     def __call__(self, normalised: Tensor) -> Tensor:
         """Return what the function does."""
         return self.function(normalised, **self.options)
@@ -176,8 +182,8 @@ def credit_rule(options: Any) -> CreditRule:
     if isinstance(entry, type) and issubclass(entry, CreditRule):
         return entry._made(options, "credit_kwargs")
     parameters = inspect.signature(entry).parameters.items()
-    own = {name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty}
-    own = own_options(entry, "credit_kwargs", options.credit_kwargs, own)
+    names = {name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty}
+    own = own_options(entry, "credit_kwargs", options.credit_kwargs, names)
     return FunctionCredit(entry, own)  # type: ignore[arg-type]  # no class is left
 
 

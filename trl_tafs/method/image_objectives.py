@@ -15,6 +15,7 @@ from trl_tafs.method.kernels import REDUCTIONS, clean_estimate
 from trl_tafs.method.losses import FORWARD_WEIGHTINGS, matching_log_prob, matching_weight, negative_aware
 from trl_tafs.method.noise import Noise
 from trl_tafs.method.objective import Objective, RatioObjective, check_advantages, check_delta, nats_per_element
+from trl_tafs.method.papers import AWM, DIFFUSION_NFT, Paper
 from trl_tafs.method.rollout import Velocity
 from trl_tafs.method.types import Conditioning, ForwardItems, LossOutput, Rollout
 
@@ -165,6 +166,7 @@ class ForwardObjective(RenoisedObjective):
     nft_beta: float = 1.0
     adv_clip: float = 5.0
     default_weighting: ClassVar[str | None] = "adaptive"
+    paper: ClassVar[Paper | None] = DIFFUSION_NFT
     default_beta: ClassVar[float] = 0.2
     reads: ClassVar[Mapping[str, str]] = {
         **RenoisedObjective.reads,
@@ -228,6 +230,7 @@ class MatchingObjective(MatchingLoss, RenoisedObjective):
 
     weighting: str = field(default="velocity", kw_only=True)
     default_weighting: ClassVar[str | None] = "velocity"
+    paper: ClassVar[Paper | None] = AWM
     reads: ClassVar[Mapping[str, str]] = {**RenoisedObjective.reads, **RatioObjective.ratio_reads}
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from trl_tafs.method.papers import DANCE_GRPO, FLOW_CPS, FLOW_GRPO, Paper
 from trl_tafs.method.parts import Part
 
 LOG_2PI = math.log(2 * math.pi)
@@ -213,6 +214,7 @@ class Cps(Annealed):
     eta: float = 0.8
     anneals: ClassVar[bool] = False
     description: ClassVar[str] = "are noised again in part between steps (Flow-CPS)"
+    paper: ClassVar[Paper | None] = FLOW_CPS
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,7 @@ class FlowSde(Sde):
 
     eta: float = 0.7
     description: ClassVar[str] = "are drawn by Flow-GRPO's SDE"
+    paper: ClassVar[Paper | None] = FLOW_GRPO
 
     def diffusion(self, s: Tensor, s_next: Tensor) -> Tensor:
         """`eta sqrt(s / (1 - s~))`, `s~` being the next level at s = 1, where it would be infinite."""
@@ -336,6 +339,7 @@ class DanceSde(Sde):
 
     eta: float = 0.3
     description: ClassVar[str] = "are drawn by DanceGRPO's SDE"
+    paper: ClassVar[Paper | None] = DANCE_GRPO
 
     def diffusion(self, s: Tensor, s_next: Tensor) -> Tensor:
         """`eta`."""

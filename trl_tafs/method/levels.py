@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from trl_tafs.method.papers import MIX_GRPO, Paper
 
 
 def uniform_levels(num_steps: int) -> Tensor:
@@ -67,6 +70,7 @@ class SlidingWindow:
     interval: int = 25
     order: str = "progressive"
     seed: int = 0
+    paper: ClassVar[Paper | None] = MIX_GRPO
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= self.num_steps:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trl_tafs.method.image_objectives import ForwardObjective, MatchedObjective, MatchingObjective
 from trl_tafs.method.kernels import Kernel, expand
-from trl_tafs.method.losses import LEVEL_WEIGHTINGS
+from trl_tafs.method.losses import LEVEL_WEIGHTINGS, Surrogate
 from trl_tafs.method.noise import Noise
 from trl_tafs.method.objective import Objective, RatioObjective, check_advantages, check_delta, nats_per_element
 from trl_tafs.method.rollout import KEPT, Velocity, replay
@@ -36,6 +36,8 @@ class ClippedObjective(RatioObjective):
         reduction: of the log-probabilities, the rollout's.
         level_weighting: one of `losses.LEVEL_WEIGHTINGS`.
         beta: weight of `KL(policy || base)`, in nats per latent element.
+        kl_weighting: "gaussian", the KL of the two densities; "diffusion", that times the gap to the next level,
+            `|m - m_base|^2 / (2 g^2)`, which is Flow-GRPO's code.
     """
 
     kernel: Kernel
@@ -43,6 +45,7 @@ class ClippedObjective(RatioObjective):
     reduction: str = "sqrt"
     level_weighting: str = "gaussian"
     beta: float = 0.0
+    kl_weighting: str = "gaussian"
     from_actions: ClassVar[bool] = True
     weightings: ClassVar[Collection[str]] = LEVEL_WEIGHTINGS
     default_weighting: ClassVar[str | None] = "balanced"
@@ -53,6 +56,7 @@ class ClippedObjective(RatioObjective):
         **RatioObjective.ratio_reads,
         "level_weighting": "train_level_weighting",
         "beta": "beta",
+        "kl_weighting": "train_kl_weighting",
     }
 
     def __post_init__(self) -> None:
@@ -95,9 +99,17 @@ class ClippedObjective(RatioObjective):
         return ~self.pulled_by_advantage(items.advantage) & (not held)
 
     def __call__(
-        self, velocity: Velocity, items: Transitions, conditioning: Conditioning, reference: Velocity | None = None
+        self,
+        velocity: Velocity,
+        items: Transitions,
+        conditioning: Conditioning,
+        reference: Velocity | None = None,
+        surrogate: Surrogate | None = None,
     ) -> LossOutput:
-        """The loss of T items with their T conditionings; `reference` is needed where `beta` > 0."""
+        """The loss of T items with their T conditionings; `reference` is needed where `beta` > 0.
+
+        `surrogate` is another formula than Eq. 10's, see `losses.clipped_surrogate`.
+        """
         policy = replay(velocity, self.kernel, items, conditioning)
         sensitivity = expand(self.kernel.sensitivity(items.level, items.next_level), items.state)
         gap = expand(items.level - items.next_level, items.state)
@@ -109,14 +121,17 @@ class ClippedObjective(RatioObjective):
             old = self.kernel.transition(state, items.old_velocity, items.level, items.next_level)
             kl = policy.kl(old, "mean")
         unit = nats_per_element(items.state[0].numel(), self.reduction)
-        output = self._surrogate((log_prob, items.old_log_prob), items.advantage, self.clip_range, unit, kl, weight)
+        output = self._surrogate(
+            (log_prob, items.old_log_prob), items.advantage, self.clip_range, unit, kl, weight, surrogate
+        )
         if self.beta == 0.0:
             return output
         if reference is None:
             raise ValueError(f"beta is {self.beta}: the KL term needs the base policy's velocity as `reference`")
         with torch.no_grad():
             base = replay(reference, self.kernel, items, conditioning)
-        kl = policy.kl(base, "mean").mean()
+        kl = policy.kl(base, "mean")
+        kl = (kl if self.kl_weighting == "gaussian" else kl * gap.flatten()).mean()
         return LossOutput(output.loss + self.beta * kl, output.metrics | {"kl": kl.detach()})
 
 

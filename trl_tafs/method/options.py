@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,6 +22,7 @@ from trl_tafs.options import (
     check_positive,
     option,
 )
+from trl_tafs.output.errors import did_you_mean, shown
 
 MAX_STEPS = 1000  # of a sampler: as many as the schedulers have timesteps
 
@@ -78,12 +80,24 @@ class SamplingOptions(Options):
     )
     clean_baseline: str = option("state", "Clean kernel: state (the state's own value is the baseline) or group.")
     num_generations: int | None = option(
-        None, "G, images of a prompt (paper: 48). None: 48, or the largest divisor of the epoch's images below it."
+        None,
+        "G, images of a prompt (paper: 48). None: 48, or the largest divisor of the epoch's images below it. 1, as in "
+        "DDPO, needs per_prompt_stat_tracking.",
     )
     group_allocation: str = option(
         "fixed",
-        "How an epoch's images are shared among its prompts: fixed, num_generations each; variance (SuperFlow), more "
-        "where a prompt's rewards varied before; streaming, min_generations each, then the rest where these varied.",
+        "How an epoch's images are shared among its prompts: fixed, num_generations each; variance, more where a "
+        "prompt's rewards varied before; streaming, min_generations each, then the rest where these varied; superflow, "
+        "by a Beta tracker of each prompt's final reward, which also says how often it is drawn, and is the baseline.",
+    )
+    group_bins: int = option(
+        4,
+        "superflow: K bins into which an epoch's prompts are sorted, each bin's groups an image less than the last's.",
+    )
+    group_averaging: str = option(
+        "images",
+        "Where group sizes vary: images, the loss is the mean over images; prompts, each image weighs 1 / its group's "
+        "size, so that it is the mean over prompts.",
     )
     min_generations: int | None = option(
         None, "Least images of a prompt, where group sizes vary. None: a quarter of num_generations, at least 2."
@@ -123,20 +137,27 @@ class SamplingOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "clean_baseline", ("state", "group"))
-        check_choice(self, "group_allocation", ("fixed", "variance", "streaming"))
+        check_choice(self, "group_allocation", ("fixed", "variance", "streaming", "superflow"))
+        check_choice(self, "group_averaging", ("images", "prompts"))
         check_choice(self, "sample_window_order", ("progressive", "random"))
-        check_at_least(self, 2, "sample_num_steps", "num_generations", "max_generations")
+        check_at_least(self, 2, "sample_num_steps", "max_generations")
         check_at_most(self, MAX_STEPS, "sample_num_steps")
         check_at_least(self, 1, "sample_batch_size", "sample_num_batches_per_epoch", "num_perturbations")
-        check_at_least(self, 1, "sample_window_interval", "group_tracker_capacity")
+        check_at_least(self, 1, "sample_window_interval", "group_tracker_capacity", "group_bins")
         check_at_least(self, 0, "sample_guidance_scale", "sample_embedded_guidance_scale", "group_optimism")
         check_at_least_1_or_none(self, "sample_window_size", "min_generations")
         check_positive(self, "sample_kappa")
         if not 0 < self.group_memory <= 1:
             raise ValueError(f"group_memory is {self.group_memory}; it must lie in (0, 1]")
-        if self.group_allocation == "fixed" and (self.min_generations, self.max_generations) != (None, None):
+        bounds = self.min_generations, self.max_generations
+        if bounds != (None, None) and self.group_allocation not in ("variance", "streaming"):
             raise ValueError("min_generations and max_generations need group_allocation='variance' or 'streaming'")
-        if None not in (self.min_generations, self.max_generations) and self.min_generations > self.max_generations:
+        if self.group_allocation == "fixed" and self.group_averaging != "images":
+            raise ValueError(
+                f"group_averaging={self.group_averaging!r} has no effect with group_allocation='fixed', whose groups "
+                "are of one size; leave it out"
+            )
+        if None not in bounds and self.min_generations > self.max_generations:
             raise ValueError(
                 f"min_generations={self.min_generations} is above max_generations={self.max_generations}; no prompt's "
                 "images are as many"
@@ -195,7 +216,7 @@ class CreditOptions(Options):
     step_credit: str = option(
         "step",
         "Which rewards an action answers for, where every step is scored (objective=clipped or forward_images=every): "
-        "step (Eq. 10), sum (Alg. 1, line 18), reward_to_go, gain, trace (SuperFlow: increments, weighted in "
+        "step (Eq. 10), sum (Alg. 1, line 18), reward_to_go, gain, trace (increments, weighted in "
         "continuous time), or terminal (w/o Step Adv.).",
     )
     credit_trace: float = option(
@@ -204,6 +225,11 @@ class CreditOptions(Options):
     credit_discount: float = option(0.0, "trace: how fast later value fades, per unit of level.")
     num_advantage_steps: int | None = option(
         None, "Only the last so many steps' rewards are used (Table 5), where every step is scored."
+    )
+    reward_range: list[float] | None = option(
+        None,
+        "group_allocation=superflow: the combined reward that counts as 0 and the one that counts as 1, beyond which "
+        "nothing counts more. None: rewards lie in [0, 1], or it is an error.",
     )
     train_adv_clip_max: float = option(5.0, "Advantages are clipped to +- this.")
     per_prompt_stat_tracking: bool = option(False, "DDPO's running statistics of a prompt instead of the group's.")
@@ -222,6 +248,10 @@ class CreditOptions(Options):
         """Raise ValueError for what can't work."""
         check_at_least(self, 0, "credit_trace", "credit_discount")
         check_positive(self, "train_adv_clip_max")
+        if self.reward_range is not None and not (
+            len(self.reward_range) == 2 and -math.inf < self.reward_range[0] < self.reward_range[1] < math.inf
+        ):
+            raise ValueError(f"reward_range is {self.reward_range}; it must be two numbers, the lower one first")
         check_at_least(self, 1, "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count")
         if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
             raise ValueError(
@@ -304,6 +334,11 @@ class LossOptions(Options):
         "the epochs and keeps what the reward doesn't see (docs/learning.md), and for matched; 0 for the others "
         "(paper: none).",
     )
+    train_kl_weighting: str = option(
+        "gaussian",
+        "clipped: gaussian, beta's KL of an action's two densities; diffusion, that times the gap to the next level, "
+        "|m - m_base|^2 / (2 g^2), as Flow-GRPO's code has it.",
+    )
     train_center_ratio: bool = option(
         False,
         "Take the drift out of the log-ratio, which grows with D and clips advantages below 0 long before those above "
@@ -334,6 +369,7 @@ class LossOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_choice(self, "train_log_prob_reduction", REDUCTIONS)
+        check_choice(self, "train_kl_weighting", ("gaussian", "diffusion"))
         check_positive(self, "train_clip_range", "train_kl_limit")
         check_at_least(self, 0, "train_negative_weight", "old_policy_beta")
         if self.train_kl_limit is not None and (self.train_clip_range, self.delta) != (None, None):
@@ -376,10 +412,17 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
     def check(self) -> None:
         """Raise ValueError for what can't work together."""
         check_at_least(self, 0, "beta")
+        if self.train_kl_weighting != "gaussian" and self.beta == 0:
+            raise ValueError(f"train_kl_weighting={self.train_kl_weighting!r} weighs a KL, and beta is 0; leave it out")
         if self.num_advantage_steps is not None and not 1 <= self.num_advantage_steps <= self.num_trained_steps:
             raise ValueError(
                 f"num_advantage_steps is {self.num_advantage_steps}; with sample_num_steps={self.sample_num_steps} "
                 f"it can be 1 to {self.num_trained_steps}"
+            )
+        if self.num_generations is not None and self.num_generations < (1 if self.per_prompt_stat_tracking else 2):
+            raise ValueError(
+                f"num_generations is {self.num_generations}; a group-relative advantage needs at least 2 images of a "
+                "prompt, or 1 with DDPO's statistics of each prompt (per_prompt_stat_tracking=True)"
             )
         if self.per_prompt_stat_tracking and self.group_allocation != "fixed":
             raise ValueError(
@@ -388,6 +431,7 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
             )
         self._check_objective()
         self._check_credit()
+        self._check_superflow()
         if self.objective_class.warns_without_beta and self.beta == 0:
             warnings.warn(
                 f"beta is 0: objective={self.objective!r} pushes away from images that compare badly without an end, "
@@ -395,12 +439,28 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
                 stacklevel=4,  # where the configuration is made
             )
 
+    def _check_superflow(self) -> None:
+        if self.group_allocation != "superflow":
+            for name, default in (("reward_range", None), ("group_bins", 4)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no effect with group_allocation={self.group_allocation!r}; "
+                        "it is for superflow"
+                    )
+            return
+        if not (self.credits_final_image or self.credit_rule.final_only):
+            raise ValueError(
+                f"group_allocation='superflow' expects a final reward of a prompt, and step_credit="
+                f"{self.step_credit!r} scores others; use step_credit='terminal'"
+            )
+
     def _check_objective(self) -> None:
         objective, kernel = self.objective_class, self.kernel_class.from_options(self)
         if self.train_level_weighting is not None and self.train_level_weighting not in objective.weightings:
             raise ValueError(
-                f"train_level_weighting is {self.train_level_weighting!r}; use one of "
+                f"train_level_weighting is {shown(self.train_level_weighting)}; use one of "
                 f"{', '.join(objective.weightings)} with objective={self.objective!r}, or None for its default"
+                f"{did_you_mean(self.train_level_weighting, objective.weightings)}"
             )
         for field in (*dataclasses.fields(ObjectiveOptions), *dataclasses.fields(LossOptions)):
             value, read = getattr(self, field.name), {"objective", "objective_kwargs", *objective.reads.values()}

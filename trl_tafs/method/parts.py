@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_type_hints
 
+from trl_tafs.method.papers import Paper
 from trl_tafs.options import typed
 from trl_tafs.output.errors import did_you_mean, first_line, shown
 
@@ -19,6 +20,7 @@ class Part:
 
     reads: ClassVar[Mapping[str, str]] = {}
     description: ClassVar[str]  # a phrase for the model card
+    paper: ClassVar[Paper | None] = None  # where it comes from, if that isn't TAFS-GRPO's: cited on the card
 
     @classmethod
     def _fields(cls) -> dict[str, dataclasses.Field[Any]]:
@@ -66,7 +68,7 @@ def own_options(
             elsewhere = f"; use the option {read[name]}" if read and name in read else did_you_mean(name, own)
             raise ValueError(f"{kwargs} has {name!r}, which {title} doesn't take: {there}{elsewhere}")
     try:
-        hints = get_type_hints(part)
+        hints = get_type_hints(part) if found else {}
     except (NameError, TypeError):  # names of a function in which the part was made; a callable object
         hints = {}
     return {name: typed(f"{kwargs}[{name!r}]", value, hints.get(name, Any)) for name, value in found.items()}

@@ -68,6 +68,7 @@ class AutoTAFSPipeline:
         names = set(inspect.signature(family.__init__).parameters) - {"self"} - set(pipe.components)
         made = family(**pipe.components, **{name: pipe.config[name] for name in names if name in pipe.config})
         made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
+        made._merged_adapters = set(getattr(pipe, "fused_loras", ()))  # what `fused_loras` tells: it is in the weights
         made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return made
 

@@ -28,7 +28,7 @@ from trl_tafs.method.levels import level_to_timestep, uniform_levels
 from trl_tafs.method.noise import Noise, SequentialNoise
 from trl_tafs.method.rollout import replay, rollout
 from trl_tafs.method.types import Conditioning, Embeddings, Rollout, Transitions
-from trl_tafs.pipelines.components import base_dtype, is_text_encoder
+from trl_tafs.pipelines.components import base_dtype, denoiser_of, is_text_encoder
 from trl_tafs.pipelines.schedulers import AnnealedFlowMatchScheduler, flow_match_config
 
 
@@ -48,7 +48,10 @@ class TAFSPipelineMixin(ABC):
     text_multiple: int | None = None
     # The scale that a guidance-distilled denoiser is given where none is asked for; None: it takes none.
     default_embedded_guidance: float | None = None
+    counting_tokenizers: tuple[str, ...] = ("tokenizer",)  # those whose tokens `max_sequence_length` limits
+    uncounted_tokens = 0  # of the template that a prompt is put into, those that it leaves out of the count
     stock_sequence_limit: int | None = None  # tokens of a prompt that the stock pipeline takes at most; None: any
+    comfyui_shift: float | None = None  # of this family's levels in ComfyUI; None: it isn't known to load its LoRAs
     card_tags: tuple[str, ...] = ()  # the Hub's tags of this family on an adapter's card
     # Parts of a LoRA's keys that this family has and few others have, and what such a LoRA is called in an error.
     lora_key_marks: tuple[str, ...] = ()
@@ -66,8 +69,8 @@ class TAFSPipelineMixin(ABC):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that is trained."""
-        return getattr(self, self.denoiser_name)
+        """The network that is trained, out of `torch.compile`'s wrapper."""
+        return denoiser_of(self)
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """Return the text encoders that are loaded, by their components' names."""
@@ -92,6 +95,11 @@ class TAFSPipelineMixin(ABC):
     @property
     def lora_excluded_modules(self) -> list[str]:
         """Those of the target modules that have no effect, and would leave DDP waiting for their gradient."""
+        return []
+
+    @property
+    def dead_lora_modules(self) -> list[str]:
+        """Parts of the names of modules whose output never reaches the velocity: their LoRA can't have a gradient."""
         return []
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -163,6 +171,24 @@ class TAFSPipelineMixin(ABC):
     def stock_max_sequence_length(cls) -> int:
         """Tokens of a prompt in the stock pipeline where none are given."""
         return inspect.signature(cls.stock_class().__call__).parameters["max_sequence_length"].default
+
+    def templated(self, prompt: str) -> str:
+        """Return what the tokenizer is given of a prompt: within a chat's template, where the family has one."""
+        return prompt
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return the tokens of each prompt as `max_sequence_length` counts them, before any are cut off.
+
+        Of several tokenizers the one that makes most of it counts; without tokenizers it is 0.
+        """
+        counts = [0] * len(prompts)
+        for tokenizer in (getattr(self, name, None) for name in self.counting_tokenizers):
+            if tokenizer is not None and prompts:
+                tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+                encoded = tokenizer([self.templated(prompt) for prompt in prompts], verbose=False).input_ids
+                found = (len(ids) - self.uncounted_tokens for ids in encoded)
+                counts = [max(pair) for pair in zip(counts, found, strict=True)]
+        return counts
 
     def check_sequence_length(self, max_sequence_length: int | None) -> None:
         """Raise ValueError if the stock pipeline doesn't take so many tokens of a prompt; None, the default, fits."""
@@ -272,7 +298,7 @@ class TAFSPipelineMixin(ABC):
         With classifier-free guidance both halves go through the denoiser as the stock pipeline has them: as one batch,
         or one after the other. `model` is the denoiser to call where it isn't the pipeline's own (a DDP wrapper of it).
         """
-        model = self.denoiser if model is None else model
+        model = getattr(self, self.denoiser_name) if model is None else model
         timestep = level_to_timestep(level, self.scheduler.config.num_train_timesteps)
         if conditioning.negative is None:
             return self.denoise(model, x, timestep, conditioning.positive).float()

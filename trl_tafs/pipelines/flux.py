@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
@@ -31,7 +33,9 @@ class TAFSFluxPipeline(PackedLatents, TAFSPipelineMixin, FluxPipeline):
     guidance_argument = "true_cfg_scale"
     default_embedded_guidance = 3.5
     stock_sequence_limit = 512
+    counting_tokenizers = ("tokenizer_2",)
     card_tags = ("flux", "flux-diffusers")
+    comfyui_shift = math.exp(1.15)
     lora_key_marks, lora_family = ("single_transformer_blocks.",), "FLUX.1"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:

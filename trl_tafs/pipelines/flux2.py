@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor, nn
 
 from trl_tafs.method.guidance import is_guided
@@ -31,6 +32,7 @@ class Flux2Mixin(PackedLatents, TAFSPipelineMixin):
     )
     guidance_batch = None
     card_tags = ("flux2", "flux2-diffusers")
+    comfyui_shift = math.exp(2.02)
     lora_key_marks, lora_family = ("to_qkv_mlp_proj", "single_transformer_blocks."), "FLUX.2"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
@@ -74,6 +76,11 @@ class TAFSFlux2Pipeline(Flux2Mixin, Flux2Pipeline):
 
     default_embedded_guidance = 4.0
 
+    def templated(self, prompt: str) -> str:
+        """Below the stock pipeline's system message."""
+        turns = format_input([prompt], self.system_message)
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)[0]
+
     @property
     def has_guidance(self) -> bool:
         """Its guidance is embedded."""
@@ -89,6 +96,13 @@ class TAFSFlux2KleinPipeline(Flux2Mixin, Flux2KleinPipeline):
 
     The stock pipeline's negative prompt is the empty one, and its distilled models have no guidance.
     """
+
+    def templated(self, prompt: str) -> str:
+        """As a user's turn, as the stock pipeline has it."""
+        turns = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Qwen3: text (B, L, 3C)."""

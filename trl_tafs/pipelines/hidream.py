@@ -28,6 +28,7 @@ class TAFSHiDreamPipeline(TAFSPipelineMixin, HiDreamImagePipeline):
         *("attn1.to_k_t", "attn1.to_out_t", "attn1.to_q_t", "attn1.to_v_t"),
     )
     patch_size = 2
+    counting_tokenizers = ("tokenizer_3", "tokenizer_4")
     card_tags = ("hidream", "hidream-diffusers")
     lora_key_marks, lora_family = ("double_stream_blocks.",), "HiDream"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_tafs.pipelines.components import base_dtype, denoiser_name
+from trl_tafs.pipelines.components import base_dtype, denoiser_of
 from trl_tafs.pipelines.quantized import is_quantized
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # `owner/name` on the Hub
@@ -33,6 +33,7 @@ class BaseIdentity:
     commit: str | None  # of the Hub's cache, where the weights came from it
     dtype: str  # of the denoiser's weights
     quantization: str | bool  # "4bit" or "8bit" by bitsandbytes, else whether it is quantized
+    fused: tuple[str, ...] = ()  # names of LoRAs that `fuse_lora` put into the weights, as far as diffusers knows them
 
     @property
     def name(self) -> str:
@@ -58,7 +59,7 @@ def base_identity(pipeline: Any) -> BaseIdentity:
     else:
         repo_id = source if REPOSITORY.fullmatch(source) else None
     weights = str(pipeline.vae.config.get("_name_or_path"))  # the VAE's path: no pipeline lacks it
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    denoiser = denoiser_of(pipeline)
     bits = next((bits for bits in ("4bit", "8bit") if getattr(denoiser, f"is_loaded_in_{bits}", False)), None)
     return BaseIdentity(
         pipeline_class=(pipeline.stock_class() if hasattr(pipeline, "stock_class") else type(pipeline)).__name__,
@@ -69,4 +70,5 @@ def base_identity(pipeline: Any) -> BaseIdentity:
         commit=cached_repository(weights)[1],
         dtype=str(base_dtype(denoiser)).removeprefix("torch."),
         quantization=bits or is_quantized(denoiser),
+        fused=tuple(sorted(getattr(pipeline, "fused_loras", ()))),
     )

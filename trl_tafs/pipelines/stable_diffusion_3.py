@@ -26,9 +26,16 @@ class TAFSStableDiffusion3Pipeline(TAFSPipelineMixin, StableDiffusion3Pipeline):
         "attn.to_q",
         "attn.to_v",
     )
+    counting_tokenizers = ("tokenizer_3",)
     stock_sequence_limit = 512
     card_tags = ("sd3", "sd3-diffusers")
+    comfyui_shift = 3.0
     lora_key_marks, lora_family = ("attn.add_q_proj",), "SD3"
+
+    @property
+    def dead_lora_modules(self) -> list[str]:
+        """The last block's text stream is discarded: its queries ask for nothing."""
+        return [f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}.attn.add_q_proj"]
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by the two CLIP encoders and T5: text (B, L, C), pooled (B, P)."""

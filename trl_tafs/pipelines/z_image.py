@@ -24,7 +24,15 @@ class TAFSZImagePipeline(TAFSPipelineMixin, ZImagePipeline):
     latent_dtype = torch.float32
     patch_size = 2
     card_tags = ("z-image", "z-image-diffusers")
+    comfyui_shift = 3.0
     lora_key_marks, lora_family = ("noise_refiner.",), "Z-Image"
+
+    def templated(self, prompt: str) -> str:
+        """As a user's turn, as the stock pipeline has it."""
+        turns = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Qwen3: text (B, L, C) as long as the longest prompt, and its mask."""

@@ -18,7 +18,7 @@ import torch
 
 from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import write_whole
-from trl_tafs.pipelines.components import denoiser_name, is_text_encoder
+from trl_tafs.pipelines.components import denoiser_name, denoiser_of, is_text_encoder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -120,7 +120,7 @@ def save_adapter(
         ValueError: no such adapter, weights of other names, or a LoRA that the format cannot hold.
     """
     denoiser = denoiser_name(pipeline)
-    layers = _adapter_layers(getattr(pipeline, denoiser), adapter_name, state_dict)
+    layers = _adapter_layers(denoiser_of(pipeline), adapter_name, state_dict)
     if fold_alpha:
         layers, lora_config = folded_alpha(layers, lora_config)
     metadata = lora_metadata(lora_config)
@@ -151,21 +151,30 @@ def _adapter_layers(
     return {name: layers[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(layers)}
 
 
+def ranks_and_strengths(layers: Mapping[str, torch.Tensor], config: LoraConfig) -> dict[str, tuple[int, float]]:
+    """Return each module's rank and strength, alpha / r (rslora: alpha / sqrt(r)), by the header's rules."""
+    from peft.utils.other import get_pattern_key
+
+    found, patterns = {}, config.alpha_pattern
+    for key, weight in layers.items():
+        if key.endswith(".lora_B.weight") and weight.ndim > 1:
+            module, rank = key.removesuffix(".lora_B.weight"), weight.shape[1]
+            alpha = patterns.get(get_pattern_key(patterns, module), config.lora_alpha)
+            found[module] = rank, alpha / (rank**0.5 if config.use_rslora else rank)
+    return found
+
+
 def folded_alpha(layers: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """Return the LoRA with its strength in the weights: B times alpha / r (rslora: alpha / sqrt(r)), and alpha = r.
 
-    Tools that ignore the file's metadata (ComfyUI) then apply it at the right strength. A power of two, such as the
-    default 64 / 32, changes no bit of what diffusers computes; others round.
+    Tools that ignore the file's metadata (ComfyUI, `load_lora_weights` of a dict) then apply it at the right strength.
+    A power of two, such as the default 64 / 32, changes no bit of what diffusers computes; others round.
     """
-    from peft.utils.other import get_pattern_key
-
-    folded, patterns = dict(layers), config.alpha_pattern
-    for key, weight in layers.items():
-        if ".lora_B" not in key or weight.ndim < 2:
-            continue
-        module, rank = key.partition(".lora_B")[0], weight.shape[1]
-        alpha = patterns.get(get_pattern_key(patterns, module), config.lora_alpha)
-        folded[key] = weight * (alpha / (rank**0.5 if config.use_rslora else rank))
+    strengths = ranks_and_strengths(layers, config)
+    folded = {
+        key: weight * strengths[key.partition(".lora_B")[0]][1] if ".lora_B." in key else weight
+        for key, weight in layers.items()
+    }
     settings = {"lora_alpha": config.r, "use_rslora": False, "alpha_pattern": dict(config.rank_pattern)}
     return folded, type(config)(**(lora_metadata(config) | settings))
 
@@ -211,15 +220,19 @@ def read_adapter(
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a torn file, or one of another format (PEFT's, kohya's, a UNet's).
+        ValueError: a torn file, one of another format (PEFT's, kohya's, a UNet's), one where a layer lacks its A or B,
+            or whose ranks are not the metadata's.
     """
     path, name = _adapter_file(source, weight_name, revision, token)
     weights, header = _read_safetensors(path, name)
     prefix = f"{denoiser}."
     layers = {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
     if len(layers) < len(weights) or not layers or not all(".lora_" in key for key in layers):
-        raise ValueError(_wrong_format(name, weights, prefix))
-    return layers, _lora_config(name, layers, header, prefix)
+        raise AdapterFormatError(_wrong_format(name, weights, prefix))
+    _check_pairs(name, layers)
+    config = _lora_config(name, layers, header, prefix)
+    _check_ranks(name, layers, config)
+    return layers, config
 
 
 def _adapter_file(
@@ -266,6 +279,10 @@ def _read_safetensors(path: str, name: str) -> tuple[dict[str, torch.Tensor], di
     return weights, header
 
 
+class AdapterFormatError(ValueError):
+    """A file of another format than diffusers' for a LoRA of the denoiser alone."""
+
+
 def _wrong_format(name: str, weights: dict[str, torch.Tensor], prefix: str) -> str:
     key = next((key for key in weights if not key.startswith(prefix) or ".lora_" not in key), None)
     expected = f"expected keys such as '{prefix}<module>.lora_A.weight'"
@@ -306,6 +323,55 @@ def _lora_config(name: str, layers: dict[str, torch.Tensor], header: dict[str, A
         raise ValueError(f"{name}: this PEFT cannot read its LoraConfig ({error}); upgrade peft") from error
 
 
+def _check_pairs(name: str, layers: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError if a layer has A without B, or B without A: its LoRA would act as nothing, or as noise."""
+    down, up = ({key.partition(half)[0] for key in layers if half in key} for half in (".lora_A", ".lora_B"))
+    if lonely := sorted(down ^ up):
+        has, lacks = ("lora_A", "lora_B") if lonely[0] in down else ("lora_B", "lora_A")
+        raise ValueError(
+            f"{name}: {len(lonely)} of {len(down | up)} layers are halves, the first {lonely[0]!r}, which has {has} "
+            f"and lacks {lacks}; the file was cut, give the whole one"
+        )
+
+
+def _check_ranks(name: str, layers: Mapping[str, torch.Tensor], config: LoraConfig) -> None:
+    """Raise ValueError if a layer has another rank than the configuration gives it."""
+    from peft.utils.other import get_pattern_key
+
+    for module, (rank, _) in ranks_and_strengths(layers, config).items():
+        expected = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+        down = layers.get(f"{module}.lora_A.weight")
+        if rank != expected or (down is not None and down.shape[0] != rank):
+            found = f"{rank}" if down is None or down.shape[0] == rank else f"{down.shape[0]} in A and {rank} in B"
+            raise ValueError(
+                f"{name}: the rank of {module!r} is {found}, and the metadata's is {expected}: mixed ranks need "
+                "a rank_pattern there; give the file as it was saved"
+            )
+
+
+def missing_layers(names: Iterable[str], config: LoraConfig, denoiser: torch.nn.Module) -> list[str]:
+    """Return the layers that a LoRA's configuration targets and its weights, `names`, leave out."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    there = {name.partition(".lora_")[0] for name in names}
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    linear = [n for n, m in denoiser.named_modules() if isinstance(getattr(m, "base_layer", m), kinds)]
+    targets = [] if config.target_modules == "all-linear" else linear
+    return [name for name in targets if name not in there and check_target_module_exists(config, name)]
+
+
+def incomplete(names: Iterable[str], config: LoraConfig, denoiser: torch.nn.Module) -> str | None:
+    """Say which of the layers that its metadata targets an adapter lacks; None if it is whole."""
+    names = list(names)
+    if not (missing := missing_layers(names, config, denoiser)):
+        return None
+    whole = len({name.partition(".lora_")[0] for name in names}) + len(missing)
+    return (
+        f"the adapter lacks {len(missing)} of the {whole} layers that its metadata targets, the first {missing[0]!r}: "
+        "it is a part of one"
+    )
+
+
 # Parts of keys that no family of the package has.
 _FOREIGN = {
     "lora_unet_": "a UNet in kohya's format (SD 1.5 or SDXL)",
@@ -323,11 +389,14 @@ def guess_family(keys: Iterable[str]) -> str:
     return foreign or auto.guess_family([text]) or other
 
 
-def check_adapter_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
+def check_adapter_fits(
+    state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module, config: LoraConfig | None = None
+) -> None:
     """Check that every LoRA weight has its layer in `transformer`, of the right shape: A (r, in), B (out, r).
 
     Raises:
-        ValueError: names the first weight that does not fit, and the family that the adapter looks like.
+        ValueError: names the first weight that does not fit, and the family that the adapter looks like; or the layers
+            that `config` targets and the weights leave out.
     """
     modules = dict(transformer.named_modules())
     model = type(transformer).__name__
@@ -350,3 +419,5 @@ def check_adapter_fits(state_dict: dict[str, torch.Tensor], transformer: torch.n
                 f"{of} there: it looks like one for {guess_family(state_dict)} of another size; give one "
                 "trained on this base model"
             )
+    if config is not None and (fault := incomplete(state_dict, config, transformer)):
+        raise ValueError(f"{fault}; give the whole file")

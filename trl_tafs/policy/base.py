@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.pipelines.components import is_text_encoder
+from trl_tafs.pipelines.components import is_text_encoder, unwrapped
 from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
+from trl_tafs.policy.carried import check_carried
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.options import PolicyOptions
 
+GIB = 2**30
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> tuple[int, int]:
-    """Return height and width, and check all that the pipeline must be able to do.
+def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: Any | None = None) -> tuple[int, int]:
+    """Return height and width, and check what the pipeline carries and must be able to do, before it is touched.
 
     Raises:
         TypeError: it is no TAFS pipeline.
-        ValueError: it can't draw in that size, with that guidance, prompts of that length, or by its scheduler.
+        ValueError: it carries what can't be trained with (`carried.check_carried`), or can't draw in that size, with
+            that guidance, prompts of that length, or by its scheduler.
     """
     if not isinstance(pipeline, TAFSPipelineMixin):
         raise TypeError(
@@ -35,6 +41,7 @@ def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> tuple[int,
     pipeline.check_sequence_length(config.max_sequence_length)
     pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
     pipeline.rollout_levels(config.sample_num_steps, height, width)
+    check_carried(pipeline, config, lora_config)
     return height, width
 
 
@@ -45,7 +52,7 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
     keeps its own, and one of bitsandbytes its place.
 
     Raises:
-        ValueError: a model has a hook that moves it, or can't be moved as `model_cpu_offload` asks.
+        ValueError: a model can't be moved as `model_cpu_offload` asks.
     """
     if config.model_cpu_offload and is_quantized(pipeline.denoiser):
         raise ValueError(
@@ -53,27 +60,90 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
             "use offload_text_encoders=True"
         )
     dtype = DTYPES[config.mixed_precision]
-    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    modules = {n: unwrapped(module) for n, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        check_room(arriving_weights(pipeline, config, device), config, torch.cuda.mem_get_info(device)[0] + unused)
     for name, module in modules.items():
-        if hasattr(module, "_hf_hook"):
-            raise ValueError(
-                f"the pipeline's {name} has a hook of Accelerate, as enable_model_cpu_offload or device_map leave one; "
-                "call pipeline.remove_all_hooks() and use model_cpu_offload=True"
-            )
         module.requires_grad_(False)
         module.eval()  # rollout and replay alike: no dropout anywhere
         waits = config.model_cpu_offload and module is not pipeline.denoiser
         waits = waits or (config.offload_text_encoders and is_text_encoder(name))
-        if not is_bitsandbytes(module):
-            module.to("cpu" if waits else device)
         trained = config.full_finetuning and module is pipeline.denoiser
         if dtype is not None and name != "vae" and not trained and not is_quantized(module):
-            cast(module, dtype)
+            cast(module, dtype)  # before it is moved, so that the device never holds the wider one
+        if not is_bitsandbytes(module):
+            module.to("cpu" if waits else device)
     tiled = pipeline.vae if config.vae_tiling else None
     if not config.model_cpu_offload:
         return DeviceSharing(pipeline.denoiser, device, tiled=tiled)
     moved = [module for module in pipeline.text_encoders().values() if not is_bitsandbytes(module)]
     return DeviceSharing(pipeline.denoiser, device, moved, [pipeline.vae], tiled)
+
+
+def cast_bytes(module: nn.Module, dtype: torch.dtype | None) -> int:
+    """Return the bytes of a module's weights and buffers once it is cast to a dtype; None: as it is."""
+    tensors = (*module.parameters(), *module.buffers())
+    sizes = (dtype.itemsize if dtype and tensor.is_floating_point() else tensor.element_size() for tensor in tensors)
+    return sum(size * tensor.numel() for size, tensor in zip(sizes, tensors, strict=True))
+
+
+def arriving_weights(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: torch.device) -> dict[str, int]:
+    """Return the bytes of each component that isn't on the device yet, as it will be cast; quantized ones left out."""
+    dtypes = {"vae": None} | ({pipeline.denoiser_name: torch.float32} if config.full_finetuning else {})
+    return {
+        name: cast_bytes(module, dtypes.get(name, DTYPES[config.mixed_precision]))
+        for name, module in pipeline.components.items()
+        if isinstance(module, nn.Module) and not is_quantized(module)
+        if all(parameter.device.type != device.type for parameter in module.parameters())
+    }
+
+
+def check_room(weights: Mapping[str, int], config: PolicyOptions, free: int) -> None:
+    """Refuse a base whose weights alone have no room on the device, before any is moved.
+
+    Args:
+        weights: bytes of each model that isn't there yet, by component.
+        config: says which models wait on the CPU.
+        free: bytes of the device.
+
+    Raises:
+        ValueError: they don't fit; says what would.
+    """
+    without_text = {name: size for name, size in weights.items() if not is_text_encoder(name)}
+    choices = {
+        "": weights,
+        "offload_text_encoders=True": without_text,
+        "model_cpu_offload=True": {name: size for name, size in without_text.items() if name != "vae"},
+    }
+    order = list(choices)
+    chosen = order[2 if config.model_cpu_offload else 1 if config.offload_text_encoders else 0]
+    placed = choices[chosen]
+    if sum(placed.values()) <= free:
+        return
+    remedies = [name for name in order[order.index(chosen) + 1 :] if sum(choices[name].values()) <= free]
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in placed.items())
+    raise ValueError(
+        f"the models' weights take {sum(placed.values()) / GIB:.2f} GiB ({shown}), and the device has {free / GIB:.2f} "
+        f"free; use {' or '.join([*remedies, 'a quantized base'])} (docs/memory.md)"
+    )
+
+
+def compiled_as(component: nn.Module, prepared: nn.Module) -> nn.Module:
+    """Return the prepared network compiled as the pipeline's component is, if it is.
+
+    Accelerate prepares the network itself, so that its weights have the same names in either case.
+    """
+    if unwrapped(component) is component:
+        return prepared
+    return component if unwrapped(component) is prepared else component.dynamo_ctx(prepared)
+
+
+@contextmanager
+def normal_mode() -> Iterator[None]:
+    """Inside, gradients can be taken, whatever mode the process is in; a decorator, too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def take_off_autocast(denoiser: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 
 from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import write_folder_whole
-from trl_tafs.pipelines.components import denoiser_name
+from trl_tafs.pipelines.components import denoiser_name, denoiser_of
 from trl_tafs.pipelines.quantized import is_quantized
-from trl_tafs.policy.adapter_file import write_scheduler
+from trl_tafs.policy.adapter_file import AdapterFormatError, incomplete, read_adapter, write_scheduler
+from trl_tafs.policy.carried import activate, active_adapters, check_attached
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,14 +26,14 @@ def save_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike, *, ann
     """Write the whole denoiser in diffusers' format, in a folder of its name, and the scheduler that samples it."""
     name = denoiser_name(pipeline)
     write_scheduler(pipeline, folder, annealed=annealed)
-    write_folder_whole(Path(folder, name), getattr(pipeline, name).save_pretrained)
+    write_folder_whole(Path(folder, name), denoiser_of(pipeline).save_pretrained)
     return Path(folder)
 
 
 def load_denoiser(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
     """Put the weights that `save_denoiser` wrote into the pipeline's denoiser."""
     name = denoiser_name(pipeline)
-    denoiser = getattr(pipeline, name)
+    denoiser = denoiser_of(pipeline)
     saved = type(denoiser).from_pretrained(Path(folder, name), dtype=torch.float32)
     denoiser.load_state_dict(saved.state_dict())
 
@@ -55,7 +57,7 @@ def applied(pipeline: DiffusionPipeline, source: str | os.PathLike | None) -> It
     """Put a LoRA, or a denoiser that was trained whole, on the pipeline inside, and take it off afterwards.
 
     Args:
-        pipeline: whose denoiser has no adapter yet.
+        pipeline: what its denoiser carries already stays active beneath.
         source: a folder or a repository on the Hub; None for the base as it is.
     """
     if source is None:
@@ -63,16 +65,10 @@ def applied(pipeline: DiffusionPipeline, source: str | os.PathLike | None) -> It
         return
     folder = whole_denoiser(source, denoiser_name(pipeline))
     if folder is None:
-        try:
-            pipeline.load_lora_weights(source)
-        except Exception as error:  # files, the network, and what libraries make of what they find there
-            raise ValueError(f"the adapter {source} can't be loaded: {first_line(error)}") from error
-        try:
+        with _applied_lora(pipeline, source):
             yield
-        finally:
-            pipeline.unload_lora_weights()
         return
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    denoiser = denoiser_of(pipeline)
     if is_quantized(denoiser):
         raise ValueError(f"{source} holds a whole {type(denoiser).__name__}; load its base without quantization")
     base = {name: weight.to("cpu", copy=True) for name, weight in denoiser.state_dict().items()}
@@ -81,3 +77,34 @@ def applied(pipeline: DiffusionPipeline, source: str | os.PathLike | None) -> It
         yield
     finally:
         denoiser.load_state_dict(base)
+
+
+@contextmanager
+def _applied_lora(pipeline: DiffusionPipeline, source: str | os.PathLike) -> Iterator[None]:
+    denoiser = denoiser_of(pipeline)
+    check_attached(denoiser)
+    _warn_of_a_part(pipeline, source)
+    carried, name = tuple(active_adapters(denoiser)), "applied"
+    try:
+        pipeline.load_lora_weights(source, adapter_name=name)
+    except Exception as error:  # files, the network, and what libraries make of what they find there
+        raise ValueError(f"the adapter {source} can't be loaded: {first_line(error)}") from error
+    activate(denoiser, (*carried, name))
+    try:
+        yield
+    finally:
+        if carried:
+            pipeline.delete_adapters(name)
+            activate(denoiser, carried)
+        else:
+            pipeline.unload_lora_weights()
+
+
+def _warn_of_a_part(pipeline: DiffusionPipeline, source: str | os.PathLike) -> None:
+    """Warn of an adapter that lacks layers; raise ValueError for one that is torn."""
+    try:
+        weights, config = read_adapter(source, denoiser=denoiser_name(pipeline))
+    except (AdapterFormatError, FileNotFoundError):  # diffusers knows other formats and names
+        return
+    if fault := incomplete(weights, config, denoiser_of(pipeline)):
+        warnings.warn(f"{source}: {fault}", stacklevel=2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,11 @@ from trl_tafs.method.noise import noise_seed
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.quantized import is_quantized
 from trl_tafs.policy.adapter_file import check_adapter_fits, lora_metadata, read_adapter
+from trl_tafs.policy.carried import TrainedAdapter, activate, carried_config, choose_adapter
 from trl_tafs.policy.options import PolicyOptions
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def free_denoiser(pipeline: TAFSPipelineMixin, lora_config: Any | None) -> None:
@@ -26,36 +31,31 @@ def free_denoiser(pipeline: TAFSPipelineMixin, lora_config: Any | None) -> None:
     denoiser.float().requires_grad_(True)
 
 
-def attach_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: Any | None) -> tuple[str, Any]:
-    """Put the trained LoRA on the denoiser; returns the adapter's name and its `LoraConfig`.
+def attach_lora(
+    pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: Any | None
+) -> tuple[TrainedAdapter, LoraConfig]:
+    """Put the trained LoRA on the denoiser; returns which one it is and its `LoraConfig`, a copy of the user's.
 
-    It is, in this order: the one adapter that the pipeline came with; `config.adapter_name_or_path`; the user's
-    `lora_config`; or a new one of `lora_rank` on the family's default modules.
+    It is one that the pipeline came with (`choose_adapter`), `config.adapter_name_or_path`, the user's `lora_config`,
+    or a new one of `lora_rank` on the family's default modules. Others that are active act beneath it, frozen.
     """
     denoiser = pipeline.denoiser
-    attached = dict(getattr(denoiser, "peft_config", {}))
-    if attached:
-        if len(attached) > 1 or lora_config is not None or config.adapter_name_or_path:
-            raise ValueError(
-                f"the pipeline already carries the adapters {', '.join(attached)}; fuse or unload them, or bring "
-                "exactly one and neither a LoraConfig nor adapter_name_or_path, to train that one on"
-            )
-        name, lora_config = next(iter(attached.items()))
-        _check_dropout(lora_config)
-        denoiser.set_adapter(name)
+    chosen = choose_adapter(denoiser, config, lora_config)
+    if chosen.is_new:
+        lora_config = _add_lora(pipeline, config, lora_config, chosen.name)
     else:
-        name = "default"
-        lora_config = _add_lora(pipeline, config, lora_config)
+        lora_config = carried_config(denoiser, chosen.name)
+        _check_dropout(lora_config)
     lora_metadata(lora_config)  # refuses what diffusers' format can't hold, while nothing is trained yet
     denoiser.eval()
-    for parameter_name, parameter in denoiser.named_parameters():
-        parameter.requires_grad_("lora_" in parameter_name and f".{name}." in f"{parameter_name}.")
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return name, lora_config
+    denoiser.requires_grad_(False)
+    activate(denoiser, (*chosen.beneath, chosen.name), chosen.name)
+    for parameter in trainable_parameters(denoiser):
+        parameter.data = parameter.data.float()
+    return chosen, lora_config
 
 
-def _add_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: Any | None) -> Any:
+def _add_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: Any | None, name: str) -> LoraConfig:
     from peft import LoraConfig, set_peft_model_state_dict
 
     denoiser, weights = pipeline.denoiser, None
@@ -63,7 +63,7 @@ def _add_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: A
         if lora_config is not None:
             raise ValueError("give either a LoraConfig or adapter_name_or_path, whose own configuration is used")
         weights, lora_config = read_adapter(config.adapter_name_or_path, denoiser=pipeline.denoiser_name)
-        check_adapter_fits(weights, denoiser)
+        check_adapter_fits(weights, denoiser, lora_config)
     elif lora_config is None:
         lora_config = LoraConfig(
             r=config.lora_rank,
@@ -73,13 +73,15 @@ def _add_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: A
             target_modules=list(config.lora_target_modules or pipeline.lora_target_modules),
             exclude_modules=None if config.lora_target_modules else pipeline.lora_excluded_modules or None,
         )
+    else:
+        lora_config = copy.deepcopy(lora_config)  # PEFT writes into it
     _check_dropout(lora_config)
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(
         noise_seed(config.seed, "lora")
     )  # the same on every process, whatever came before
     try:
-        denoiser.add_adapter(lora_config)
+        denoiser.add_adapter(lora_config, name)
     except ValueError as error:
         names = sorted({n.rpartition(".")[2] for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(
@@ -89,7 +91,7 @@ def _add_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: A
     finally:
         torch.set_rng_state(state)
     if weights is not None:
-        set_peft_model_state_dict(denoiser, weights, adapter_name="default")
+        set_peft_model_state_dict(denoiser, weights, adapter_name=name)
     return lora_config
 
 
@@ -102,13 +104,18 @@ def _check_dropout(lora_config: Any) -> None:
 
 
 @contextmanager
-def adapter_disabled(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, the denoiser is the base policy: the reference of the KL, at no memory of its own."""
-    denoiser.disable_adapters()
+def without_trained(denoiser: nn.Module, adapter: TrainedAdapter) -> Iterator[None]:
+    """Inside, the denoiser is the base policy with what is frozen: the reference of the KL, at no memory of its own."""
+    if adapter.beneath:
+        activate(denoiser, adapter.beneath)
+    else:
+        denoiser.disable_adapters()
     try:
         yield
     finally:
-        denoiser.enable_adapters()
+        if not adapter.beneath:
+            denoiser.enable_adapters()
+        activate(denoiser, (*adapter.beneath, adapter.name), adapter.name)
 
 
 def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,16 +73,21 @@ class AdapterOptions(Options):
     lora_rank: int = option(32, "Rank (paper: 32).")
     lora_alpha: int = option(64, "Alpha (paper: 64).")
     lora_target_modules: list[str] | None = option(None, "None: the family's attention projections.")
-    lora_fold_alpha: bool = option(
-        False,
-        "Publish the adapter with alpha / r multiplied into its weights and alpha = r: the same images in diffusers, "
-        "and the right strength in tools that ignore the file's metadata (ComfyUI).",
-    )
     adapter_name_or_path: str | None = option(None, "A LoRA in diffusers' format, local or on the Hub, to continue.")
+    model_adapter_name: str | None = option(
+        None,
+        "Name of the LoRA that is trained: one that the pipeline carries, or a new one above those that it carries, "
+        "which stay active and frozen. None: the one that it carries, or else a new one.",
+    )
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_at_least(self, 1, "lora_rank", "lora_alpha")
+        if self.model_adapter_name is not None and not re.fullmatch(r"\w[\w-]*", self.model_adapter_name):
+            raise ValueError(
+                f"model_adapter_name is {self.model_adapter_name!r}; use letters, digits, _ and - (PEFT puts it into "
+                "the names of weights)"
+            )
         check_share(self, "train_ema_decay")
         check_not_empty(self, "adapter_name_or_path")
 
@@ -119,6 +125,6 @@ class PolicyOptions(AdapterOptions, OptimizerOptions, OldPolicyOptions, Pipeline
     def check(self) -> None:
         """Raise ValueError for what can't work together."""
         if self.full_finetuning:
-            wrong = ("model_cpu_offload", "adapter_name_or_path", "lora_target_modules", "lora_fold_alpha")
+            wrong = ("model_cpu_offload", "adapter_name_or_path", "model_adapter_name", "lora_target_modules")
             if given := [name for name in wrong if getattr(self, name)]:
                 raise ValueError(f"full_finetuning trains no LoRA, and moves no weights; leave out {', '.join(given)}")

@@ -14,10 +14,11 @@ from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.finite import is_finite
 from trl_tafs.policy.adapter_file import check_adapter_fits, read_adapter, save_adapter
-from trl_tafs.policy.base import prepare_base, take_off_autocast
+from trl_tafs.policy.base import compiled_as, normal_mode, prepare_base, take_off_autocast
+from trl_tafs.policy.carried import FrozenAdapter, TrainedAdapter, frozen_adapter
 from trl_tafs.policy.copies import AdapterAverage, HeldWeights, OldPolicy
 from trl_tafs.policy.denoiser_file import load_denoiser, save_denoiser
-from trl_tafs.policy.lora import adapter_disabled, attach_lora, free_denoiser, trainable_parameters
+from trl_tafs.policy.lora import attach_lora, free_denoiser, trainable_parameters, without_trained
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.optimizer import apply_settings, make_lr_scheduler, make_optimizer
 from trl_tafs.policy.options import PolicyOptions
@@ -39,10 +40,13 @@ class Policy:
     Attributes:
         model: the prepared denoiser, through which every evaluation goes.
         parameters: the trained ones, in order.
+        adapter: which LoRA is trained, and which ones act beneath it; None with full_finetuning.
+        frozen: those beneath it.
         average: the exponential moving average that is evaluated and saved, if there is one.
         old: the lagging policy that draws the rollouts, if there is one.
     """
 
+    @normal_mode()
     def __init__(
         self,
         pipeline: TAFSPipelineMixin,
@@ -53,23 +57,31 @@ class Policy:
     ) -> None:
         self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
         self.devices: DeviceSharing = prepare_base(pipeline, config, accelerator.device)
-        self.adapter_name: str | None = None
+        self.adapter: TrainedAdapter | None = None
         self.lora_config: Any | None = None
+        self.frozen: tuple[FrozenAdapter, ...] = ()
         if config.full_finetuning:
             free_denoiser(pipeline, lora_config)
         else:
-            self.adapter_name, self.lora_config = attach_lora(pipeline, config, lora_config)
+            self.adapter, self.lora_config = attach_lora(pipeline, config, lora_config)
+            self.frozen = tuple(frozen_adapter(pipeline.denoiser, name) for name in self.adapter.beneath)
         self.storage_dtype: torch.dtype = pipeline.storage_dtype
         self.parameters = trainable_parameters(pipeline.denoiser)
         optimizer = make_optimizer(self.parameters, config)
         take_off_autocast(pipeline.denoiser)
         self.lr_scheduler = make_lr_scheduler(optimizer, config, total_updates)
-        self.model, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
+        prepared, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
+        self.model = compiled_as(getattr(pipeline, pipeline.denoiser_name), prepared)
         self.base = HeldWeights(self.parameters) if config.full_finetuning else None
         self.average = AdapterAverage(self.parameters, config.train_ema_decay) if config.train_use_ema else None
         self.old: OldPolicy | None = None
         if config.old_policy_decay:
             self.old = OldPolicy(self.parameters, config.old_policy_decay, config.old_policy_ramp)
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The trained LoRA's name on the denoiser; None with full_finetuning."""
+        return None if self.adapter is None else self.adapter.name
 
     # Evaluate -------------------------------------------------------------------------------------------------
 
@@ -78,8 +90,8 @@ class Policy:
         return self.pipeline.velocity(x, level, conditioning, self.model)
 
     def reference(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the velocity of the base without what was trained, (B, *) float32."""
-        with self.base.applied() if self.base else adapter_disabled(self.pipeline.denoiser):
+        """Return the velocity of the base without what is trained, with what is frozen beneath it, (B, *) float32."""
+        with self.base.applied() if self.base else without_trained(self.pipeline.denoiser, self.adapter):
             return self.pipeline.velocity(x, level, conditioning)
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -105,7 +117,8 @@ class Policy:
         if switch:
             denoiser.enable_gradient_checkpointing()
         try:
-            yield
+            with torch.enable_grad():
+                yield
         finally:
             if switch:
                 denoiser.disable_gradient_checkpointing()
@@ -144,13 +157,12 @@ class Policy:
 
     # Save and load --------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | os.PathLike, *, fold_alpha: bool = False) -> None:
-        """Write the trained weights in diffusers' format, and the scheduler that samples them.
+    def publish(self, folder: str | os.PathLike) -> None:
+        """As `save`, with the LoRA's strength in its weights, so that tools that ignore the file's header apply it."""
+        self.save(folder, fold_alpha=True)
 
-        Args:
-            folder: made if missing.
-            fold_alpha: multiply alpha / r into the LoRA's weights, for tools that ignore the file's header.
-        """
+    def save(self, folder: str | os.PathLike, *, fold_alpha: bool = False) -> None:
+        """Write the trained weights in diffusers' format, and the scheduler that samples them; `folder` is made."""
         if self.config.full_finetuning:
             save_denoiser(self.pipeline, folder, annealed=self.config.anneals)
             return

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,10 +21,14 @@ from torch import Tensor, nn
 
 from trl_tafs.method.types import Conditioning, Embeddings
 from trl_tafs.output.files import write_whole
+from trl_tafs.output.writable import check_writable
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.finite import check_embeddings
 from trl_tafs.pipelines.identity import base_identity
 from trl_tafs.pipelines.quantized import is_bitsandbytes
+
+GIB = 2**30
+REMEMBERED = 100_000  # prompts that were encoded and dropped
 
 
 class PromptEncoder:
@@ -71,6 +77,8 @@ class PromptEncoder:
         }
         self.cache: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0  # of all in the cache
+        self._dropped: set[str] = set()  # prompts that had to leave it
+        self._told = False
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
 
     @classmethod
@@ -105,17 +113,34 @@ class PromptEncoder:
         return rows[torch.tensor([index[prompt] for prompt in prompts], device=self.device)]
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode a fixed set of prompts into `cache_dir`, each process its share; without a folder do nothing."""
+        """Encode a fixed set of prompts into `cache_dir`, each process its share; without a folder do nothing.
+
+        Raises:
+            ValueError: prompts are to be written there (those missing of the set, or a function's, which nobody knows),
+                and can't, or the disk has no room for all of them, measured by one.
+        """
         if self.cache_dir is None:
             return
         processes = PartialState()
         share = list(dict.fromkeys(prompts))[processes.process_index :: processes.num_processes]
-        self._encode([prompt for prompt in share if not self._file(prompt).exists()], keep=False)
+        missing = [prompt for prompt in share if not self._file(prompt).exists()]
+        if missing or not prompts:
+            check_writable(self.folder, "prompt_cache_dir")
+        self._encode(missing[:1], keep=False)
+        if len(missing) > 1:
+            size, count = self._file(missing[0]).stat().st_size, (len(missing) - 1) * processes.num_processes
+            note = cache_note(size, count, shutil.disk_usage(self.folder).free, self.folder)
+            if note and processes.is_main_process:
+                warnings.warn(note, stacklevel=2)
+        self._encode(missing[1:], keep=False)
         processes.wait_for_everyone()
 
     def _shrink(self) -> None:
         while self.cache and (len(self.cache) > self.cache_size or self._bytes > self.cache_bytes):
-            self._bytes -= _weight(self.cache.popitem(last=False)[1])
+            prompt, conditioning = self.cache.popitem(last=False)
+            self._bytes -= _weight(conditioning)
+            if len(self._dropped) < REMEMBERED:
+                self._dropped.add(prompt)
 
     def _keep(self, prompt: str, conditioning: Conditioning) -> None:
         self.cache[prompt] = conditioning
@@ -126,7 +151,16 @@ class PromptEncoder:
         stored = [] if self.cache_dir is None else [prompt for prompt in prompts if self._file(prompt).exists()]
         for prompt in stored:
             self._keep(prompt, _load(self._file(prompt), self.arguments["guidance_scale"]))
-        self._encode([prompt for prompt in prompts if prompt not in stored])
+        new = [prompt for prompt in prompts if prompt not in stored]
+        if not self._told and not self._dropped.isdisjoint(new):
+            self._told = True
+            warnings.warn(
+                f"prompts are encoded again that memory had no room for: it holds {len(self.cache)} of them, "
+                f"{self._bytes / GIB:.2f} GiB (at most {self.cache_size}, and {self.cache_bytes / GIB:.2f} GiB); with "
+                "a prompt_cache_dir each is encoded once",
+                stacklevel=2,
+            )
+        self._encode(new)
 
     def _encode(self, prompts: Sequence[str], keep: bool = True) -> None:
         if not prompts:
@@ -184,8 +218,31 @@ class PromptEncoder:
         """Return a prompt's file, named by a digest of all that the embedding depends on: base, dtype, arguments."""
         base = base_identity(self.pipeline)
         known = [base.pipeline_class, base.source, *([base.commit] if base.commit else []), f"torch.{base.dtype}"]
+        known += [f"fused {name}" for name in base.fused]
         key = json.dumps([*known, self.arguments, prompt], sort_keys=True)
         return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+
+
+def cache_note(size: int, count: int, free: int, folder: Path) -> str | None:
+    """Return what encoded prompts will take on a disk, where that is much.
+
+    Args:
+        size: bytes of one.
+        count: prompts that are to be written.
+        free: bytes that the disk has.
+        folder: on it.
+
+    Raises:
+        ValueError: the disk has no room for them.
+    """
+    total = size * count
+    told = f"{count:,} prompts of {size / 2**20:.2f} MiB are {total / GIB:.1f} GiB; {folder} has {free / GIB:.1f} free"
+    if total > free:
+        raise ValueError(
+            f"prompt_cache_dir: {told}; give a folder on a larger disk, fewer prompts, a smaller max_sequence_length, "
+            "or leave prompt_cache_dir out"
+        )
+    return f"encoding into prompt_cache_dir: {told}" if total > GIB else None
 
 
 def _weight(conditioning: Conditioning) -> int:

@@ -25,9 +25,9 @@ SET_FILES = {  # files on GitHub: OWNER/REPOSITORY/BRANCH/PATH
     "flow_grpo/pickapic_train": "yifan123/flow_grpo/main/dataset/pickscore/train.txt",
     "flow_grpo/pickapic_test": "yifan123/flow_grpo/main/dataset/pickscore/test.txt",
 }
-SET_DATASETS = {  # datasets on the Hub: (name, split, the prompts' column)
-    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "test_unique", "caption"),
-    "parti": ("nateraw/parti-prompts", "train", "Prompt"),
+SET_DATASETS = {  # files of datasets on the Hub: (name, files, the prompts' column)
+    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "data/test_unique-*.parquet", "caption"),
+    "parti": ("nateraw/parti-prompts", "*.tsv", "Prompt"),
 }
 PROMPT_SETS = (*SET_FILES, *SET_DATASETS)  # the papers' sets by their public names
 MIRROR = "TRL_TAFS_PROMPT_SETS"  # the environment's: the address that GitHub's files are fetched from
@@ -56,9 +56,7 @@ def load_prompts(source: str) -> Any:
     if path.suffix.lower() in PARSERS or is_file(path):
         return read_prompt_file(path)
     if source in SET_DATASETS:
-        name, split, column = SET_DATASETS[source]
-        dataset = _dataset(name, split)
-        return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+        return _downloaded(source)
     if not HUB_NAME.fullmatch(source) and not (source and os.path.isdir(source)):
         raise ValueError(
             f"{source!r:.200} is no prompt file, no set ({', '.join(PROMPT_SETS)}) and no dataset user/name"
@@ -109,17 +107,41 @@ def _keep(path: Path, data: bytes) -> None:
         warnings.warn(f"{path} can't be kept ({error}); the prompts are fetched again the next time", stacklevel=4)
 
 
+def _downloaded(source: str) -> Any:
+    """A set that is a dataset's files: these alone, where `load_dataset` would download those of every split."""
+    from datasets import Dataset
+    from huggingface_hub import snapshot_download
+
+    name, files, column = SET_DATASETS[source]
+    try:
+        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=[files]))
+        paths = sorted(map(str, folder.glob(files)))
+        if not paths:
+            raise ValueError(f"{name} has no file {files}")
+        dataset = Dataset.from_csv(paths, sep="\t") if files.endswith(".tsv") else Dataset.from_parquet(paths)
+        return dataset.rename_column(column, "prompt")
+    except Exception as error:  # the network's edge, and a stranger's files
+        raise ValueError(
+            f"the prompt set {source} can't be fetched from the Hub ({_told(error)}); give a file with a column "
+            f"`prompt` instead, or set HF_ENDPOINT to a mirror's address"
+        ) from error
+
+
 def _dataset(name: str, split: str) -> Any:
     from datasets import load_dataset
 
     try:
         return load_dataset(name, split=split)
     except Exception as error:  # the network's edge, and a stranger's files
-        told = printable(hide(str(error).strip() or type(error).__name__))
         raise ValueError(
-            f"{name!r}, split {split!r}, can't be loaded: {told}; prompts are a file, a set "
+            f"{name!r}, split {split!r}, can't be loaded: {_told(error)}; prompts are a file, a set "
             f"({', '.join(PROMPT_SETS)}) or a dataset user/name:split{did_you_mean(name, PROMPT_SETS)}"
         ) from error
+
+
+def _told(error: Exception) -> str:
+    """Return a library's message as one line without passwords."""
+    return printable(hide(str(error).strip() or type(error).__name__))
 
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}

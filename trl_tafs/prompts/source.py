@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trl_tafs.method.allocation import PromptWeights
 from trl_tafs.method.noise import noise_seed
 from trl_tafs.method.types import PromptBatch
 from trl_tafs.rewards.scoring import check_signature, copy_metadata
@@ -53,6 +54,7 @@ class PromptSource:
         if self.function is not None:
             check_signature(self.function, "the prompt function", "")
         self.rows = None if callable(source) else _as_rows(source)
+        self._known: list[str] | None = None  # all prompts, once they were asked for
         self._order: tuple[int, Any] = (-1, None)  # the present sweep and its order of the rows
         if self.rows is not None:
             if len(self.rows) == 0:
@@ -64,6 +66,29 @@ class PromptSource:
     def known(self) -> list[str]:
         """Return all prompts if they are a fixed set, and none if they come from a function."""
         return [] if self.rows is None else [_prompt_of(row) for _, row in _scan(self.rows)]
+
+    def check_fixed(self) -> None:
+        """Raise ValueError if the prompts come from a function, so that there is no set to draw from by weight."""
+        if self.rows is None:
+            raise ValueError(
+                "group_allocation='superflow' draws prompts by weight from a fixed set, and these come from a "
+                "function; give a list or a dataset"
+            )
+
+    def by_weight(self, epoch: int, num_groups: int, weigh: PromptWeights) -> list[tuple[str, dict[str, Any]]]:
+        """Return the (prompt, metadata) of each of an epoch's groups, drawn by `weigh(prompts) -> (P,)` above 0.
+
+        A function of (seed, epoch, weights). One after the other, each is drawn from those that are left with a
+        probability in proportion to its weight; when none is left, from all again.
+        """
+        self.check_fixed()
+        if self._known is None:
+            self._known = self.known()
+        weights = np.asarray(weigh(self._known), dtype=np.float64)
+        generator, drawn = np.random.default_rng(noise_seed(self.seed, epoch, "by weight")), []
+        while len(drawn) < num_groups:  # the first of P alarms, each of rate w, rings in proportion to w
+            drawn += np.argsort(generator.standard_exponential(len(weights)) / weights, kind="stable").tolist()
+        return [row_to_prompt(self.rows[row]) for row in drawn[:num_groups]]
 
     def all(self) -> list[tuple[str, dict[str, Any]]]:
         """Return (prompt, metadata) of every row, a copy; none if they come from a function."""

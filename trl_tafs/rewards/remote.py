@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trl_tafs.rewards.scoring import RewardError, RewardRefused, as_rewards
-from trl_tafs.rewards.web import Address, WebError, fetch, parse_address
+from trl_tafs.rewards.web import Address, WebError, fetch, parse_address, pause
 from trl_tafs.rewards.wire import FORMATS, SECRET, encode_images
 
 REFUSED = (400, 401, 403, 413, 415)  # answers that asking again doesn't change
@@ -24,6 +24,14 @@ MAX_NAME = 100  # characters of a served reward's name
 
 class RequestRefused(RewardRefused):
     """The server won't take the request: neither another try nor another endpoint helps."""
+
+
+class EndpointFailed(RewardError):
+    """An endpoint gave no scores; another try may help, after `retry_after` seconds where it says so."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class RemoteReward:
@@ -38,7 +46,8 @@ class RemoteReward:
         batch_size: images of one request.
         timeout: seconds for one request, from connecting to the answer's last byte.
         max_retries: rounds over the endpoints after the first.
-        retry_delay: seconds before the second round, doubled each time.
+        retry_delay: seconds before the second round, doubled each time; longer, up to `timeout`, where every endpoint
+            asks for it by Retry-After.
         on_failure: what becomes of images that no endpoint scored: "error", or "mask", no score (NaN).
         secret: for servers that ask for one; by default from the environment's TRL_TAFS_REWARD_SECRET.
     """
@@ -122,9 +131,11 @@ class RemoteReward:
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestRefused(f"a remote reward's metadata must be JSON: {error}") from error
         fault: Exception | None = None
+        told: list[float] = []
         for attempt in range(self.max_retries + 1):
             if attempt:
-                time.sleep(self.retry_delay * 2 ** (attempt - 1))
+                time.sleep(pause(self.retry_delay * 2 ** (attempt - 1), min(told), self.timeout))
+            told = []
             for offset in range(len(self.addresses)):
                 address = self.addresses[(first + offset) % len(self.addresses)]
                 try:
@@ -133,6 +144,7 @@ class RemoteReward:
                     raise
                 except RewardError as error:
                     fault = error
+                    told.append(getattr(error, "retry_after", None) or 0.0)
         if self.on_failure == "mask":
             warnings.warn(f"remote reward: {len(prompts)} images get no score ({fault})", stacklevel=2)
             return torch.full((len(prompts),), torch.nan)
@@ -156,4 +168,4 @@ class RemoteReward:
             raise RewardError(str(error)) from error
         if answer.status in REFUSED:
             raise RequestRefused(f"{address.label} refused the request, {answer.status}: {answer.text()}")
-        raise RewardError(f"{address.label} answered {answer.status}: {answer.text()}")
+        raise EndpointFailed(f"{address.label} answered {answer.status}: {answer.text()}", answer.retry_after)

@@ -37,7 +37,7 @@ class RewardRefused(RewardError):
 class Scores:
     """The scores of one call of all rewards."""
 
-    values: Tensor  # (B, R) float32, NaN where there is no score
+    values: Tensor  # (B, R) float64, NaN where there is no score
     metadata: Any  # of a single reward what it returned, of several a dict by name
 
 
@@ -83,7 +83,7 @@ class RewardSet:
             told = ", ".join(f"{name}={weight}" for name, (_, weight) in named.items())
             raise ValueError(f"reward_weights={list(weights)}, and the rewards have weights ({told}); give one set")
         chosen = own if weights is None else list(weights)
-        self.weights = torch.tensor(chosen, dtype=torch.float32)
+        self.weights = torch.tensor(chosen, dtype=torch.float64)
         self.max_retries, self.retry_delay, self.on_failure = max_retries, retry_delay, on_failure
 
     @classmethod
@@ -97,7 +97,7 @@ class RewardSet:
             on_failure=options.reward_on_failure,
         )
 
-    def check_rows(self, rows: Iterable[tuple[str, Mapping[str, Any]]], where: str = "prompt row") -> list[str]:
+    def check_rows(self, rows: Iterable[tuple[str, Mapping[str, Any]]], where: str = "prompts") -> list[str]:
         """Ask each reward of every row whether it can score it, before anything is drawn.
 
         A reward says so by a method `applies(prompt, metadata)`, which may raise for a row that is malformed, and by
@@ -126,28 +126,28 @@ class RewardSet:
                 missing = [key for key in getattr(function, "required_metadata", ()) if metadata.get(key) is None]
                 if missing:
                     raise ValueError(
-                        f"{where} {number}, {prompt!r:.80}, has no {', '.join(missing)}, which reward {name!r} needs"
+                        f"{where}, row {number} ({prompt!r:.80}) has no {', '.join(missing)}, which reward {name!r} "
+                        "needs"
                     )
                 try:
                     scored[name] += bool(function.applies(prompt, metadata)) if hasattr(function, "applies") else 1
                 except Exception as error:  # whatever a reward finds wrong with the row
-                    raise ValueError(f"{where} {number}, {prompt!r:.80}: reward {name!r} says {error}") from error
+                    raise ValueError(f"{where}, row {number} ({prompt!r:.80}): reward {name!r} says {error}") from error
         for name, number in scored.items():
             if count and not number:
                 raise ValueError(
-                    f"reward {name!r} scores none of the {count} {where}s: they lack the columns, or the form, that it "
+                    f"reward {name!r} scores none of the {count} {where}: they lack the columns, or the form, that it "
                     "goes by (docs/rewards.md)"
                 )
-        return [f"reward {name!r} scores {n} of {count} {where}s" for name, n in scored.items() if n < count]
+        return [f"reward {name!r} scores {n} of {count} {where}" for name, n in scored.items() if n < count]
 
-    def try_once(self, prompt: str, metadata: dict[str, Any], height: int, width: int) -> None:
-        """Call each reward on two images of noise, before anything is spent on it.
+    def try_once(self, prompt: str, metadata: dict[str, Any], images: Tensor) -> Scores:
+        """Call each reward on images (B, 3, H, W) of one prompt, before anything is spent on it.
 
         Raises:
             RewardError: one raises, or returns what can't be used.
         """
-        images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-        self(images, [prompt] * 2, [metadata] * 2)
+        return self(images, [prompt] * len(images), [metadata] * len(images))
 
     def combined(self, batches: Sequence[tuple], workers: int = 1) -> list[tuple[Tensor, Any]]:
         """Score `(images, prompts, metadata, ...)` batches: the weighted sum of all rewards (B,), and the metadata."""
@@ -202,7 +202,7 @@ def _is_pair(result: Any) -> bool:
 
 
 def as_rewards(name: str, values: Any, expected: int) -> Tensor:
-    """Return what a reward returned as (B,) float32 on the CPU; None becomes NaN.
+    """Return what a reward returned as (B,) float64 on the CPU; None becomes NaN.
 
     Raises:
         RewardError: it isn't `expected` real, finite numbers.
@@ -221,7 +221,7 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
             f"reward {name!r} returned shape {tuple(rewards.shape)} for {expected} images; it must return one number "
             "an image (None or NaN for no score)"
         )
-    if rewards.isinf().any():
+    if (rewards.abs() > torch.finfo(torch.float32).max).any():
         raise RewardError(
             f"reward {name!r} returned an infinite value, or one beyond float32's 3.4e38; bound it, or return None for "
             "no score"
@@ -230,14 +230,14 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
 
 
 def _as_tensor(values: Any) -> Tensor:
-    """Return numbers of any kind as float32 on the CPU; raise TypeError for complex ones."""
+    """Return numbers of any kind as float64 on the CPU; raise TypeError for complex ones."""
     if isinstance(values, Tensor):
         tensor = values.detach()
         if tensor.is_complex():
             raise TypeError("complex numbers")
-        return tensor.float().cpu()
+        return tensor.cpu().double()
     items = values.tolist() if hasattr(values, "tolist") else list(values)
-    return torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float32)
+    return torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float64)
 
 
 def copy_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trl_tafs.rewards.preprocessing import to_uint8
 from trl_tafs.rewards.scoring import RewardError
-from trl_tafs.rewards.web import WebError, fetch, parse_address, printable
+from trl_tafs.rewards.web import WebError, fetch, parse_address, pause, printable
 from trl_tafs.rewards.wire import png
 
 # The pointwise question that the model was trained to answer; in other words its scores are others.
@@ -49,7 +49,8 @@ class UnifiedReward:
         api_key: by default from the environment's OPENAI_API_KEY; servers without keys take any.
         concurrency: questions at once.
         timeout: seconds for one answer, from connecting to its last byte.
-        max_retries: of one question, with back-off.
+        max_retries: of one question, with back-off, or after the server's Retry-After where that is longer, but not
+            longer than `timeout`.
         max_tokens: of an answer.
         on_failure: what becomes of an image whose question fails: "error", or "mask", no score.
     """
@@ -125,17 +126,19 @@ class UnifiedReward:
     def _call(self, path: str, body: bytes | None) -> dict[str, Any]:
         """The object that the endpoint answers, asked again with back-off while another try may help."""
         for attempt in range(self.max_retries + 1):
+            retry_after = None
             try:
                 answer = fetch(self.address, path, body=body, token=self.key, deadline=self.timeout)
                 if answer.status == 200:
                     return answer.json_object()
                 fault = WebError(f"{self.address.label} answered {answer.status}: {answer.text()}")
+                retry_after = answer.retry_after
                 if answer.status < 500 and answer.status not in PASSING:
                     break
             except WebError as error:
                 fault = error
             if attempt < self.max_retries:
-                time.sleep(min(0.5 * 2**attempt, 8.0))
+                time.sleep(pause(min(0.5 * 2**attempt, 8.0), retry_after, self.timeout))
         raise fault
 
 

@@ -6,9 +6,11 @@ import asyncio
 import functools
 import json
 import re
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -38,6 +40,7 @@ class Answer:
     label: str  # host:port of the server
     status: int
     body: bytes
+    retry_after: float | None = None  # seconds that the server asks to wait before another try
 
     def text(self, length: int = 300) -> str:
         """Return the body's beginning, fit for a message, without what was sent as a secret."""
@@ -136,7 +139,8 @@ async def _fetch(
                 client.stream(method, address.url + path, content=body, headers=headers, auth=address.user) as response,
             ):
                 _check_head(address, response)
-                return Answer(address.label, response.status_code, await _read(address, response, max_bytes))
+                body, wait = await _read(address, response, max_bytes), seconds_of(response.headers.get("retry-after"))
+                return Answer(address.label, response.status_code, body, wait)
     except TimeoutError as error:
         raise WebError(f"{address.label}: the call timed out after {deadline:g} s") from error
     except (httpx2.HTTPError, httpx2.InvalidURL, ImportError, ValueError, OSError) as error:
@@ -154,6 +158,23 @@ def _check_head(address: Address, response: Any) -> None:
         )
     if response.headers.get("content-encoding", "identity") != "identity":
         raise WebError(f"{address.label} sent a compressed answer, and none was asked for")
+
+
+def seconds_of(retry_after: str | None) -> float | None:
+    """Return the seconds from now that a Retry-After header names, as a number or a date; None where it names none."""
+    text = (retry_after or "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    try:
+        date = parsedate_to_datetime(text)
+        return max(0.0, date.timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def pause(back_off: float, retry_after: float | None, limit: float) -> float:
+    """Return the seconds to wait before another try: what the server asked for up to `limit`, or a longer back-off."""
+    return max(back_off, min(retry_after or 0.0, limit))
 
 
 async def _read(address: Address, response: Any, max_bytes: int) -> bytes:

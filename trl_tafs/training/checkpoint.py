@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.policy.policy import Policy
+from trl_tafs.policy.resuming import check_resumes
 from trl_tafs.processes import same_everywhere
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training import checkpoint_files as files
@@ -89,9 +90,12 @@ class Checkpoints:
         return bool(frequency) and (epoch % frequency == 0 or self.failed) and not self.progress.skipped_steps
 
     def save_last(self) -> None:
-        """Save, unless the newest checkpoint is of this epoch."""
+        """Save, unless the newest checkpoint is of this epoch; go no further if a signal came."""
         if not self.saved:
             self.save()
+        if self.stopper.agreed():
+            self.say("The adapter isn't written yet")
+            raise Stopped
 
     # Interrupted ----------------------------------------------------------------------------------------------
 
@@ -155,6 +159,7 @@ class Checkpoints:
         return path
 
     def _resume(self, path: Path) -> None:
+        check_resumes(self.policy, path, files.read_state(path)["settings"])
         settings = self.load(path)
         files.load_generators(path, self.accelerator.process_index)
         if changed := changes(settings, self.settings):
@@ -188,5 +193,5 @@ class Checkpoints:
         folder = Path(self.config.project_dir) / "best"
         with tolerating_disk_faults(f"the best adapter, {folder},"):
             with self.policy.averaged():
-                self.policy.save(folder)
+                self.policy.publish(folder)
             write_whole(folder / "best.json", json.dumps({"epoch": epoch, "metric": name, "value": value}))

@@ -41,6 +41,10 @@ class Collector:
     settings: dict[str, Any]  # those that make what is drawn: kept rollouts of others aren't used
     drawn: list[tuple[dict[str, Any], list[ScoredBatch]]] = field(default_factory=list)  # this epoch's, with their keys
 
+    def __post_init__(self) -> None:
+        if self.sampler.algorithm.groups.weights is not None:
+            self.prompts.check_fixed()
+
     @property
     def pending(self) -> PendingRollouts:
         """The rollouts of an interrupted epoch that this process keeps."""
@@ -57,7 +61,7 @@ class Collector:
         allocation, draws = self.sampler.algorithm.groups, []
         self.drawn = []
         # The main process's prompts: a prompt function with randomness of its own would split the groups.
-        groups = same_everywhere(self.accelerator, self.prompts.groups(epoch, self.plan.num_groups))
+        groups = same_everywhere(self.accelerator, self.draw_prompts(epoch))
         sizes = allocation.first([prompt for prompt, _ in groups], epoch)
         while sizes is not None:
             prompts = expand_groups(groups, sizes, sum(len(draw.prompts) for draw in draws))
@@ -66,6 +70,13 @@ class Collector:
             final = combine_rewards(first.rewards, first.prompts.group_ids)[:, -1].mean(1)
             sizes = allocation.rest(final, first.prompts.group_ids) if len(draws) == 1 else None
         return Experience.of(draws)
+
+    def draw_prompts(self, epoch: int) -> list[tuple[str, dict[str, Any]]]:
+        """Return the (prompt, metadata) of each of an epoch's groups: in turn, or by the allocation's weights."""
+        weigh = self.sampler.algorithm.groups.weights
+        if weigh is None:
+            return self.prompts.groups(epoch, self.plan.num_groups)
+        return self.prompts.by_weight(epoch, self.plan.num_groups, weigh)
 
     def forget(self) -> None:
         """Drop the rollouts of an epoch that is done."""

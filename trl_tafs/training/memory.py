@@ -286,7 +286,9 @@ def measure_activations(
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing),
     ):
-        pipeline.velocity(x, torch.full((1,), 0.5, device=device), Conditioning(conditioning.positive))
+        # the network itself: hooks on its blocks are not for a compiled one
+        level, alone = torch.full((1,), 0.5, device=device), Conditioning(conditioning.positive)
+        pipeline.velocity(x, level, alone, pipeline.denoiser)
     kept, entered = (sum(storage.nbytes() for storage in found.values()) for found in (saved, inputs))
     return Activations(kept, entered, len(blocks))
 

@@ -15,6 +15,7 @@ from trl_tafs.method.options import (
     SamplingOptions,
 )
 from trl_tafs.options import Options, RunOptions, check_at_least, check_at_least_1_or_none, check_not_empty, option
+from trl_tafs.output.errors import shown
 from trl_tafs.pipelines.options import PipelineOptions
 from trl_tafs.policy.options import AdapterOptions, OldPolicyOptions, OptimizerOptions, PolicyOptions
 from trl_tafs.rewards.options import RewardOptions
@@ -52,7 +53,10 @@ class EvaluationOptions(Options):
 
     title: ClassVar[str] = "Evaluation and pictures"
 
-    eval_freq: int = option(0, "Epochs between evaluations on the held-out prompts, and before the first; 0: none.")
+    eval_freq: int = option(
+        0,
+        "Epochs between evaluations on the held-out prompts; before the first and after the last, too; 0: none.",
+    )
     eval_num_steps: list[int] = option([4, 8], "Step counts to evaluate.")
     eval_samplers: list[str] = option(["annealed", "ode"], "Samplers to evaluate: annealed, ode.")
     eval_images_per_prompt: int = option(1, "Images of each held-out prompt; their noise is the same each time.")
@@ -65,6 +69,10 @@ class EvaluationOptions(Options):
     sample_grid_freq: int = option(10, "Epochs between sample grids (PNG: a row a prompt, a column a step); 0: none.")
     sample_grid_rows: int = option(6, "Images in a sample grid.")
 
+    def evaluates_at(self, epoch: int, last: int) -> bool:
+        """Return whether there is an evaluation when `epoch` epochs are done: every `eval_freq`, and after the last."""
+        return bool(self.eval_freq) and (epoch % self.eval_freq == 0 or epoch == last)
+
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_at_least(self, 0, "eval_freq", "sample_grid_freq")
@@ -72,7 +80,7 @@ class EvaluationOptions(Options):
         check_at_least_1_or_none(self, "eval_batch_size", "early_stopping_patience")
         check_not_empty(self, "metric_for_best_model")
         if not set(self.eval_samplers) <= {"annealed", "ode"}:
-            raise ValueError(f"eval_samplers is {self.eval_samplers!r}; use a list of annealed and ode")
+            raise ValueError(f"eval_samplers is {shown(self.eval_samplers)}; use a list of annealed and ode")
         if not all(1 <= steps <= MAX_STEPS for steps in self.eval_num_steps):
             raise ValueError(f"eval_num_steps is {self.eval_num_steps}; give step counts of 1 to {MAX_STEPS}")
         if self.early_stopping_patience is not None and not (self.eval_freq and self.metric_for_best_model):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trl_tafs.output.pictures import sample_grid, save_png
+from trl_tafs.rewards.scoring import copy_metadata
 from trl_tafs.training.experience import Experience, ScoredBatch
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.trackers import LocalTracker
@@ -58,10 +59,11 @@ class SampleViewer:
 
     def _call_hook(self, experience: Experience, combined: Tensor, global_step: int) -> None:
         sizes = [len(batch.prompts) for batch in experience.batches]
-        final = experience.local(combined)[:, -1, 0].split(sizes)
+        # float32 of its own, as images and metadata are the hook's own
+        final = experience.local(combined)[:, -1, 0].to(torch.float32, copy=True).split(sizes)
         shown = [
-            [batch.images, batch.prompts.prompts, batch.prompts.metadata, rewards, batch.metadata]
-            for batch, rewards in zip(experience.batches, final, strict=True)
+            [b.images, b.prompts.prompts, tuple(map(copy_metadata, b.prompts.metadata)), rewards, b.metadata]
+            for b, rewards in zip(experience.batches, final, strict=True)
         ]
         trackers = [t for t in self.accelerator.trackers if t is not self.local_tracker]
         try:

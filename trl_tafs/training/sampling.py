@@ -56,6 +56,7 @@ class RolloutSampler:
     rewards: RewardSet
     keep_images: bool  # of the final step, for a hook
     stopwatch: Stopwatch
+    keep: frozenset[str] = frozenset()  # of each rollout, besides what the objective needs: names of `rollout.KEPT`
     stop: Callable[[], bool] = lambda: False  # whether this process was told to stop: asked before each batch
 
     def roll_out(
@@ -68,6 +69,7 @@ class RolloutSampler:
         """
         levels, shape = self.algorithm.levels, self.algorithm.latent_shape
         needs, frequency = type(self.algorithm.objective).rollout_needs(self.config), self.config.sample_grid_freq
+        needs = needs | self.keep
         noise = SampleNoise(self.config.seed, epoch, tuple(prompts.sample_ids.tolist()), levels.device)
         groups = SampleNoise(self.config.seed, epoch, tuple(prompts.group_ids.tolist()), levels.device)
         velocity = DenoiserWatch(self.policy.pipeline, self.policy.velocity)

@@ -17,16 +17,17 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
     *("log_with", "tracker_kwargs", "tracker_project_name", "num_checkpoint_limit", "sample_grid_freq", "max_workers"),
     *("async_reward_computation", "reward_max_retries", "reward_retry_delay", "push_to_hub", "hub_model_id"),
     *(
+        "preflight_rollout",
         "reward_on_failure",
         "train_max_skipped_steps",
         "prompt_cache_dir",
-        "lora_fold_alpha",
         "model_cpu_offload",
         "decode_batch_size",
     ),
 }
 
-FACTS = ("num_processes", "levels")  # of a run, beside the options
+WRITTEN = ("num_processes", "levels")  # beside the options, of every run
+FACTS = (*WRITTEN, "frozen_adapters")  # where there are any
 
 
 def resolved_settings(
@@ -44,7 +45,7 @@ def resolved_settings(
         "num_processes": plan.world_size,
         "levels": [round(level, 6) for level in algorithm.levels.tolist()],
     }
-    if "train_clip_range" in config.objective_class.reads.values():
+    if "train_clip_range" in config.objective_class.reads.values() and config.train_kl_limit is None:
         resolved["train_clip_range"] = algorithm.clip_range
     values = without_secrets(dataclasses.asdict(config) | resolved)
     return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v, default=str) for k, v in values.items()}
