@@ -113,13 +113,13 @@ def kept_rollouts(folder, epoch):
 
 def test_a_full_disk_while_rollouts_are_kept_still_leaves_a_checkpoint(pipeline_folder, tmp_path):
     calls = []
-    sizes = {"lora_rank": 1, "sample_batch_size": 32, "num_generations": 64, "sample_num_batches_per_epoch": 2}
+    sizes = {"lora_rank": 1, "sample_batch_size": 64, "num_generations": 128, "sample_num_batches_per_epoch": 2}
     with ExitStack() as full:
 
         def breaks(images, prompts, metadata):
             calls.append(len(images))
             if len(calls) > 7:  # preflight and the first epoch
-                full.enter_context(files_of_at_most(50_000))  # more than a checkpoint's, less than the rollouts
+                full.enter_context(files_of_at_most(100_000))  # more than a checkpoint's, less than the rollouts
                 raise ConnectionError("judge is down")
             return tiny.brightness(images, prompts, metadata)
 

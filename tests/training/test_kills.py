@@ -153,7 +153,7 @@ def test_a_kill_while_the_adapter_is_published_again(trainer, every_operation):
 
     def publish():  # all of `save_pretrained` but the pictures, which would be drawn each time
         with trainer.policy.averaged():
-            trainer.policy.save(folder / "adapter")
+            trainer.policy.publish(folder / "adapter")
         trainer.create_model_card()
 
     for operation, _ in every_operation(publish):
