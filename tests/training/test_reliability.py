@@ -49,8 +49,17 @@ def noisy(images, prompts, metadata):
 
 
 def make(pipeline_folder, folder, reward=noisy, **changes):
+    """A trainer whose update draws from the global generator, as a dropout does."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return tiny.trainer(tiny.load(pipeline_folder), folder, reward=reward, **SETTINGS | changes)
+    trainer = tiny.trainer(tiny.load(pipeline_folder), folder, reward=reward, **SETTINGS | changes)
+    compute_loss = trainer.compute_loss
+
+    def drawing(*batch):
+        torch.rand(1)
+        return compute_loss(*batch)
+
+    trainer.compute_loss = drawing
+    return trainer
 
 
 def everything(trainer):
