@@ -9,12 +9,13 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 
+from trl_tafs import NonFiniteError
 from trl_tafs.policy.lora import adapter_state_dict
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.rewards import RewardError
 
 
-def run(folder, model, batches, fail_at=None, signal_at=None, resume="", examined=False, **changes):
+def run(folder, model, batches, fail_at=None, signal_at=None, resume="", examined=False, spoiled=None, **changes):
     """Two epochs of two groups of 8; what a rank saw of them, and what its doctor says if it is examined before."""
     AcceleratorState._reset_state()
     seen = []
@@ -36,7 +37,7 @@ def run(folder, model, batches, fail_at=None, signal_at=None, resume="", examine
         num_epochs=2,
         reward_max_retries=0,
         accelerator_kwargs={"cpu": True},
-        eval_freq=2,
+        eval_freq=0 if spoiled is not None else 2,
         eval_num_steps=[2],
         eval_prompts=["one", "two", "three"],
         eval_reward_function={"judge": lambda images, p, m: images.mean((1, 2, 3))},
@@ -45,6 +46,8 @@ def run(folder, model, batches, fail_at=None, signal_at=None, resume="", examine
         **changes,
     )
 
+    if trainer.accelerator.process_index == spoiled:
+        trainer.sd_pipeline.vae.decoder.conv_in.weight.data.fill_(torch.nan)
     prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
     rollouts = [trainer.collector.sampler.roll_out(b, 0) for b in trainer.collector.local_batches(prompts)]
     report = trainer.doctor() if examined else None
@@ -84,6 +87,10 @@ if __name__ == "__main__":
     except RewardError as error:
         results["error"] = str(error)
     results["kept"] = len(list((folder / "failed" / "pending").glob("*.pt")))
+    try:
+        run(folder / "spoiled", model, 2, spoiled=1)
+    except NonFiniteError as error:
+        results["spoiled"] = str(error)
     torch.distributed.barrier()
     results["resumed"] = run(folder / "failed", model, 2, resume="latest")
     try:

@@ -465,3 +465,9 @@ def test_trained_and_replayed_steps(steps, fraction, replayed):
     config = TAFSGRPOConfig(sample_num_steps=steps, train_timestep_fraction=fraction)
     assert config.num_trained_steps == steps - 1
     assert config.num_replayed_rows == replayed
+
+
+def test_a_run_is_evaluated_every_so_often_and_at_its_end():
+    config = TAFSGRPOConfig(eval_freq=2)
+    assert [epoch for epoch in range(1, 6) if config.evaluates_at(epoch, 5)] == [2, 4, 5]
+    assert not any(TAFSGRPOConfig().evaluates_at(epoch, 5) for epoch in range(1, 6))

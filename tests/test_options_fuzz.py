@@ -94,6 +94,46 @@ def check(kind, values):
     assert dataclasses.asdict(again) == dataclasses.asdict(made)
 
 
+WRONG = {  # of each kind, what is none of it
+    bool: [1, 0.0, "false", np.array([True])],
+    int: [1.5, True, "3", 2**63, np.float64(3.0), torch.tensor(1.5)],
+    float: [math.nan, -math.inf, 10**400, True, "0.1", 1j, np.float32("inf"), torch.tensor(math.nan)],
+    str: [3, b"x", "a\0", "\ud800", False, ["x"]],
+    list: [[], "x", 3, {}, [[]], [object()], [math.nan], {1.0}],
+    dict: ["x", [1], {"a": math.nan}, {1: 2}, {"a": [{"b": math.inf}]}, '{"a": NaN}', '{"a": 1, "a": 2}', CYCLE],
+}
+RIGHT = [  # what is taken, and as what
+    ("seed", np.int64(3), 3),
+    ("beta", np.float64(0.5), 0.5),
+    ("beta", 1, 1.0),
+    ("beta", torch.tensor(0.5), 0.5),
+    ("train_use_ema", np.bool_(True), True),
+    ("reward_weights", np.array([1.0, 2.0]), [1.0, 2.0]),
+    ("reward_weights", (1, 2), [1.0, 2.0]),
+    ("logdir", Path("a/b"), "a/b"),
+    ("run_name", np.str_("x"), "x"),
+    ("accelerator_kwargs", '{"a": [1]}', {"a": [1]}),
+]
+
+
+def test_every_field_refuses_what_its_annotation_is_not():
+    refused = 0
+    for kind, name in FIELDS:
+        hint = get_type_hints(kind)[name]
+        kinds = [get_origin(k) or k for k in (get_args(hint) if isinstance(hint, types.UnionType) else (hint,))]
+        for wrong in WRONG[next(known for known in (dict, list, bool, int, float, str) if known in kinds)]:
+            with pytest.raises(ValueError, match=f"^{name}"):
+                kind(**{name: wrong})
+            refused += 1
+    assert refused > 500
+
+
+def test_numbers_of_other_libraries_and_paths_are_taken_as_pythons_own():
+    for name, given_value, expected in RIGHT:
+        taken = getattr(TAFSGRPOConfig(**{name: given_value}), name)
+        assert taken == expected and type(taken) is type(expected), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
 def test_every_field_takes_or_refuses_every_edge(kind, name):

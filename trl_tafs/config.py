@@ -15,7 +15,7 @@ from trl_tafs.hub.options import PublishingOptions
 from trl_tafs.method.credit import CREDITS
 from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.kernels import KERNELS
-from trl_tafs.options import annotations
+from trl_tafs.options import field_types
 from trl_tafs.output.errors import did_you_mean, one_line, shown
 from trl_tafs.output.secrets import REMOVED
 from trl_tafs.presets import preset
@@ -135,7 +135,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read as settings: {one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not settings by name")
-    hints, found, removed = annotations(TAFSGRPOConfig), {}, []
+    hints, found, removed = field_types(TAFSGRPOConfig), {}, []
     for name, value in settings.items():
         if name in (*FACTS, "resume_from"):
             continue

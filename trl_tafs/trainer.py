@@ -115,15 +115,15 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         hook = self.image_samples_callback
         keep_images = hook is not None and accelerator.is_main_process
         states, log, stop, watch = algorithm.states(), self.local_tracker, self.stopper, self.stopwatch
-        run = (config, accelerator, policy, self.progress, states, self.settings, log, watch, stop)
-        self.checkpoints = Checkpoints(*run)
+        saved = (config, accelerator, policy, self.progress, states, self.settings, log, watch, stop)
+        self.checkpoints = Checkpoints(*saved)
         self.rollback = Rollback(self.checkpoints)
         drawn = (config, policy, algorithm, self.encode, self.rewards, keep_images, watch)
         sampler = RolloutSampler(*drawn, stop=lambda: stop.requested)
         self.collector = Collector(config, accelerator, sampler, self.prompts, self.plan, lasting(self.settings))
-        moved = (config, self.plan, policy, algorithm.objective, self.encode)
+        trained = (config, self.plan, policy, algorithm.objective, self.encode)
         # a lambda, so that a compute_loss that is overridden later is found
-        self.updater = Updater(*moved, lambda *b: self.compute_loss(*b), watch, self.progress, self.rollback.may_stop)
+        self.updater = Updater(*trained, lambda *b: self.compute_loss(*b), watch, self.progress, self.rollback.may_stop)
         varying_groups = algorithm.prompt_tracker is not None
         actions, limit = algorithm.kernel.num_actions, algorithm.ratio_limit
         self.logs = EpochLog(accelerator, actions, limit, varying_groups, self.progress)

@@ -147,3 +147,26 @@ def test_train_then_sample(pipeline_folder, tmp_path, capsys):
     options = ["--pretrained_model", str(pipeline_folder), "--prompt", "one", "two", "--dtype", "float32"]
     assert main(["sample", str(adapter), *options, "--output", str(out)]) == 0
     assert "2 images in" in capsys.readouterr().out and out.stat().st_size > 0
+
+
+def test_pictures_of_nan_are_no_result(pipeline, tmp_path, capsys):
+    """Of a VAE whose weight is damaged, and of a denoiser whose output overflows."""
+    (tmp_path / "prompts.txt").write_text("one\n")
+    out = tmp_path / "image.png"
+    for part, weight, said in (
+        ("vae", "decoder.conv_in.weight", "the VAE (AutoencoderKL, float32) decoded finite latents to NaN or infinity"),
+        ("transformer", "proj_out.weight", "the denoiser (SD3Transformer2DModel, float32) made NaN or infinity"),
+    ):
+        parameter = dict(getattr(pipeline, part).named_parameters())[weight]
+        kept = parameter.data.clone()
+        parameter.data.fill_(float("inf"))
+        pipeline.save_pretrained(tmp_path / part)
+        parameter.data.copy_(kept)
+        base = ["none", "--pretrained_model", str(tmp_path / part), "--dtype", "float32", "--num_steps", "2"]
+        assert main(["sample", *base, "--prompt", "one", "--output", str(out)]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert said in error and f"its weight {weight} isn't finite" in error and not out.exists()
+        scored = ["--prompts", str(tmp_path / "prompts.txt"), "--reward", "jpeg_compressibility"]
+        assert main(["evaluate", *base, *scored, "--output_dir", str(tmp_path / f"{part}-scores")]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"evaluation, annealed_2_8x8: {said}" in error and "what was scored is kept in" in error

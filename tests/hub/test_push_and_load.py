@@ -116,7 +116,7 @@ def pushed(tmp_path_factory):
         (command,) = re.findall(r"^  (hf .*)$", results["user/broken"], re.M)
         hf = [str(Path(sys.executable).parent / "hf"), *shlex.split(command)[1:]]
         environment = os.environ | stub.environment(folder / "home", token=TOKEN)
-        subprocess.run(hf, env=environment, check=True, timeout=600)
+        subprocess.run(hf, env=environment, check=True, timeout=900)
         said = load(folder, stub.environment(folder / "empty"))
     return stub, folder, results, said
 

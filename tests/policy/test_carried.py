@@ -13,9 +13,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 
 from trl_tafs import AutoTAFSPipeline
+from trl_tafs.evaluation.compare import _base_settings
 from trl_tafs.policy.adapter_file import WEIGHT_NAME, save_adapter
 from trl_tafs.policy.carried import active_adapters, adapter_weights
 from trl_tafs.policy.lora import adapter_state_dict
+from trl_tafs.prompts.encoder import PromptEncoder
 
 QUICK = {"num_epochs": 1, "train_learning_rate": 1e-2, "save_freq": 0}
 CALL = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "max_sequence_length": 8}
@@ -342,3 +344,18 @@ def test_a_second_trainer_of_another_precision_is_told_what_stands_in_the_way(pi
     with pytest.raises(ValueError, match="mixed_precision is 'no', and an earlier.*has 'bf16'.*another process"):
         tiny.trainer(pipeline, tmp_path / "b", mixed_precision="no")
     assert not (tmp_path / "b").exists()
+
+
+def test_scores_and_cached_prompts_are_known_by_what_a_pipeline_carries(pipeline_folder, turbo, tmp_path):
+    fused = carrying(pipeline_folder, (turbo, "turbo", 1.0))
+    fused.fuse_lora()
+    fused.unload_lora_weights()
+    pipelines = [
+        carrying(pipeline_folder),
+        carrying(pipeline_folder, (turbo, "turbo", 0.5)),
+        carrying(pipeline_folder, (turbo, "turbo", 1.0)),
+        fused,
+    ]
+    assert len({json.dumps(_base_settings(pipeline)) for pipeline in pipelines}) == 4
+    files = {PromptEncoder(p, torch.device("cpu"), cache_dir=tmp_path)._file("two") for p in (pipelines[0], fused)}
+    assert len(files) == 2

@@ -71,6 +71,13 @@ def test_a_signal_to_one_process_stops_both_and_loses_nothing(two):
     assert results[0]["straight"]["evaluations"] == results[1]["continued"]["evaluations"]
 
 
+def test_a_vae_that_makes_nan_on_one_process_stops_both(two):
+    folder, results = two
+    assert results[0]["spoiled"].startswith("epoch 0, step 0: NonFiniteError on another process")
+    assert "the VAE (AutoencoderKL, float32) decoded finite latents to NaN" in results[1]["spoiled"]
+    assert not (folder / "spoiled" / "adapter").exists() and not (folder / "spoiled" / "pending").exists()
+
+
 def test_two_processes_share_unequal_groups_as_one_does(two, pipeline_folder, tmp_path):
     folder, results = two
     first, second = (result["streaming"] for result in results)

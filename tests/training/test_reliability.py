@@ -15,6 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -26,7 +27,7 @@ from trl_tafs.cli.main import main
 from trl_tafs.policy.lora import adapter_state_dict
 from trl_tafs.training import checkpoint_files as files
 from trl_tafs.training.checkpoint_files import CheckpointError, checkpoints
-from trl_tafs.training.run_folder import LOCK, RunFolder, RunFolderError, _started
+from trl_tafs.training.run_folder import LOCK, RunFolder, RunFolderError
 
 EVALUATION = {
     "eval_freq": 1,
@@ -230,7 +231,7 @@ def locked_by(folder, **holder):
 
 
 def test_a_second_job_in_a_folder_is_refused_before_it_changes_anything(pipeline_folder, tmp_path, sleeper):
-    lock = locked_by(tmp_path, pid=sleeper.pid, started=_started(sleeper.pid))
+    lock = locked_by(tmp_path, pid=sleeper.pid, started=psutil.Process(sleeper.pid).create_time())
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(RunFolderError, match=f"in use by process {sleeper.pid} on this host since .*run_name.*delete"):
         make(pipeline_folder, tmp_path)
@@ -252,7 +253,7 @@ def test_another_hosts_lock_is_never_taken_over(tmp_path):
 
 
 def test_a_number_that_was_given_again_is_another_process(tmp_path, sleeper):
-    locked_by(tmp_path, pid=sleeper.pid, started="1")
+    locked_by(tmp_path, pid=sleeper.pid, started=1.0)
     RunFolder(tmp_path, Accelerator())
 
 
@@ -278,7 +279,7 @@ def test_of_many_that_find_a_dead_jobs_lock_one_gets_it(tmp_path, sleeper):
     accelerator = Accelerator()
     for attempt in range(10):
         folder = tmp_path / str(attempt)
-        locked_by(folder, pid=sleeper.pid, started="1")
+        locked_by(folder, pid=sleeper.pid, started=1.0)
         start, go = os.pipe()
         done, finish = os.pipe()
         children = []

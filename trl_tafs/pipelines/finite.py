@@ -71,11 +71,11 @@ def check_embeddings(pipeline: Any, conditioning: Conditioning, prompt: str) -> 
 def denoiser_fault(pipeline: Any, where: str = "") -> str:
     """Return what is to be said of a denoiser whose velocities aren't finite; `where` comes after "infinity"."""
     denoiser, dtype = pipeline.denoiser, _name(pipeline.model_dtype)
-    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    adapter = [parameter for name, parameter in denoiser.named_parameters() if "lora_" in name]
     cause = _bad_weight(denoiser) or _overflow({dtype}, 'use mixed_precision="bf16" (--dtype bfloat16)')
-    if trained and not _bad_weight(denoiser):
-        largest = max(float(parameter.detach().abs().max()) for parameter in trained)
-        cause = f"all its weights are finite, the trained ones up to {largest:.3g}: {cause}"
+    if adapter and not _bad_weight(denoiser):
+        largest = max(float(parameter.detach().abs().max()) for parameter in adapter)
+        cause = f"all its weights are finite, the adapter's up to {largest:.3g}: {cause}"
     return f"the denoiser ({type(denoiser).__name__}, {dtype}) made NaN or infinity{where and ' ' + where}: {cause}"
 
 
@@ -90,9 +90,10 @@ def _bad_weight(module: nn.Module, prefix: str = "") -> str | None:
     """Return what is to be said of a module's first weight that isn't finite, or None."""
     for name, tensor in (*module.named_parameters(prefix), *module.named_buffers(prefix)):
         if tensor.is_floating_point() and not is_finite(tensor.detach()):
-            if tensor.requires_grad:
-                return f"its trained weight {name} isn't finite: the run has diverged, lower train_learning_rate"
-            return f"its weight {name} isn't finite: the base model is damaged, download it again"
+            if "lora_" in name:
+                return f"its trained weight {name} isn't finite: training has diverged, lower train_learning_rate"
+            trained = "training has diverged, or " if tensor.requires_grad else ""  # of a base as it is loaded, too
+            return f"its weight {name} isn't finite: {trained}the base model is damaged, download it again"
     return None
 
 

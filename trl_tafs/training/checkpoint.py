@@ -173,6 +173,7 @@ class Checkpoints:
     def load(self, path: Path) -> dict[str, Any]:
         """Take over a checkpoint's weights and states; return the settings that it was made with."""
         state = files.read_state(path)
+        check_resumes(self.policy, path, state["settings"])
         with files.reading(path, "the trained weights"):
             self.policy.load(path)
         files.load_states(path, self.states)

@@ -371,6 +371,16 @@ def set_generators(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Leave the global generators as they were, whatever is drawn from them inside."""
+    state = generators()
+    try:
+        yield
+    finally:
+        set_generators(state)
+
+
 def save_generators(folder: Path, rank: int) -> None:
     """Write the global generators of one process."""
     save_tensors(generators(), folder / f"generators_{rank}.pt")

@@ -16,12 +16,12 @@ from trl_tafs.policy.policy import Policy
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.source import PromptSource, expand_groups
 from trl_tafs.rewards.scoring import RewardSet, Scores
+from trl_tafs.training.checkpoint_files import kept_generators
 from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
 from trl_tafs.training.memory import MemoryPlan, announce_plan
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 from trl_tafs.training.sampling import RolloutSampler
-from trl_tafs.training.trace import generators_kept
 
 NUM_IMAGES = 2  # the least that can differ
 
@@ -50,8 +50,11 @@ class Preflight:
     held_out: HeldOut | None
     prepare_push: Callable[[], Any]  # raises where the push at the end would fail
 
+    @kept_generators()
     def __call__(self, epoch: int) -> None:
         """Try what the epochs from `epoch` on will need, and say how an epoch is made up.
+
+        The global generators stay as a checkpoint has them.
 
         Raises:
             NonFiniteError, PushError, RewardError, ValueError: what would fail later.
@@ -64,10 +67,9 @@ class Preflight:
         if config.prompt_cache_dir is not None:
             self.encode.prepare(self.prompts.known())
         self.plan_memory(prompt)
-        with generators_kept():
-            images = self._first_images(prompt, metadata, epoch)
-            if config.eval_freq and self.held_out is not None:
-                self.held_out.rewards.try_once(*self.held_out.items[0], images)
+        images = self._first_images(prompt, metadata, epoch)
+        if config.eval_freq and self.held_out is not None:
+            self.held_out.rewards.try_once(*self.held_out.items[0], images)
         if epoch == 0 and config.eval_freq == 0 and self.held_out is not None:
             warn_main(self.accelerator, "eval_prompts were given, and eval_freq is 0: nothing will be evaluated")
 

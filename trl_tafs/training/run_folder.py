@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from trl_tafs.output.errors import first_line
 from trl_tafs.processes import same_everywhere
 from trl_tafs.training.checkpoint_files import recover
@@ -87,7 +89,7 @@ def take_lock(folder: Path) -> str:
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "token": token}
     while True:
         with suppress(FileExistsError):
-            _create(lock, json.dumps(holder | {"started": _started(os.getpid())}))
+            _create(lock, json.dumps(holder | {"started": psutil.Process().create_time()}))
             return token
         other = _holder(lock)
         if other is None:
@@ -151,30 +153,22 @@ def _living(holder: dict[str, Any]) -> str | None:
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(holder.get("since") or 0))
     if host != socket.gethostname():
         return f"process {pid} on another host, {host}, since {since}"
-    if pid == os.getpid() or not _alive(pid) or _started(pid) != holder.get("started"):
+    if pid == os.getpid() or not _lives(pid, holder.get("started")):
         return None
     return f"process {pid} on this host since {since}"
 
 
-def _alive(pid: int) -> bool:
-    if os.name == "nt":  # where asking would kill it; the error says what to delete
-        return True
+def _lives(pid: int, started: float | None) -> bool:
+    """Return whether this host has the process that began then; numbers of processes are given again."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return False
+        return not isinstance(started, float) or abs(process.create_time() - started) < 2  # clocks are set
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:  # another user's
+    except psutil.AccessDenied:  # another user's
         return True
-    return True
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process began, in the kernel's ticks, since numbers are given again; None where it isn't known."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else rest[18]
 
 
 def _refusal(folder: Path, fault: OSError) -> str:

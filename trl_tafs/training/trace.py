@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trl_tafs.policy.policy import Policy
-from trl_tafs.training.checkpoint_files import Stateful
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Put Python's, NumPy's, torch's and each GPU's global generator back afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_gpus:
-            torch.cuda.set_rng_state_all(on_gpus)
+from trl_tafs.training.checkpoint_files import Stateful, kept_generators
 
 
 def copied(state: Any) -> Any:
@@ -54,7 +37,7 @@ def leaving_no_trace(policy: Policy, states: Mapping[str, Stateful]) -> Iterator
     kept = {name: copied(item.state_dict()) for name, item in states.items()}
     counted = accelerator.step, accelerator.gradient_accumulation_steps
     try:
-        with generators_kept():
+        with kept_generators():
             yield
     finally:
         with torch.no_grad():
