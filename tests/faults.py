@@ -128,12 +128,14 @@ KILLED = {
 
 def serve(scratch):
     """Read runs from stdin, fork a child for each, and write how it ended."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed meanwhile is no answer
     model = Path(scratch) / "tiny-sd3"
     tiny.build_pipeline(0).save_pretrained(model)
     torch.set_num_threads(1)
     tiny.trainer(tiny.load(model), Path(scratch) / "warm", **KILLED)  # imports what is imported late
     pipeline = tiny.load(model)
-    print(json.dumps("ready"), flush=True)
+    print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         folder, kill_at, kill_after = json.loads(line)
         start = time.monotonic()
@@ -143,7 +145,7 @@ def serve(scratch):
             time.sleep(kill_after)
             os.kill(pid, signal.SIGKILL)  # of one that has ended, too: it is waited for below
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(json.dumps([code, time.monotonic() - start]), flush=True)
+        print(json.dumps([code, time.monotonic() - start]), file=answers, flush=True)
 
 
 def child(pipeline, scratch, folder, kill_at):

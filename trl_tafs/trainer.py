@@ -150,8 +150,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
     def train(self, epochs: int | None = None) -> None:
         """Train until `epochs` (by default `config.num_epochs`) epochs are done, counted from the run's beginning.
 
-        SIGINT and SIGTERM stop it where nothing is lost, within a batch, with the KeyboardInterrupt or SystemExit that
-        they stand for; see docs/reliability.md.
+        SIGINT and SIGTERM stop it within a batch, where nothing is lost (docs/reliability.md).
         """
         with self.run_folder.held(), self.stopper.listening():
             self._train(self.config.num_epochs if epochs is None else epochs)
@@ -232,8 +231,6 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
 
     def _finish(self) -> None:
         """The last checkpoint, the adapter, the push."""
-        with self.checkpoints.saved_on_failure():
-            self.stopper.check()
         self.checkpoints.save_last()
         self.save_pretrained()
         if self.config.push_to_hub:

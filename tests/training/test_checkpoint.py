@@ -119,7 +119,7 @@ def test_a_full_disk_while_rollouts_are_kept_still_leaves_a_checkpoint(pipeline_
         def breaks(images, prompts, metadata):
             calls.append(len(images))
             if len(calls) > 7:  # preflight and the first epoch
-                full.enter_context(files_of_at_most(80_000))  # more than a checkpoint's, less than the rollouts
+                full.enter_context(files_of_at_most(100_000))  # more than a checkpoint's, less than the rollouts
                 raise ConnectionError("judge is down")
             return tiny.brightness(images, prompts, metadata)
 

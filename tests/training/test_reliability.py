@@ -50,8 +50,17 @@ def noisy(images, prompts, metadata):
 
 
 def make(pipeline_folder, folder, reward=noisy, **changes):
+    """A trainer whose update draws from the global generator, as a dropout does."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return tiny.trainer(tiny.load(pipeline_folder), folder, reward=reward, **SETTINGS | changes)
+    trainer = tiny.trainer(tiny.load(pipeline_folder), folder, reward=reward, **SETTINGS | changes)
+    compute_loss = trainer.compute_loss
+
+    def drawing(*batch):
+        torch.rand(1)
+        return compute_loss(*batch)
+
+    trainer.compute_loss = drawing
+    return trainer
 
 
 def everything(trainer):
@@ -270,7 +279,7 @@ def test_of_many_that_find_a_dead_jobs_lock_one_gets_it(tmp_path, sleeper):
     accelerator = Accelerator()
     for attempt in range(10):
         folder = tmp_path / str(attempt)
-        locked_by(folder, pid=sleeper.pid, started="1")
+        locked_by(folder, pid=sleeper.pid, started=1.0)
         start, go = os.pipe()
         done, finish = os.pipe()
         children = []

@@ -90,9 +90,12 @@ class Checkpoints:
         return bool(frequency) and (epoch % frequency == 0 or self.failed) and not self.progress.skipped_steps
 
     def save_last(self) -> None:
-        """Save, unless the newest checkpoint is of this epoch."""
+        """Save, unless the newest checkpoint is of this epoch; go no further if a signal came."""
         if not self.saved:
             self.save()
+        if self.stopper.agreed():
+            self.say("The adapter isn't written yet")
+            raise Stopped
 
     # Interrupted ----------------------------------------------------------------------------------------------
 
@@ -156,6 +159,7 @@ class Checkpoints:
         return path
 
     def _resume(self, path: Path) -> None:
+        check_resumes(self.policy, path, files.read_state(path)["settings"])
         settings = self.load(path)
         files.load_generators(path, self.accelerator.process_index)
         if changed := changes(settings, self.settings):

@@ -164,7 +164,7 @@ def _lives(pid: int, started: float | None) -> bool:
         process = psutil.Process(pid)
         if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return False
-        return started is None or abs(process.create_time() - started) < 2  # clocks are set
+        return not isinstance(started, float) or abs(process.create_time() - started) < 2  # clocks are set
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:  # another user's

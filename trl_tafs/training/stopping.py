@@ -44,11 +44,6 @@ class Stopper:
         """Whether any process was told to stop; all processes ask together."""
         return any_process(self.accelerator, self.requested) if self.accelerator.num_processes > 1 else self.requested
 
-    def check(self) -> None:
-        """Stop here if any process was told to; all processes ask together."""
-        if self.agreed():
-            raise Stopped
-
     def check_alone(self) -> None:
         """Stop here if this process is the only one: where several don't do the same steps."""
         if self.requested and self.accelerator.num_processes == 1:
