@@ -246,8 +246,8 @@ def test_whatever_is_in_a_checkpoint_it_is_read_or_refused_2000_times(trainer, t
 
 
 def outcome(folder):
-    """What a run ends with: its checkpoint's files, counters, log, grids and adapter."""
-    (path,) = checkpoints(folder / "checkpoints")
+    """What a run ends with: its last checkpoint's files, counters, log, grids and adapter."""
+    path = checkpoints(folder / "checkpoints")[-1]  # a kill may have left one more than the limit: the next save's
     kept = {name: read(path / name) for name in files.listed_files(path) if name != files.STATE}  # that has the folder
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     log = [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
