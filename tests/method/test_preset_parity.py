@@ -14,7 +14,7 @@ from trl_tafs.presets import DIFFERENCES, PRESETS
 
 sys.path.insert(0, str(Path(__file__).with_name("parity")))
 
-import cases  # noqa: E402
+import public_cases as cases  # noqa: E402
 
 STEPS = pytest.mark.parametrize("n", cases.STEPS)
 LEVELS = torch.tensor(cases.LEVELS)

@@ -25,8 +25,7 @@ from trl_tafs import AutoTAFSPipeline, pipelines
 from trl_tafs.cli import arguments as arguments_module
 from trl_tafs.cli.arguments import parse_arguments, quantization_config
 from trl_tafs.cli.main import main
-from trl_tafs.cli.sample import _draw
-from trl_tafs.cli.sample import sample as sample_command
+from trl_tafs.cli.sample import _draw, sampling_parser
 from trl_tafs.hub.card import usage_code
 from trl_tafs.hub.facts import CardFacts, base_model_facts
 from trl_tafs.method.kernels import Annealed, Ode
@@ -175,7 +174,7 @@ def test_a_terminal_level_would_waste_a_step():
 def test_the_command_samples_the_ode_at_the_trained_levels_too(tmp_path):
     mine = families.ours(families.stock("qwen-image"), "qwen-image")
     options = ["none", "--pretrained_model", "base", "--prompt", "a", "--height", "16", "--width", "16"]
-    _draw(mine, sample_command([*options, "--sampler", "ode"]).args[0])
+    _draw(mine, sampling_parser().parse_args([*options, "--sampler", "ode"]))
     assert torch.equal(mine.scheduler.sigmas, mine.rollout_levels(4, 16, 16))
 
 
@@ -647,6 +646,7 @@ def test_a_configuration_trains_its_tiny_twin(name, tmp_path, monkeypatch):
     monkeypatch.setattr(
         arguments_module, "quantization_config", lambda name, components: None
     )  # bitsandbytes isn't here
+    monkeypatch.setattr(arguments_module, "require", lambda *needed: None)
     small = {
         "pretrained_model": tmp_path / "twin",
         "prompts": tmp_path / "prompts.txt",

@@ -1,4 +1,4 @@
-"""Write public.json: what the code that the presets cite gives for the cases of cases.py.
+"""Write public.json: what the code that the presets cite gives for the cases of public_cases.py.
 
     python tests/method/parity/freeze.py --sources FOLDER
 
@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import cases
+import public_cases as cases
 
 SOURCES = {  # repository: commit
     "yifan123/flow_grpo": "ac4c86e8cae021841f1fde853d340e0db67690dd",
