@@ -18,6 +18,7 @@ from trl_tafs.policy.adapter_file import WEIGHT_NAME, save_adapter
 from trl_tafs.policy.carried import active_adapters, adapter_weights
 from trl_tafs.policy.lora import adapter_state_dict
 from trl_tafs.prompts.encoder import PromptEncoder
+from trl_tafs.training.checkpoint_files import CheckpointError
 
 QUICK = {"num_epochs": 1, "train_learning_rate": 1e-2, "save_freq": 0}
 CALL = {"num_inference_steps": 4, "sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "max_sequence_length": 8}
@@ -145,7 +146,7 @@ def test_a_frozen_lora_acts_everywhere_and_is_published_apart(pipeline_folder, t
     again = resumed(0.75)
     assert torch.equal(rolled(again), rolled(trainer))
     for weight, folder in ((0.5, turbo), (0.75, published), (0, None)):
-        with pytest.raises(ValueError, match=f"trained above .*{beneath}.* load the same adapters"):
+        with pytest.raises(CheckpointError, match=f"trained above .*{beneath}.* load the same adapters"):
             resumed(weight, folder)
 
 

@@ -125,5 +125,5 @@ def test_a_checkpoint_of_another_lora_is_refused_before_anything_is_loaded(pipel
         ({"full_finetuning": True}, "holds a LoRA, and this run trains the whole denoiser.*full_finetuning=False"),
     ):
         AcceleratorState._reset_state(reset_partial_state=True)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(CheckpointError, match=message):
             tiny.trainer(tiny.load(pipeline_folder), tmp_path, resume_from="latest", **changes)

@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.policy.policy import Policy
@@ -159,7 +160,6 @@ class Checkpoints:
         return path
 
     def _resume(self, path: Path) -> None:
-        check_resumes(self.policy, path, files.read_state(path)["settings"])
         settings = self.load(path)
         files.load_generators(path, self.accelerator.process_index)
         if changed := changes(settings, self.settings):
@@ -173,7 +173,11 @@ class Checkpoints:
     def load(self, path: Path) -> dict[str, Any]:
         """Take over a checkpoint's weights and states; return the settings that it was made with."""
         state = files.read_state(path)
-        check_resumes(self.policy, path, state["settings"])
+        try:
+            check_resumes(self.policy, path, state["settings"])
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # of other settings, or of a foreign file
+            named = str(error) if str(path) in str(error) else f"checkpoint {path}: {first_line(error)}"
+            raise files.CheckpointError(named) from error
         with files.reading(path, "the trained weights"):
             self.policy.load(path)
         files.load_states(path, self.states)
