@@ -40,6 +40,12 @@ def pipeline(pipeline_folder):
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws without a generator of its own is the same in every run, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Accelerate keeps one state a process; every test has its own."""
     yield

@@ -22,9 +22,12 @@ from trl_tafs import TAFSGRPOConfig
 from trl_tafs.method.kernels import Annealed, Ode, clean_estimate
 from trl_tafs.method.rollout import sample_steps
 from trl_tafs.policy.base import prepare_base
-from trl_tafs.policy.lora import adapter_disabled, attach_lora, trainable_parameters
+from trl_tafs.policy.carried import TrainedAdapter
+from trl_tafs.policy.lora import attach_lora, trainable_parameters, without_trained
 from trl_tafs.policy.optimizer import make_optimizer
 from trl_tafs.prompts.encoder import PromptEncoder
+
+ALONE = TrainedAdapter("default", True)  # nothing lies beneath it
 
 BATCH, NUM_STEPS = 64, 4
 Loss = Callable[[Any, Digits, PromptEncoder, torch.Generator], Tensor]
@@ -65,7 +68,7 @@ def reward_instruct(pipeline: Any, task: Digits, encode: PromptEncoder, rng: tor
                 break
     level = levels[last].expand(BATCH)
     v = pipeline.velocity(x, level, condition)
-    with torch.no_grad(), adapter_disabled(pipeline.denoiser):
+    with torch.no_grad(), without_trained(pipeline.denoiser, ALONE):
         base = pipeline.velocity(x, level, condition)
     return 0.2 * (v - base).square().mean() - reward_of(task, pipeline, clean_estimate(x, v, level), prompts)
 
@@ -80,7 +83,7 @@ def rg_lcd(pipeline: Any, task: Digits, encode: PromptEncoder, rng: torch.Genera
     condition, levels = encode(prompts), pipeline.rollout_levels(count, 8, 8)
     at = int(torch.randint(count - 1, (1,), generator=rng))
     x = torch.randn((BATCH, *pipeline.latent_shape(8, 8)), generator=rng)
-    with torch.no_grad(), adapter_disabled(pipeline.denoiser):
+    with torch.no_grad(), without_trained(pipeline.denoiser, ALONE):
         for step in sample_steps(pipeline.velocity, Ode(), condition, levels, x, lambda *_: x):
             if step.index == at:
                 state, following = step.state, step.next_state

@@ -1,5 +1,7 @@
 """The example scripts as users run them, and a script with the structure of TRL's last DDPO example."""
 
+import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -141,3 +143,19 @@ def test_a_ddpo_script_runs_after_its_imports_pipeline_and_last_lines_are_change
     assert (tmp_path / "model" / "pytorch_lora_weights.safetensors").exists()
     assert list((tmp_path / "logs").rglob("events*")), "images went to tensorboard"
     assert len(list((tmp_path / "save" / "checkpoints").iterdir())) == 2
+
+
+def test_what_the_examples_import_is_there():
+    wanted = set()
+    for path in sorted((tiny.ROOT / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trl_tafs":
+                wanted |= {(path.name, node.module, alias.name) for alias in node.names}
+    assert len(wanted) > 50
+    missing = [item for item in sorted(wanted) if not _is_there(*item[1:])]
+    assert not missing
+
+
+def _is_there(module, name):
+    found = importlib.import_module(module)
+    return hasattr(found, name) or (hasattr(found, "__path__") and importlib.util.find_spec(f"{module}.{name}"))
