@@ -113,7 +113,7 @@ def test_handlers_are_added_to_ours(pipeline, tmp_path):
     trainer = tiny.trainer(pipeline, tmp_path, accelerator_kwargs={"kwargs_handlers": given})
     accelerator = trainer.accelerator
     assert accelerator.init_handler.timeout == datetime.timedelta(hours=3)
-    assert accelerator.autocast_handler is given[1] and accelerator.ddp_handler.broadcast_buffers is False
+    assert accelerator.autocast_handler == given[1] and accelerator.ddp_handler.broadcast_buffers is False
     assert "10800" in trainer.settings["accelerator_kwargs"] or "3:00:00" in trainer.settings["accelerator_kwargs"]
 
 
