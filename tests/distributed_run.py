@@ -12,8 +12,8 @@ from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.rewards import RewardError
 
 
-def run(folder, model, batches, fail_at=None, resume="", **changes):
-    """Two epochs of two groups of 8; what a rank saw of them."""
+def run(folder, model, batches, fail_at=None, resume="", examined=False, **changes):
+    """Two epochs of two groups of 8; what a rank saw of them, and what its doctor says if it is examined before."""
     AcceleratorState._reset_state()
     seen = []
 
@@ -45,8 +45,10 @@ def run(folder, model, batches, fail_at=None, resume="", **changes):
 
     prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
     rollouts = [trainer.collector.sampler.roll_out(b, 0) for b in trainer.collector.local_batches(prompts)]
+    report = trainer.doctor() if examined else None
     trainer.train()
     return {
+        "report": report,
         "world": trainer.accelerator.num_processes,
         "final": torch.cat([part.rollout.final for part in rollouts]),
         "weights": adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name),
@@ -65,7 +67,7 @@ if __name__ == "__main__":
 
     PromptEncoder._encode = counting
     folder, model = Path(sys.argv[1]), sys.argv[2]
-    results = {"straight": run(folder / "straight", model, 2)}
+    results = {"straight": run(folder / "straight", model, 2, examined=True)}
     try:
         run(folder / "failed", model, 2, fail_at=3)  # the second batch of the first epoch, after the preflight
     except RewardError as error:

@@ -357,13 +357,11 @@ class Family:
     guidance: float | None = 3.5  # None: the stock pipeline has no classifier-free guidance
     tolerance: float = 0.0  # of the parity with the stock pipeline
     has_ode: bool = True  # the stock pipeline can solve the ODE
-    dead: tuple[str, ...] = ()  # parts of a LoRA parameter's name that can't have a gradient
     options: dict = field(default_factory=dict)  # of the builder
 
 
-LAST = "transformer_blocks.1.attn."  # what only leads to the last block's context stream, which is discarded
 FAMILIES = {
-    "sd3": Family("TAFSStableDiffusion3Pipeline", sd3, size=8, wide=(8, 16), dead=(LAST + "add_q_proj",)),
+    "sd3": Family("TAFSStableDiffusion3Pipeline", sd3, size=8, wide=(8, 16)),
     "flux-dev": Family("TAFSFluxPipeline", flux),
     "flux-schnell": Family("TAFSFluxPipeline", flux, options={"guidance_embeds": False, "dynamic": False}),
     "sana": Family("TAFSSanaPipeline", sana, size=32, wide=(32, 64)),
@@ -376,7 +374,7 @@ FAMILIES = {
         tolerance=1e-5,
         has_ode=False,
     ),
-    "qwen-image": Family("TAFSQwenImagePipeline", qwen_image, dead=(LAST + "add_q_proj",)),
+    "qwen-image": Family("TAFSQwenImagePipeline", qwen_image),
     "flux2": Family("TAFSFlux2Pipeline", flux2, guidance=None),
     "flux2-klein": Family("TAFSFlux2KleinPipeline", flux2_klein),
     "flux2-klein-distilled": Family(

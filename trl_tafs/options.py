@@ -167,7 +167,7 @@ KINDS: dict[Any, tuple[Any, str]] = {
 
 
 @functools.cache
-def annotations(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
     """Return the annotations of a dataclass's fields; of a class that was made in a function, of its bases' alone."""
     for base in cls.__mro__:
         try:
@@ -189,7 +189,7 @@ class Options:
     title: ClassVar[str]  # of the group in docs/configuration.md
 
     def __post_init__(self) -> None:
-        for name, hint in annotations(type(self)).items():
+        for name, hint in field_types(type(self)).items():
             setattr(self, name, typed(name, getattr(self, name), hint))
         for stage in ("complete", "check"):
             for group in reversed(type(self).__mro__):
@@ -286,6 +286,9 @@ class RunOptions(Options):
     mixed_precision: str = option("bf16", "no, fp16 or bf16. Trained LoRA weights are float32 always.")
     allow_tf32: bool = option(True, "TF32 matrix products on Ampere and later.")
     resume_from: str = option("", "Checkpoint to continue from, or `latest` for the newest of this run.")
+    preflight_rollout: bool = option(
+        True, "Before training, draw two images and score them, to stop at once where pictures or rewards are broken."
+    )
     disable_tqdm: bool = option(False, "No progress bars.")
 
     def complete(self) -> None:

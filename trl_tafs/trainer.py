@@ -27,6 +27,7 @@ from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
+from trl_tafs.training.doctor import Doctor
 from trl_tafs.training.hooks import DDPOHooks
 from trl_tafs.training.launch import check_launch
 from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
@@ -75,8 +76,9 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         check_launch(config, image_samples_hook)
         self.height, self.width = image_size(sd_pipeline, config, peft_config)
         self.prompts = PromptSource(prompt_function, config.seed)
-        self.rewards = RewardSet.of(config, reward_function, config.reward_weights)
-        self.evaluator = Evaluator.of(config, eval_prompts, self.rewards, eval_reward_function)
+        self.reward_functions = RewardSet.of(config, reward_function, config.reward_weights)
+        self.rewards = self.training_rewards()
+        self.evaluator = Evaluator.of(config, eval_prompts, self.reward_functions, eval_reward_function)
         self.accelerator, self.local_tracker = make_accelerator(config)
         self.plan = plan_epoch(config, self.accelerator.num_processes)
         held_out = None if self.evaluator is None else (self.evaluator.prompts, self.evaluator.rewards)
@@ -114,7 +116,8 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
             config, self.plan, policy, objective, self.encode, lambda *b: self.compute_loss(*b), watch, self.progress
         )
         varying_groups = algorithm.prompt_tracker is not None
-        self.logs = EpochLog(accelerator, algorithm.kernel.num_actions, algorithm.ratio_limit, varying_groups)
+        actions, limit = algorithm.kernel.num_actions, algorithm.ratio_limit
+        self.logs = EpochLog(accelerator, actions, limit, varying_groups, self.progress)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         states, log, done = algorithm.states(), self.local_tracker, self.progress
         self.checkpoints = Checkpoints(config, accelerator, policy, done, states, self.settings, log, watch)
@@ -132,11 +135,13 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
             self.prompts,
             self.rewards,
             self.plan,
+            sampler,
             size=(self.height, self.width),
             logs=self.logs,
             held_out=self.evaluator,
             prepare_push=partial(self.publisher.prepare_repo, None, config.hub_private_repo),
         )
+        self.doctor = Doctor(self.preflight, self.collector, self.updater, self.progress)
 
     def _card_prompts(self) -> list[str]:
         """Return prompts to show: held-out ones, or those of the first epoch."""

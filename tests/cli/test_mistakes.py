@@ -171,7 +171,7 @@ COMMANDS = [  # (command, exit code, what is said)
     (f"sample {SAMPLE} --import nowhere.py", 1, "there is no file nowhere.py"),
     (f"sample {{folder}} {MODEL} --prompt x", 1, "the folder holds no pytorch_lora_weights.safetensors"),
     (f"sample {{folder}}/no/where {MODEL} --prompt x", 1, "the adapter {folder}/no/where can't be loaded"),
-    (f"sample {{folder}}/torn {MODEL} --prompt x --output {{folder}}/a.png", 1, "torn can't be loaded"),
+    (f"sample {{folder}}/torn {MODEL} --prompt x --output {{folder}}/a.png", 1, "(4 bytes) is torn"),
     ("sample none --pretrained_model {folder}/x --prompt x", 1, "the model {folder}/x can't be loaded"),
     (f"sample {SAMPLE} --height 7 --output {{folder}}/a.png", 1, "height and width must be multiples of"),
     # evaluate

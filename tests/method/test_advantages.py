@@ -69,6 +69,31 @@ def test_each_step_is_normalised_by_itself():
     torch.testing.assert_close(together.std(0), torch.ones(3), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("offset", "factor"), [(0.0, 1.0), (1e8, 1.0), (-1e8, 1.0), (1e10, 10.0), (0.0, 1e25), (1e37, 1e36), (0.0, 1e-3)]
+)
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_large_rewards_and_small_differences_of_large_ones_are_told_apart(offset, factor, scale):
+    # 0 1 2 3: mean 1.5, unbiased variance (2.25 + .25 + .25 + 2.25) / 3 = 5 / 3
+    values = offset + factor * torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    expected = torch.tensor([-1.5, -0.5, 0.5, 1.5]) / (math.sqrt(5 / 3) + EPS / factor)
+    got = Advantages(Credit(CREDITS["step"]()), scale)(
+        RewardTable(values.reshape(4, 1, 1, 1), ("a",), torch.ones(1, dtype=torch.float64)), ids(4), ["p"] * 4, 1
+    )
+    assert got.advantages.dtype == torch.float32
+    torch.testing.assert_close(got.advantages.flatten(), expected, rtol=1e-6, atol=0)
+    own = normalize_states(values.reshape(1, 1, 4), ids(1), scale).flatten()
+    torch.testing.assert_close(own.float(), expected, rtol=1e-6, atol=0)
+    tracked = PerPromptStatTracker(4, 4).update(["p"] * 4, values.reshape(4, 1, 1)).flatten()
+    torch.testing.assert_close(tracked.float(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("constant", [0.1, 1e8 + 0.1, 1e25])
+def test_equal_large_rewards_get_exactly_zero(constant):
+    values = torch.full((6, 2), constant, dtype=torch.float64)
+    assert torch.equal(normalize_groups(values, ids(4, 2)), torch.zeros(6, 2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("constant", [0.0, 0.1, 0.3, -1.1, 100.3, 12345.678])
 def test_a_group_without_variance_gets_exactly_zero(scale, constant):

@@ -61,7 +61,7 @@ def seen(tracker, prompt, values, epoch=0):
 def test_one_epoch_is_its_mean_and_variance():
     tracker = PromptTracker(2)
     seen(tracker, "a", [[1.0, 10.0], [3.0, 10.0], [5.0, 40.0]])
-    torch.testing.assert_close(tracker.means(["a", "b"])[0], torch.tensor([3.0, 20.0]))
+    assert tracker.means(["a", "b"])[0].tolist() == [3.0, 20.0]
     assert tracker.means(["b"]).isnan().all()
     deviation, evidence = tracker.deviations(["a", "b"], 0)
     assert deviation[0].item() == pytest.approx(300**0.5) and deviation[1].isnan(), "at the last scored step"

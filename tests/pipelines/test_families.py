@@ -213,7 +213,6 @@ def replayed(mine, name, guidance=1.0):
 
 @pytest.mark.parametrize(("name", "guidance"), GUIDED)
 def test_the_ratio_is_exactly_one_on_policy_and_every_lora_parameter_gets_a_gradient(name, guidance):
-    family = FAMILIES[name]
     mine = families.ours(families.stock(name), name)
     targets = mine.lora_target_modules
     if name == "hidream":  # what the eval-mode experts would leave without a gradient, silently
@@ -228,8 +227,18 @@ def test_the_ratio_is_exactly_one_on_policy_and_every_lora_parameter_gets_a_grad
     assert {part for n in lora for part in targets if f".{part}.lora_A" in n} == set(targets)
     assert all(gradient is not None for gradient in lora.values()), "DDP would wait for it"
     without = [n for n, g in lora.items() if g.abs().sum() == 0]
-    assert [n for n in without if not any(part in n for part in family.dead)] == []
-    assert all(any(part in n for n in without) for part in family.dead), "alive after all"
+    assert [n for n in without if not any(part in n for part in mine.dead_lora_modules)] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_names_the_modules_whose_lora_is_dead_and_no_others(name):
+    mine = families.ours(families.stock(name), name)
+    linear = [n for n, module in mine.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    mine.transformer.add_adapter(LoraConfig(r=2, target_modules=linear, init_lora_weights=False))
+    sum(new.sum() for new, _ in replayed(mine, name)).backward()
+    gradients = {n: p.grad for n, p in mine.transformer.named_parameters() if "lora_B" in n}
+    dead = {n for n, gradient in gradients.items() if gradient is None or not gradient.any()}
+    assert dead == {n for n in gradients if any(f".{part}." in f".{n}" for part in mine.dead_lora_modules)}
 
 
 PLAIN = {"r": 4, "lora_alpha": 6}

@@ -55,7 +55,7 @@ class Judge:
 def expected():
     values = IMAGES.double().mean((1, 2, 3)) * torch.arange(5)
     values[3] = torch.nan
-    return values.float()
+    return values
 
 
 def test_images_survive_the_wire():

@@ -476,7 +476,7 @@ def check_answer(answer):
 def check_return(value):
     with contextlib.suppress(RewardError), warnings.catch_warnings(action="ignore"):
         values = RewardSet(lambda images, prompts, metadata: value)(IMAGES, PROMPTS, METADATA).values
-        assert values.shape == (2, 1) and values.dtype == torch.float32 and not values.isinf().any()
+        assert values.shape == (2, 1) and values.dtype == torch.float64 and not values.isinf().any()
 
 
 @settings(max_examples=40, suppress_health_check=FIXTURES)

@@ -44,6 +44,15 @@ def test_two_processes_are_one(two, pipeline_folder, tmp_path):
     assert lines[0] == lines[1], "one process writes the log"
 
 
+def test_the_doctor_of_two_processes_is_one_and_leaves_no_trace(two):
+    _, results = two
+    first, second = (result["straight"]["report"] for result in results)
+    assert first.findings == second.findings == () and first.images == 8 and first.groups == 2
+    assert first.rewards == second.rewards and first.gradients == second.gradients and first.pixels == second.pixels
+    for key, value in results[0]["straight"]["weights"].items():  # "resumed" was never examined
+        assert torch.equal(value, results[0]["resumed"]["weights"][key])
+
+
 def test_a_reward_that_fails_on_one_process_stops_both_and_loses_nothing(two):
     _, results = two
     assert "a reward failed on another process" in results[0]["error"]

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from trl_tafs.cli.doctor import doctor
 from trl_tafs.cli.evaluate import evaluate
 from trl_tafs.cli.parsing import OneLineParser, UsageError
 from trl_tafs.cli.sample import sample
@@ -36,6 +37,7 @@ def _env() -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], Callable[[], int | None]]] = {
     "train": train,
+    "doctor": doctor,
     "sample": sample,
     "evaluate": evaluate,
     "serve-reward": serve_reward,

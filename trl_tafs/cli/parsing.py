@@ -60,7 +60,7 @@ def read_options(path: str, known: Sequence[str]) -> dict[str, Any]:
 
     from trl_tafs.config import read_settings
     from trl_tafs.prompts.files import decode_text
-    from trl_tafs.training.settings import FACTS
+    from trl_tafs.training.settings import WRITTEN
 
     try:
         values = yaml.load(decode_text(Path(path).read_bytes(), path), _loader())
@@ -72,7 +72,7 @@ def read_options(path: str, known: Sequence[str]) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         told = "is empty" if values is None else f"holds a {type(values).__name__}"
         raise UsageError(f"--config {path} {told}; write a line `name: value` for each option")
-    if set(FACTS) <= values.keys():  # what a run wrote, which JSON, and so YAML, is
+    if set(WRITTEN) <= values.keys():  # what a run wrote, which JSON, and so YAML, is
         return read_settings(path)
     for name in values:
         if name not in known:

@@ -11,7 +11,7 @@ import torch
 
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec, draw_and_score
 from trl_tafs.pipelines.finite import NonFiniteError
-from trl_tafs.processes import any_process, raise_everywhere
+from trl_tafs.processes import any_process, gather_rows, raise_everywhere
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardError, RewardSet
 
@@ -108,14 +108,11 @@ class Evaluator:
         fault: Exception | None = None
         for spec in specs:
             try:
-                values = draw_and_score(drawer, spec, self.rewards, items, mine)[1][:, 0].to(accelerator.device)
-            except (
-                RewardError,
-                NonFiniteError,
-            ) as error:  # the other processes wait in the gather: fail together, below
+                values = draw_and_score(drawer, spec, self.rewards, items, mine)[1][:, 0]
+            except (RewardError, NonFiniteError) as error:  # the others wait in the gather: fail together, below
                 fault = fault or error
-                values = torch.full((len(mine), len(self.rewards.names)), torch.nan, device=accelerator.device)
-            everyone = accelerator.gather(values)[: len(self.items)]
+                values = torch.full((len(mine), len(self.rewards.names)), torch.nan, dtype=torch.float64)
+            everyone = gather_rows(accelerator, values)[: len(self.items)]
             for name, mean in zip(self.rewards.names, everyone.nanmean(dim=0).tolist(), strict=True):
                 results[metric_name(spec.sampler, spec.num_steps, name)] = mean
         if any_process(accelerator, fault is not None):

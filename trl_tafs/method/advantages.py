@@ -1,7 +1,8 @@
 """From rewards to advantages: group normalisation, the order of several rewards, DDPO's running statistics.
 
-Rewards arrive as (B, Q, K, R) with NaN where there is no score. Advantages leave as (B, S, M), float32, finite:
-what has no score, or a group without variance, gets 0.
+Rewards arrive as (B, Q, K, R), float64, with NaN where there is no score: differences of large rewards and squares of
+huge ones are right in it. Advantages leave as (B, S, M), float32, finite: what has no score, or a group without
+variance, gets 0.
 """
 
 from __future__ import annotations
@@ -33,14 +34,25 @@ def group_sums(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
 def group_mean_std(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of each row's group, (B, ...) each; NaN rows don't count.
 
-    A group with one score has no deviation: 0. Groups may differ in size.
+    A group with one score has no deviation: 0. Groups may differ in size. Sums are taken of differences from the
+    group's least value, so that a common offset costs no precision.
     """
-    total, count = group_sums(values, group_ids)
-    mean = total / count.clamp(min=1)
-    squares, _ = group_sums((values - mean).square(), group_ids)
-    std = (squares / (count - 1).clamp(min=1)).sqrt()
-    constant = squares <= (1e-6 * mean.abs().clamp(min=1e-6)).square() * count  # equal up to rounding
-    return mean, torch.where(constant, torch.zeros_like(std), std)
+    low = group_least(values, group_ids)
+    total, count = group_sums(values - low, group_ids)
+    above = total / count.clamp(min=1)
+    squares, _ = group_sums((values - low - above).square(), group_ids)
+    std, mean = (squares / (count - 1).clamp(min=1)).sqrt(), low + above
+    rounding = (8 * torch.finfo(values.dtype).eps * mean.abs()).clamp(min=1e-12)  # of values that should be equal
+    return mean, torch.where(squares <= rounding.square() * count, torch.zeros_like(std), std)
+
+
+def group_least(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Least value that isn't NaN of each row's group, (B, ...), each row holding its group's; 0 where there is none."""
+    _, index = torch.unique(group_ids, return_inverse=True)
+    most = values.new_full((int(index.max()) + 1, *values.shape[1:]), float("inf"))
+    places = rows_like(index, values).expand_as(values)
+    low = most.scatter_reduce(0, places, values.nan_to_num(float("inf")), "amin")[index]
+    return low.masked_fill(low.isinf(), 0.0)
 
 
 def normalize_groups(values: Tensor, group_ids: Tensor, scale: str = "group", centred: Tensor | None = None) -> Tensor:
@@ -182,8 +194,8 @@ class AdvantageTable:
     """What the rewards of an epoch come to, on the CPU."""
 
     advantages: Tensor  # (B, S, M) float32, finite, within +-clip
-    combined: Tensor  # (B, Q, K) float32, the weighted sum of the rewards; NaN where there is no score
-    group_std: Tensor  # (B, Q, K) float32, its deviation within the image's group
+    combined: Tensor  # (B, Q, K) float64, the weighted sum of the rewards; NaN where there is no score
+    group_std: Tensor  # (B, Q, K) float64, its deviation within the image's group
 
 
 @dataclass(frozen=True)
@@ -239,4 +251,4 @@ class Advantages:
         advantages = self.credit(values, num_trained, inner, levels)
         advantages = advantages[..., :-1] if self.drop_mean else advantages
         group_std = group_mean_std(combined, group_ids)[1]
-        return AdvantageTable(advantages.clamp(-self.clip, self.clip), combined, group_std)
+        return AdvantageTable(advantages.clamp(-self.clip, self.clip).float(), combined, group_std)

@@ -182,8 +182,8 @@ def credit_rule(options: Any) -> CreditRule:
     if isinstance(entry, type) and issubclass(entry, CreditRule):
         return entry._made(options, "credit_kwargs")
     parameters = inspect.signature(entry).parameters.items()
-    own = {name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty}
-    own = own_options(entry, "credit_kwargs", options.credit_kwargs, own)
+    names = {name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty}
+    own = own_options(entry, "credit_kwargs", options.credit_kwargs, names)
     return FunctionCredit(entry, own)  # type: ignore[arg-type]  # no class is left
 
 

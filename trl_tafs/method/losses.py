@@ -10,6 +10,8 @@ from torch import Tensor
 
 from trl_tafs.method.types import LossOutput
 
+Surrogate = Callable[[Tensor, float, Tensor], Tensor]  # (advantages, clip_range, ratio) to a loss
+
 CLIP_RANGE = 0.025
 """Default clip range in the units of the "sqrt" reduction; measured, see docs/algorithm.md."""
 
@@ -54,6 +56,7 @@ def clipped_surrogate(
     clip_range: float,
     weight: Tensor | None = None,
     delta: float | None = None,
+    surrogate: Surrogate | None = None,
 ) -> LossOutput:
     r"""Eq. 10, negated: `-mean(w min(r A, clip(r, e^-eps, e^eps) A))`, `r = exp(log p - log p_old)`.
 
@@ -65,8 +68,9 @@ def clipped_surrogate(
         old_log_prob: (T, M) of the policy that sampled, same reduction.
         advantage: (T, M).
         clip_range: eps, in the units of the reduction.
-        weight: (T, 1), the level weights; None for 1.
+        weight: (T, 1), the level weights, above 0; None for 1.
         delta: bound of r itself, above e^eps: where A < 0 the loss is at most `-delta A` (dual clip); None for none.
+        surrogate: another formula of weighted advantages (T, M), clip range and ratio (T, M) than the above.
 
     Returns:
         The loss, and `approx_kl` (`mean((log r)^2) / 2`, as DDPOTrainer's), `clipfrac` (of all actions),
@@ -75,9 +79,12 @@ def clipped_surrogate(
     """
     log_ratio = log_prob - old_log_prob
     ratio = _bounded_ratio(log_ratio, delta)
-    bounded = ratio.clamp(math.exp(-clip_range), math.exp(clip_range))
-    surrogate = torch.minimum(ratio * advantage, bounded * advantage)
-    loss = -(surrogate if weight is None else weight * surrogate).mean()
+    if surrogate is not None:
+        loss = surrogate(advantage if weight is None else weight * advantage, clip_range, ratio)
+    else:
+        bounded = ratio.clamp(math.exp(-clip_range), math.exp(clip_range))
+        least = torch.minimum(ratio * advantage, bounded * advantage)
+        loss = -(least if weight is None else weight * least).mean()
     outside, still = log_ratio.detach().abs() > clip_range, advantage * log_ratio.detach() > 0
     return LossOutput(loss, _ratio_metrics(log_ratio, ratio, advantage, outside, outside & still))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trl_tafs.method.kernels import REDUCTIONS, Kernel
-from trl_tafs.method.losses import clipped_surrogate, masked_surrogate
+from trl_tafs.method.losses import Surrogate, clipped_surrogate, masked_surrogate
 from trl_tafs.method.noise import Noise
 from trl_tafs.method.parts import Part
 from trl_tafs.method.rollout import KEPT, Velocity
@@ -145,6 +145,7 @@ class RatioObjective(Objective):
         unit: float,
         kl: Tensor | None = None,
         weight: Tensor | None = None,
+        formula: Surrogate | None = None,
     ) -> LossOutput:
         """Return the surrogate's loss with what holds it.
 
@@ -155,13 +156,14 @@ class RatioObjective(Objective):
             unit: D times `REDUCTIONS[reduction](D)`, what makes of nats per element those units.
             kl: (T,) to the old policy, in nats per latent element, with gradient; None: the policy is the old one.
             weight: (T, 1), the level weights.
+            formula: another one than the clipped surrogate's; without a `kl_limit`.
         """
         log_prob, old_log_prob = log_probs
         advantage = self._weighted(advantage)
         if self.center_ratio and kl is not None:
             log_prob = log_prob + unit * kl[:, None]
         if self.kl_limit is None:
-            output = clipped_surrogate(log_prob, old_log_prob, advantage, clip_range, weight, self.delta)
+            output = clipped_surrogate(log_prob, old_log_prob, advantage, clip_range, weight, self.delta, formula)
         else:
             far = torch.zeros_like(advantage) if kl is None else kl.detach()[:, None].expand_as(advantage)
             output = masked_surrogate(log_prob, old_log_prob, advantage, far > self.kl_limit, weight, self.delta)

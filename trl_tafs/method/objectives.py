@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trl_tafs.method.image_objectives import ForwardObjective, MatchedObjective, MatchingObjective
 from trl_tafs.method.kernels import Kernel, expand
-from trl_tafs.method.losses import LEVEL_WEIGHTINGS
+from trl_tafs.method.losses import LEVEL_WEIGHTINGS, Surrogate
 from trl_tafs.method.noise import Noise
 from trl_tafs.method.objective import Objective, RatioObjective, check_advantages, check_delta, nats_per_element
 from trl_tafs.method.rollout import KEPT, Velocity, replay
@@ -99,9 +99,17 @@ class ClippedObjective(RatioObjective):
         return ~self.pulled_by_advantage(items.advantage) & (not held)
 
     def __call__(
-        self, velocity: Velocity, items: Transitions, conditioning: Conditioning, reference: Velocity | None = None
+        self,
+        velocity: Velocity,
+        items: Transitions,
+        conditioning: Conditioning,
+        reference: Velocity | None = None,
+        surrogate: Surrogate | None = None,
     ) -> LossOutput:
-        """The loss of T items with their T conditionings; `reference` is needed where `beta` > 0."""
+        """The loss of T items with their T conditionings; `reference` is needed where `beta` > 0.
+
+        `surrogate` is another formula than Eq. 10's, see `losses.clipped_surrogate`.
+        """
         policy = replay(velocity, self.kernel, items, conditioning)
         sensitivity = expand(self.kernel.sensitivity(items.level, items.next_level), items.state)
         gap = expand(items.level - items.next_level, items.state)
@@ -113,7 +121,9 @@ class ClippedObjective(RatioObjective):
             old = self.kernel.transition(state, items.old_velocity, items.level, items.next_level)
             kl = policy.kl(old, "mean")
         unit = nats_per_element(items.state[0].numel(), self.reduction)
-        output = self._surrogate((log_prob, items.old_log_prob), items.advantage, self.clip_range, unit, kl, weight)
+        output = self._surrogate(
+            (log_prob, items.old_log_prob), items.advantage, self.clip_range, unit, kl, weight, surrogate
+        )
         if self.beta == 0.0:
             return output
         if reference is None:

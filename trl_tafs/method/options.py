@@ -80,7 +80,9 @@ class SamplingOptions(Options):
     )
     clean_baseline: str = option("state", "Clean kernel: state (the state's own value is the baseline) or group.")
     num_generations: int | None = option(
-        None, "G, images of a prompt (paper: 48). None: 48, or the largest divisor of the epoch's images below it."
+        None,
+        "G, images of a prompt (paper: 48). None: 48, or the largest divisor of the epoch's images below it. 1, as in "
+        "DDPO, needs per_prompt_stat_tracking.",
     )
     group_allocation: str = option(
         "fixed",
@@ -138,7 +140,7 @@ class SamplingOptions(Options):
         check_choice(self, "group_allocation", ("fixed", "variance", "streaming", "superflow"))
         check_choice(self, "group_averaging", ("images", "prompts"))
         check_choice(self, "sample_window_order", ("progressive", "random"))
-        check_at_least(self, 2, "sample_num_steps", "num_generations", "max_generations")
+        check_at_least(self, 2, "sample_num_steps", "max_generations")
         check_at_most(self, MAX_STEPS, "sample_num_steps")
         check_at_least(self, 1, "sample_batch_size", "sample_num_batches_per_epoch", "num_perturbations")
         check_at_least(self, 1, "sample_window_interval", "group_tracker_capacity", "group_bins")
@@ -416,6 +418,11 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
             raise ValueError(
                 f"num_advantage_steps is {self.num_advantage_steps}; with sample_num_steps={self.sample_num_steps} "
                 f"it can be 1 to {self.num_trained_steps}"
+            )
+        if self.num_generations is not None and self.num_generations < (1 if self.per_prompt_stat_tracking else 2):
+            raise ValueError(
+                f"num_generations is {self.num_generations}; a group-relative advantage needs at least 2 images of a "
+                "prompt, or 1 with DDPO's statistics of each prompt (per_prompt_stat_tracking=True)"
             )
         if self.per_prompt_stat_tracking and self.group_allocation != "fixed":
             raise ValueError(

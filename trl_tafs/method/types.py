@@ -171,9 +171,9 @@ class Rollout:
 class RewardTable:
     """Rewards of the scored images; NaN where a reward gave no score."""
 
-    values: Tensor  # (B, Q, K, R) float32
+    values: Tensor  # (B, Q, K, R) float64
     names: tuple[str, ...]  # R
-    weights: Tensor  # (R,) float32
+    weights: Tensor  # (R,) float64
 
     @classmethod
     def cat(cls, items: list[RewardTable]) -> RewardTable:

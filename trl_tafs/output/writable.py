@@ -19,7 +19,7 @@ def check_writable(folder: str | os.PathLike, field: str) -> None:
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=os.fspath(folder)):
+        with tempfile.TemporaryFile(dir=str(folder)):
             pass
     except OSError as error:
         raise ValueError(

@@ -97,6 +97,11 @@ class TAFSPipelineMixin(ABC):
         """Those of the target modules that have no effect, and would leave DDP waiting for their gradient."""
         return []
 
+    @property
+    def dead_lora_modules(self) -> list[str]:
+        """Parts of the names of modules whose output never reaches the velocity: their LoRA can't have a gradient."""
+        return []
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one image's latent: (C, H / f, W / f), f the VAE's factor."""
         channels = self.denoiser.config.in_channels

@@ -49,6 +49,12 @@ class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline)
         """Within the stock pipeline's template."""
         return self.prompt_template_encode.format(prompt)
 
+    @property
+    def dead_lora_modules(self) -> list[str]:
+        """Of the last block's text stream only what the image's tokens attend to is used."""
+        last = f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}"
+        return [f"{last}.attn.add_q_proj", f"{last}.attn.to_add_out", f"{last}.txt_mlp"]
+
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Qwen2.5-VL: text (B, L, C), as long as the longest prompt, and a mask where they differ."""
         text, mask = self.encode_prompt(prompts, max_sequence_length=max_sequence_length)

@@ -32,6 +32,11 @@ class TAFSStableDiffusion3Pipeline(TAFSPipelineMixin, StableDiffusion3Pipeline):
     comfyui_shift = 3.0
     lora_key_marks, lora_family = ("attn.add_q_proj",), "SD3"
 
+    @property
+    def dead_lora_modules(self) -> list[str]:
+        """The last block's text stream is discarded: its queries ask for nothing."""
+        return [f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}.attn.add_q_proj"]
+
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by the two CLIP encoders and T5: text (B, L, C), pooled (B, P)."""
         text, _, pooled, _ = self.encode_prompt(

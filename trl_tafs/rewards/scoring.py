@@ -37,7 +37,7 @@ class RewardRefused(RewardError):
 class Scores:
     """The scores of one call of all rewards."""
 
-    values: Tensor  # (B, R) float32, NaN where there is no score
+    values: Tensor  # (B, R) float64, NaN where there is no score
     metadata: Any  # of a single reward what it returned, of several a dict by name
 
 
@@ -83,7 +83,7 @@ class RewardSet:
             told = ", ".join(f"{name}={weight}" for name, (_, weight) in named.items())
             raise ValueError(f"reward_weights={list(weights)}, and the rewards have weights ({told}); give one set")
         chosen = own if weights is None else list(weights)
-        self.weights = torch.tensor(chosen, dtype=torch.float32)
+        self.weights = torch.tensor(chosen, dtype=torch.float64)
         self.max_retries, self.retry_delay, self.on_failure = max_retries, retry_delay, on_failure
 
     @classmethod
@@ -141,14 +141,13 @@ class RewardSet:
                 )
         return [f"reward {name!r} scores {n} of {count} {where}" for name, n in scored.items() if n < count]
 
-    def try_once(self, prompt: str, metadata: dict[str, Any], height: int, width: int) -> None:
-        """Call each reward on two images of noise, before anything is spent on it.
+    def try_once(self, prompt: str, metadata: dict[str, Any], images: Tensor) -> Scores:
+        """Call each reward on images (B, 3, H, W) of one prompt, before anything is spent on it.
 
         Raises:
             RewardError: one raises, or returns what can't be used.
         """
-        images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-        self(images, [prompt] * 2, [metadata] * 2)
+        return self(images, [prompt] * len(images), [metadata] * len(images))
 
     def combined(self, batches: Sequence[tuple], workers: int = 1) -> list[tuple[Tensor, Any]]:
         """Score `(images, prompts, metadata, ...)` batches: the weighted sum of all rewards (B,), and the metadata."""
@@ -203,7 +202,7 @@ def _is_pair(result: Any) -> bool:
 
 
 def as_rewards(name: str, values: Any, expected: int) -> Tensor:
-    """Return what a reward returned as (B,) float32 on the CPU; None becomes NaN.
+    """Return what a reward returned as (B,) float64 on the CPU; None becomes NaN.
 
     Raises:
         RewardError: it isn't `expected` real, finite numbers.
@@ -222,7 +221,7 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
             f"reward {name!r} returned shape {tuple(rewards.shape)} for {expected} images; it must return one number "
             "an image (None or NaN for no score)"
         )
-    if rewards.isinf().any():
+    if (rewards.abs() > torch.finfo(torch.float32).max).any():
         raise RewardError(
             f"reward {name!r} returned an infinite value, or one beyond float32's 3.4e38; bound it, or return None for "
             "no score"
@@ -231,14 +230,14 @@ def as_rewards(name: str, values: Any, expected: int) -> Tensor:
 
 
 def _as_tensor(values: Any) -> Tensor:
-    """Return numbers of any kind as float32 on the CPU; raise TypeError for complex ones."""
+    """Return numbers of any kind as float64 on the CPU; raise TypeError for complex ones."""
     if isinstance(values, Tensor):
         tensor = values.detach()
         if tensor.is_complex():
             raise TypeError("complex numbers")
-        return tensor.float().cpu()
+        return tensor.cpu().double()
     items = values.tolist() if hasattr(values, "tolist") else list(values)
-    return torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float32)
+    return torch.tensor([float("nan") if v is None else v for v in items], dtype=torch.float64)
 
 
 def copy_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

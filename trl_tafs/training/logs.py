@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trl_tafs.method.advantages import AdvantageTable
+from trl_tafs.method.advantages import AdvantageTable, group_mean_std
 from trl_tafs.method.types import RewardTable
 from trl_tafs.training.experience import Experience
 from trl_tafs.training.memory import GIB, MemoryPlan
+from trl_tafs.training.progress import Progress
 
 CLIPPED_WARNING = 0.3
 
@@ -88,8 +89,10 @@ class EpochLog:
         varying_groups: whether group sizes are worth a line.
     """
 
-    def __init__(self, accelerator: Accelerator, num_actions: int, clip: str, varying_groups: bool) -> None:
-        self.accelerator, self.clip, self.varying_groups = accelerator, clip, varying_groups
+    def __init__(
+        self, accelerator: Accelerator, num_actions: int, clip: str, varying_groups: bool, progress: Progress
+    ) -> None:
+        self.accelerator, self.clip, self.varying_groups, self.progress = accelerator, clip, varying_groups, progress
         self.actions = slice(0, num_actions)
         self.memory_plan: MemoryPlan | None = None
         self._warned = False
@@ -99,11 +102,31 @@ class EpochLog:
     ) -> float:
         """Log an epoch's rewards, steps named as in the paper, from 1; return the mean reward of the final images."""
         values = reward_values(experience.rewards, credit, scored_steps, self.actions)
+        if experience.prompts.group_ids.unique().numel() == len(experience.prompts):  # DDPO's groups of one
+            del values["reward/group_std"], values["frac_reward_zero_std"]
+        values["frac_zero_advantage"] = (credit.advantages == 0).float().mean().item()
+        self._warn_idle(experience, credit, epoch)
         self.accelerator.log({"epoch": epoch} | values, step=global_step)
         if self.varying_groups:
             groups = group_values(experience.prompts.group_ids, credit.group_std[:, -1, 0])
             self.accelerator.log(groups | {"epoch": epoch}, step=global_step)
         return values["reward"]
+
+    def _warn_idle(self, experience: Experience, credit: AdvantageTable, epoch: int) -> None:
+        """Warn of an epoch without any advantage: of the first in a row, the second, the fourth, the eighth, ..."""
+        idle = not credit.advantages.any()
+        self.progress.idle_epochs = count = self.progress.idle_epochs + 1 if idle else 0
+        if not idle or count & (count - 1):
+            return
+        constant = ", ".join(constant_rewards(experience.rewards, experience.prompts.group_ids))
+        cause = f"{constant} gave" if constant else "the weighted sum of the rewards is"
+        warn_main(
+            self.accelerator,
+            f"epoch {epoch}: no image has an advantage, so nothing is learned from it ({count} such in a row): {cause} "
+            "the same for all images of each prompt. Use a reward that tells images of one prompt apart, prompts that "
+            "are neither too easy nor too hard, or a larger num_generations. No optimizer step is taken, but for the "
+            "pull to the base that beta above 0 is",
+        )
 
     def update(self, values: dict[str, Tensor], inner_epoch: int, rate: float, epoch: int, global_step: int) -> None:
         """Log one optimizer step: its metrics, reduced over processes at once."""
@@ -152,6 +175,14 @@ def reward_values(
     return values
 
 
+def constant_rewards(rewards: RewardTable, group_ids: Tensor) -> list[str]:
+    """Return the names of the rewards that tell no two images of a group apart; of all, where a group is one image."""
+    alone = group_ids.unique().numel() == len(group_ids)
+    groups = torch.zeros_like(group_ids) if alone else group_ids
+    columns = zip(rewards.names, rewards.values.unbind(-1), strict=True)
+    return [name for name, column in columns if not group_mean_std(column, groups)[1].any()]
+
+
 def group_values(group_ids: Tensor, group_std: Tensor) -> dict[str, float]:
     """Return how an epoch's images were shared: sizes, and the correlation of a prompt's size with its deviation.
 
@@ -160,8 +191,10 @@ def group_values(group_ids: Tensor, group_std: Tensor) -> dict[str, float]:
         group_std: (B,) the deviation of each image's group.
     """
     sizes = torch.bincount(group_ids)
-    deviations = torch.zeros(len(sizes)).index_copy(0, group_ids, group_std)
+    deviations = group_std.new_zeros(len(sizes)).index_copy(0, group_ids, group_std)
     values = {"groups/size_min": sizes.min().item(), "groups/size_max": sizes.max().item()}
     if len(sizes) > 1 and sizes.float().std() > 0 and deviations.std() > 0:
-        values["groups/size_std_correlation"] = torch.corrcoef(torch.stack([sizes.float(), deviations]))[0, 1].item()
+        values["groups/size_std_correlation"] = torch.corrcoef(torch.stack([sizes.to(deviations), deviations]))[
+            0, 1
+        ].item()
     return values

@@ -10,10 +10,11 @@ from trl_tafs.training.options import TrainingOptions
 PAPER_GROUP_SIZE = 48
 
 
-def resolve_group_size(num_generations: int | None, total: int) -> int:
+def resolve_group_size(num_generations: int | None, total: int, *, alone: bool = False) -> int:
     """Return the group size G for an epoch of `total` images.
 
-    None means the paper's 48, or the largest divisor of `total` up to 48 where 48 doesn't divide it.
+    None means the paper's 48, or the largest divisor of `total` up to 48 where 48 doesn't divide it. `alone` allows
+    groups of one, whose baseline isn't the group's.
 
     Raises:
         ValueError: G doesn't divide `total`, or is below 2; the message names sizes that do.
@@ -27,6 +28,8 @@ def resolve_group_size(num_generations: int | None, total: int) -> int:
                 "sample_batch_size, sample_num_batches_per_epoch or the number of processes"
             )
         return fitting[-1]
+    if num_generations == 1 and alone:
+        return 1
     if num_generations < 2:
         raise ValueError(f"num_generations is {num_generations}; a group-relative advantage needs at least 2")
     if total < 2:
@@ -65,6 +68,18 @@ class EpochPlan:
         """Of all processes together."""
         return self.local_images * self.world_size
 
+    def line(self, inner_epochs: int) -> str:
+        """Return the arithmetic in one line, such as "96 images: 2 prompts x 48; 1 optimizer step an epoch"."""
+        size = str(self.group_size)
+        if self.least_images != self.most_images:
+            size = f"{self.least_images} to {self.most_images}, {self.group_size} on the average"
+        steps = self.updates_per_inner_epoch * inner_epochs
+        spread = f" on {self.world_size} processes" if self.world_size > 1 else ""
+        return (
+            f"{self.total_images} images{spread}: {self.num_groups} prompt{'s' * (self.num_groups > 1)} x {size}; "
+            f"{steps} optimizer step{'s' * (steps > 1)} an epoch"
+        )
+
 
 def plan_epoch(options: TrainingOptions, world_size: int) -> EpochPlan:
     """Work out the sizes of an epoch, and check them.
@@ -73,7 +88,8 @@ def plan_epoch(options: TrainingOptions, world_size: int) -> EpochPlan:
         ValueError: something doesn't divide; says the numbers, and which would.
     """
     local = options.sample_batch_size * options.sample_num_batches_per_epoch
-    group_size = resolve_group_size(options.num_generations, local * world_size)
+    alone = options.per_prompt_stat_tracking
+    group_size = resolve_group_size(options.num_generations, local * world_size, alone=alone)
     batch = options.train_batch_size
     if local % batch:
         fitting = [size for size in range(1, batch + 1) if local % size == 0]

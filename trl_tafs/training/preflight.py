@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
+from trl_tafs.pipelines.finite import check_images
 from trl_tafs.policy.policy import Policy
 from trl_tafs.prompts.encoder import PromptEncoder
-from trl_tafs.prompts.source import PromptSource
-from trl_tafs.rewards.scoring import RewardSet
-from trl_tafs.training.logs import EpochLog, warn_main
-from trl_tafs.training.memory import announce_plan
+from trl_tafs.prompts.source import PromptSource, expand_groups
+from trl_tafs.rewards.scoring import RewardSet, Scores
+from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
+from trl_tafs.training.memory import MemoryPlan, announce_plan
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
+from trl_tafs.training.sampling import RolloutSampler
+from trl_tafs.training.trace import generators_kept
+
+NUM_IMAGES = 2  # the least that can differ
 
 
 class HeldOut(Protocol):
@@ -27,7 +35,7 @@ class HeldOut(Protocol):
 
 @dataclass
 class Preflight:
-    """Tries one prompt, one call of each reward and the right to push, before anything is spent."""
+    """Tries a prompt, a small rollout, each reward and the right to push, before anything is spent."""
 
     config: TrainingOptions
     accelerator: Accelerator
@@ -36,32 +44,69 @@ class Preflight:
     prompts: PromptSource
     rewards: RewardSet
     plan: EpochPlan
+    sampler: RolloutSampler
     size: tuple[int, int]  # height and width, pixels
     logs: EpochLog
     held_out: HeldOut | None
     prepare_push: Callable[[], Any]  # raises where the push at the end would fail
 
     def __call__(self, epoch: int) -> None:
-        """Try what the epochs from `epoch` on will need.
+        """Try what the epochs from `epoch` on will need, and say how an epoch is made up.
 
         Raises:
-            PushError, RewardError, ValueError: it would fail later.
+            NonFiniteError, PushError, RewardError, ValueError: what would fail later.
         """
         config = self.config
         if config.push_to_hub:
             self.prepare_push()
+        self._say(self.plan.line(config.train_num_inner_epochs))
         prompt, metadata = self.prompts.groups(epoch, 1)[0]
         if config.prompt_cache_dir is not None:
             self.encode.prepare(self.prompts.known())
-        self._plan_memory(prompt)
-        self.rewards.try_once(prompt, metadata, *self.size)
-        if config.eval_freq and self.held_out is not None:
-            prompt, metadata = self.held_out.items[0]
-            self.held_out.rewards.try_once(prompt, metadata, *self.size)
+        self.plan_memory(prompt)
+        with generators_kept():
+            images = self._first_images(prompt, metadata, epoch)
+            if config.eval_freq and self.held_out is not None:
+                self.held_out.rewards.try_once(*self.held_out.items[0], images)
         if epoch == 0 and config.eval_freq == 0 and self.held_out is not None:
             warn_main(self.accelerator, "eval_prompts were given, and eval_freq is 0: nothing will be evaluated")
 
-    def _plan_memory(self, prompt: str) -> None:
+    def plan_memory(self, prompt: str) -> MemoryPlan | None:
+        """Announce what the run will hold; on the main process alone."""
         conditioning = self.encode([prompt])
-        if self.accelerator.is_main_process:
-            self.logs.memory_plan = announce_plan(self.policy, conditioning, self.plan.local_images, self.size)
+        if not self.accelerator.is_main_process:
+            return None
+        self.logs.memory_plan = announce_plan(self.policy, conditioning, self.plan.local_images, self.size)
+        return self.logs.memory_plan
+
+    def look(self, prompt: str, metadata: dict[str, Any], epoch: int) -> tuple[Tensor, Scores]:
+        """Draw two images of a prompt, in batches no larger than the run's; return them (2, 3, H, W) and their scores.
+
+        Raises:
+            NonFiniteError: the denoiser or the VAE made NaN or infinity.
+            RewardError: a reward raises, or returns what can't be used.
+        """
+        batch = expand_groups([(prompt, metadata)], [NUM_IMAGES])
+        sampler, size = dataclasses.replace(self.sampler, stopwatch=Stopwatch()), self.config.sample_batch_size
+        with self.policy.sampling():
+            rollouts = [sampler.roll_out(batch[i : i + size], epoch).rollout for i in range(0, NUM_IMAGES, size)]
+        latents = torch.cat([item.final for item in rollouts])
+        images = sampler.decode(latents)
+        check_images(self.policy.pipeline, images, latents)
+        return images, self.rewards.try_once(prompt, metadata, images)
+
+    def _first_images(self, prompt: str, metadata: dict[str, Any], epoch: int) -> Tensor:
+        """Return two images that the training rewards have scored: drawn ones, or noise if that isn't wanted."""
+        if not self.config.preflight_rollout:
+            images = torch.rand(NUM_IMAGES, 3, *self.size, generator=torch.Generator().manual_seed(0))
+            self.rewards.try_once(prompt, metadata, images)
+            return images
+        images, scores = self.look(prompt, metadata, epoch)
+        rows = zip(self.rewards.names, scores.values.unbind(1), strict=True)
+        told = ", ".join(f"{name} {' and '.join(f'{value:.4g}' for value in row.tolist())}" for name, row in rows)
+        self._say(f"two images of {prompt[:60]!r} were drawn and scored: {told}")
+        return images
+
+    def _say(self, line: str) -> None:
+        if not self.config.disable_tqdm:
+            self.accelerator.print(line)

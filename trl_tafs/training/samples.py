@@ -59,7 +59,8 @@ class SampleViewer:
 
     def _call_hook(self, experience: Experience, combined: Tensor, global_step: int) -> None:
         sizes = [len(batch.prompts) for batch in experience.batches]
-        final = experience.local(combined)[:, -1, 0].clone().split(sizes)  # the hook's own, as images and metadata are
+        # float32 of its own, as images and metadata are the hook's own
+        final = experience.local(combined)[:, -1, 0].to(torch.float32, copy=True).split(sizes)
         shown = [
             [b.images, b.prompts.prompts, tuple(map(copy_metadata, b.prompts.metadata)), rewards, b.metadata]
             for b, rewards in zip(experience.batches, final, strict=True)

@@ -55,6 +55,7 @@ class RolloutSampler:
     rewards: RewardSet
     keep_images: bool  # of the final step, for a hook
     stopwatch: Stopwatch
+    keep: frozenset[str] = frozenset()  # of each rollout, besides what the objective needs: names of `rollout.KEPT`
 
     def roll_out(
         self, prompts: PromptBatch, epoch: int, on_scored: Callable[[Tensor], None] | None = None
@@ -66,6 +67,7 @@ class RolloutSampler:
         """
         levels, shape = self.algorithm.levels, self.algorithm.latent_shape
         needs, frequency = type(self.algorithm.objective).rollout_needs(self.config), self.config.sample_grid_freq
+        needs = needs | self.keep
         noise = SampleNoise(self.config.seed, epoch, tuple(prompts.sample_ids.tolist()), levels.device)
         groups = SampleNoise(self.config.seed, epoch, tuple(prompts.group_ids.tolist()), levels.device)
         velocity = DenoiserWatch(self.policy.pipeline, self.policy.velocity)

@@ -17,6 +17,7 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
     *("log_with", "tracker_kwargs", "tracker_project_name", "num_checkpoint_limit", "sample_grid_freq", "max_workers"),
     *("async_reward_computation", "reward_max_retries", "reward_retry_delay", "push_to_hub", "hub_model_id"),
     *(
+        "preflight_rollout",
         "reward_on_failure",
         "train_max_skipped_steps",
         "prompt_cache_dir",
@@ -25,7 +26,8 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
     ),
 }
 
-FACTS = ("num_processes", "levels", "frozen_adapters")  # of a run, beside the options
+WRITTEN = ("num_processes", "levels")  # beside the options, of every run
+FACTS = (*WRITTEN, "frozen_adapters")  # where there are any
 
 
 def resolved_settings(

@@ -46,7 +46,7 @@ class Updater:
     progress: Progress  # counts the optimizer steps that are left out
 
     def update(self, experience: Experience, advantages: Tensor, epoch: int) -> Iterator[StepMetrics]:
-        """Yield the metrics of each optimizer step, over all inner epochs.
+        """Yield the metrics of each optimizer step, over all inner epochs; none where nothing can move the policy.
 
         Args:
             experience: the epoch's.
@@ -73,7 +73,9 @@ class Updater:
             if self.policy.old is not None or inner_epochs * plan.updates_per_inner_epoch > 1:
                 items = self._with_old_policy(items, prompts)
             metrics = MeanMetrics()
-            for inner_epoch in range(inner_epochs):
+            # Without any advantage on any process, and any other pull, a step would be Adam's momentum alone.
+            idle = not advantages.any() and bool(self.objective.without_gradient(items).all())
+            for inner_epoch in range(0 if idle else inner_epochs):
                 for index, still in self.micro_batches(items, epoch, inner_epoch):
                     with accelerator.accumulate(self.policy.model):
                         if not still or accelerator.sync_gradients:
