@@ -254,8 +254,10 @@ def test_a_replay_that_rounds_otherwise_is_named_with_its_share_of_the_clip_rang
 
 
 def test_a_learning_rate_that_breaks_the_weights_is_named(pipeline, tmp_path):
-    report = tiny.trainer(pipeline, tmp_path, train_learning_rate=1e30).doctor()
+    trainer = tiny.trainer(pipeline, tmp_path, train_learning_rate=1e30)
+    report = trainer.doctor()
     only(report, "error", "aren't finite after an optimizer step", "lower train_learning_rate, which is 1e+30")
+    assert trainer.progress.skipped_steps == 0, "the run has left out none"
 
 
 def test_an_error_of_the_user_s_own_loss_is_a_finding(pipeline, tmp_path):
