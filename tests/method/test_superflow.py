@@ -77,7 +77,7 @@ def rewards_of(*groups):
 def test_every_image_is_compared_with_what_was_expected_of_its_prompt_and_scaled_by_the_batch():
     groups = SuperFlowGroups(belief(1.0), 4)
     seen(groups, "a", [1.0, 1.0, 1.0, 1.0], 0)  # u = 5/6
-    prompts, values = ["a"] * 3 + ["b"] * 3, rewards_of([1.0, 0.0, 0.5], [1.0, 1.0, 0.5])
+    prompts, values = ["a"] * 3 + ["b"] * 3, rewards_of([1.0, 0.0, 0.5], [1.0, 1.0, 1.0])
     residual = values.flatten() - torch.tensor([5 / 6] * 3 + [0.5] * 3)
     plain = ExpectedBaseline(groups.belief, "none").update(prompts, values)
     torch.testing.assert_close(plain.flatten(), residual)
