@@ -127,7 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_eta": 0.7,  # --eta
         "sample_num_steps": 25,  # --sampling_steps
         "sample_window_size": 4,  # --group_size, of steps
-        "sample_window_range": 23,  # GRPOTrainingStates' max_timesteps, --sampling_steps - 2: the last but one is left out
+        "sample_window_range": 23,  # max_timesteps of GRPOTrainingStates, --sampling_steps - 2
         "sample_window_interval": 25,  # --iters_per_group
         "sample_window_order": "progressive",  # --sample_strategy, with --roll_back
         "num_generations": 12,  # --num_generations
@@ -191,8 +191,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What public code does otherwise, where an option doesn't bring it here.
 DIFFERENCES: dict[str, str] = {
     "flow_grpo": (
-        "noise in the last step, too, which isn't trained there either (a deviation of .006, from the level of .0089 to "
-        "0); deviations are biased there; bounds 1 -+ eps, not e^(-+eps); what is evaluated is an average of weights"
+        "noise in the last step, too, which isn't trained there either (a deviation of .006, from .0089 to 0); "
+        "deviations are biased there; bounds 1 -+ eps, not e^(-+eps); what is evaluated is an average "
+        "of weights (decay .9, every 8 steps)"
     ),
     "flow_grpo_fast": "as flow_grpo; an epoch's window is one for all images here, there each batch draws its own",
     "superflow": "its code isn't public; as flow_grpo, and what method/superflow.py marks as ours",
@@ -206,9 +207,7 @@ DIFFERENCES: dict[str, str] = {
         "(sample_window_size=3, sample_window_range=5, sample_window_order='random', sample_window_interval=1); "
         "deviations are biased there; bounds 1 -+ eps"
     ),
-    "diffusion_nft": (
-        "a solver of second order, whose denoiser is told whole timesteps; deviations are biased there"
-    ),
+    "diffusion_nft": ("a solver of second order, whose denoiser is told whole timesteps; deviations are biased there"),
     "awm": (
         "levels 2 to 12 of 14 there, one of each sixth; a robust weight of the error (its power 1/4, times the level); "
         "a KL of weight 1 to a lagging average; a solver of its own, whose last level is half of the one before; "

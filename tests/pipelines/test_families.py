@@ -169,7 +169,10 @@ def test_the_scheduler_s_own_levels_are_rolled_out_and_published_as_well(name):
 
 def test_sana_sprint_has_angles_of_its_own():
     mine = families.ours(families.stock("sana-sprint"), "sana-sprint")
-    for refused in (lambda: mine.rollout_levels(4, 32, 32, "scheduler"), lambda: mine.call_arguments(4, levels="scheduler")):
+    for refused in (
+        lambda: mine.rollout_levels(4, 32, 32, "scheduler"),
+        lambda: mine.call_arguments(4, levels="scheduler"),
+    ):
         with pytest.raises(ValueError, match="samples at angles of its own; use 'uniform'"):
             refused()
     with pytest.raises(ValueError, match="'schedular'; use uniform or scheduler"):

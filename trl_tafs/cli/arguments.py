@@ -288,7 +288,10 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that an image is drawn with, as in training."""
     parser.add_argument("--embedded_guidance_scale", type=float, help="of a distilled model (default: the pipeline's)")
     parser.add_argument(
-        "--levels", choices=["uniform", "scheduler"], default="uniform", help="of the steps, as sample_levels in training"
+        "--levels",
+        choices=["uniform", "scheduler"],
+        default="uniform",
+        help="of the steps, as sample_levels in training",
     )
     parser.add_argument("--negative_prompt", help="with guidance (default: the empty one)")
     parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the pipeline's)")

@@ -395,8 +395,8 @@ class LossOptions(Options):
     @property
     def needs_several_updates(self) -> list[str]:
         """Those of the options that are set and act on an old policy alone."""
-        defaults = {"train_center_ratio": False, "train_kl_limit": None, "delta": None, "old_policy_beta": 0.0}
-        defaults |= {"train_clip_weighting": "loss"}
+        ratio = {"train_center_ratio": False, "train_kl_limit": None, "delta": None, "old_policy_beta": 0.0}
+        defaults: dict[str, object] = {**ratio, "train_clip_weighting": "loss"}
         return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
@@ -431,8 +431,8 @@ class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOption
             raise ValueError(f"train_kl_weighting={self.train_kl_weighting!r} weighs a KL, and beta is 0; leave it out")
         if self.train_clip_weighting == "ratio" and self.level_weighting == "gaussian":
             raise ValueError(
-                "train_clip_weighting='ratio' has no effect with train_level_weighting='gaussian', whose weights are 1; "
-                "leave it out"
+                "train_clip_weighting='ratio' has no effect with train_level_weighting='gaussian', whose weights are "
+                "1; leave it out"
             )
         if self.num_advantage_steps is not None and not 1 <= self.num_advantage_steps <= self.num_trained_steps:
             raise ValueError(
