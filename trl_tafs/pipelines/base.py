@@ -102,6 +102,10 @@ class TAFSPipelineMixin(ABC):
         """Parts of the names of modules whose output never reaches the velocity: their LoRA can't have a gradient."""
         return []
 
+    def few_step_sign(self) -> str | None:
+        """Return what, but for names, says that the model draws in few steps already; None if nothing does."""
+        return None
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one image's latent: (C, H / f, W / f), f the VAE's factor."""
         channels = self.denoiser.config.in_channels

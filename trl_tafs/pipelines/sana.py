@@ -86,6 +86,10 @@ class TAFSSanaSprintPipeline(SanaMixin, SanaSprintPipeline):
     default_embedded_guidance = 4.5
     max_timesteps, intermediate_timesteps = 1.57080, 1.3  # the stock pipeline's, of the first and of the second angle
 
+    def few_step_sign(self) -> str | None:
+        """All of them do."""
+        return "SanaSprint"
+
     @property
     def has_guidance(self) -> bool:
         """Its guidance is embedded."""
