@@ -197,10 +197,13 @@ DIFFERENCES: dict[str, str] = {
     ),
     "flow_grpo_fast": "as flow_grpo; an epoch's window is one for all images here, there each batch draws its own",
     "superflow": "its code isn't public; as flow_grpo, and what method/superflow.py marks as ours",
-    "dance_grpo": "LoRA of rank 128; advantages are divided by std + 1e-8; bounds 1 -+ eps",
+    "dance_grpo": (
+        "levels are shifted by 3 there, whatever the size, and not as FLUX's scheduler shifts them; LoRA of rank 128; "
+        "advantages are divided by std + 1e-8; bounds 1 -+ eps"
+    ),
     "mix_grpo": (
         "after the window's last place there, it stays for 25 epochs each on the last 3, 2, 1 and 0 of its steps; "
-        "std + 1e-8; bounds 1 -+ eps; full fine-tuning"
+        "levels, std + 1e-8 and bounds as dance_grpo; full fine-tuning"
     ),
     "flow_cps": (
         "all steps are explored and trained; in geneval_sd3_fast_nocfg a window of 3 of the first 5 "
@@ -211,7 +214,8 @@ DIFFERENCES: dict[str, str] = {
     "awm": (
         "levels 2 to 12 of 14 there, one of each sixth; a robust weight of the error (its power 1/4, times the level); "
         "a KL of weight 1 to a lagging average; a solver of its own, whose last level is half of the one before; "
-        "deviations are biased there; log-probabilities aren't halved: the same gradient, 2.5 times here"
+        "deviations are biased there; ratios have no lower bound; log-probabilities aren't halved: the same gradient, "
+        "2.5 times here"
     ),
 }
 

@@ -25,8 +25,9 @@ def few_step_sign(pipeline: TAFSPipelineMixin, adapters: Sequence[str] = ()) -> 
     that are fused into it or act in it (SD3.5-large-turbo and Z-Image-Turbo are configured as their bases are, but for
     Z-Image's shift, which users set).
 
-    What can't be told: a turbo model in a folder of another name; a LoRA of another name; a schnell whose distillation was
-    undone (LibreFLUX) has schnell's configuration, unless its name says so (De-Distill, De-Turbo).
+    What can't be told: a turbo model in a folder of another name, or a LoRA of another name. A schnell whose
+    distillation was undone (LibreFLUX) has schnell's configuration, and is taken for one unless its name says so
+    (De-Distill, De-Turbo).
 
     Args:
         pipeline: of the model.
