@@ -139,7 +139,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "multi_objective_aggregation": "sum_of_normalized",  # --multi_reward_mix advantage_aggr
         "beta": 0.0,  # --kl_coeff
     },
-    # Wang and Yu 2025, arXiv 2509.05952; flow_grpo, config/grpo.py, geneval_sd3_fast_nocfg, without its window
+    # Wang and Yu 2025, arXiv 2509.05952; its step is that of FlowCPS, sd3_sde_with_logprob.py; the rest
+    # flow_grpo, config/grpo.py, geneval_sd3_fast_nocfg, without its window
     "flow_cps": {
         **_FLOW_GRPO,
         **_FAST_CLIP,
@@ -206,7 +207,7 @@ DIFFERENCES: dict[str, str] = {
         "levels, std + 1e-8 and bounds as dance_grpo; full fine-tuning"
     ),
     "flow_cps": (
-        "all steps are explored and trained; in geneval_sd3_fast_nocfg a window of 3 of the first 5 "
+        "all steps are explored and trained here; in geneval_sd3_fast_nocfg a window of 3 of the first 5 "
         "(sample_window_size=3, sample_window_range=5, sample_window_order='random', sample_window_interval=1); "
         "deviations are biased there; bounds 1 -+ eps"
     ),
