@@ -103,7 +103,8 @@ class TAFSSanaSprintPipeline(SanaMixin, SanaSprintPipeline):
         """
         if levels != "uniform":
             raise ValueError(
-                f"the levels are to be {levels!r}, and SanaSprintPipeline samples at angles of its own; use 'uniform'"
+                f"the levels are to be {levels!r}, and SanaSprintPipeline samples at angles of its own; use 'uniform' "
+                "(sample_levels, --levels)"
             )
         return super().unshifted_levels(num_steps, levels)
 
