@@ -47,9 +47,9 @@ class ClippedObjective(RatioObjective):
     clip_range: float
     reduction: str = "sqrt"
     level_weighting: str = "gaussian"
-    clip_weighting: str = "loss"
     beta: float = 0.0
     kl_weighting: str = "gaussian"
+    clip_weighting: str = "loss"
     from_actions: ClassVar[bool] = True
     weightings: ClassVar[Collection[str]] = LEVEL_WEIGHTINGS
     default_weighting: ClassVar[str | None] = "balanced"
