@@ -62,12 +62,12 @@ class TAFSGRPOConfig(PublishingOptions):
                 "group_allocation='superflow' compares with what is expected of a prompt, not with its group, and "
                 "scale_rewards='group' has no effect; use scale_rewards='batch'"
             )
-        if self.group_allocation == "superflow" and self.multi_objective_aggregation == "normalize_then_sum":
+        if self.group_allocation == "superflow" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "group_allocation='superflow' knows what is expected of the sum of the rewards: use "
                 "multi_objective_aggregation='sum_then_normalize'"
             )
-        if self.min_generations == 1 and self.multi_objective_aggregation == "normalize_then_sum":
+        if self.min_generations == 1 and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "min_generations=1 takes a prompt's expected reward as the baseline, which is known of the sum of the "
                 "rewards: use multi_objective_aggregation='sum_then_normalize', or min_generations=2"

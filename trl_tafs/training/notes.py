@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import vae_tiles
+from trl_tafs.pipelines.few_step import few_step_sign
+from trl_tafs.policy.carried import active_adapters
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.options import TrainingOptions
@@ -58,6 +60,13 @@ def setting_notes(
             f"sample_batch_size is {sampled} and train_batch_size {trained}: in {options.mixed_precision} a row's "
             "result depends on its batch, so that rounding alone moves the ratios, and takes a part of the clip range; "
             "with equal sizes they are 1 on policy"
+        )
+    sign = few_step_sign(pipeline, active_adapters(pipeline.denoiser))
+    if sign is not None and not getattr(options, "dm_weight", 0.0):
+        yield (
+            f"the model draws in few steps already ({sign}): a reward says nothing of the distribution that it was "
+            "distilled to, and images get less real and more alike while it rises; the preset tafs_dm adds "
+            "distribution matching, which holds the model there"
         )
     if options.vae_tiling and not vae_tiles(pipeline.vae, *size):
         yield f"vae_tiling has no effect at {size[0]} x {size[1]}: this VAE decodes that size as one tile"
