@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from words_size import ROW, run_words
-
+WORDS = Path(__file__).resolve().parents[1] / "words_ocr.py"
+ROW = "4 annealed steps"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "ablation.json"
 VARIANTS: dict[str, tuple[str, dict]] = {  # name: the setting, and what differs from it
     "forward": ("forward", {}),
@@ -56,6 +59,19 @@ SMOOTH = ("forward, smooth reward", "clipped, smooth reward")  # the probability
 VARIANTS |= {name: (name.partition(",")[0], {}) for name in SMOOTH}
 
 
+def run_words(size: str, setting: str, seed: int, seconds: float, output: Path, options: dict, reward: str) -> dict:
+    """One training by one thread, or its summary where it was made before; a size's base is judged once."""
+    if not (output / "summary.json").exists():
+        output.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(WORDS), "--size", size, "--setting", setting, "--seed", str(seed)]
+        command += ["--seconds", str(seconds), "--base", str(output.parent / f"words_{size}_base.json")]
+        command += ["--options", json.dumps(options), "--reward", reward, "--after", ROW, "--output_dir", str(output)]
+        with open(output / "log.txt", "w") as log:
+            subprocess.run(command, env=os.environ | ONE_THREAD, stdout=log, stderr=log, check=True)
+    print(f"{output.name} done", flush=True)
+    return json.loads((output / "summary.json").read_text())
+
+
 def row_of(run: dict) -> dict:
     """What is told of one run."""
     before, after = run["before"][ROW], run["after"][ROW]
@@ -79,9 +95,9 @@ def main() -> None:
     def one(key: tuple[str, str]) -> dict:
         size, name = key
         setting, options = VARIANTS[name]
-        folder = args.runs / name.replace(" ", "_").replace(",", "")
+        folder = args.runs / f"{size}_{name.replace(' ', '_').replace(',', '')}_{args.seed}"
         reward = "ctc" if name in SMOOTH else "edit"
-        return run_words(size, setting, args.seed, args.seconds, folder, options, args.runs, reward)
+        return run_words(size, setting, args.seed, args.seconds, folder, options, reward)
 
     todo = list(product(args.sizes, args.only))
     with ThreadPoolExecutor(args.jobs) as pool:

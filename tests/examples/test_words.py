@@ -11,12 +11,12 @@ from tiny import ROOT
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES / "words"))
 
+import words_ablation  # noqa: E402
 import words_components  # noqa: E402
 import words_data  # noqa: E402
 import words_judges  # noqa: E402
 import words_pretrain  # noqa: E402
 import words_sampling  # noqa: E402
-import words_size  # noqa: E402
 from words_data import COLOURS, HELD_OUT_WORDS, LAYOUTS, TRAIN_WORDS, prompt_for, render, spell  # noqa: E402
 
 from trl_tafs.rewards.ocr import edit_distance  # noqa: E402
@@ -196,27 +196,17 @@ def test_words_ocr_writes_what_it_promises(tmp_path, capsys):
     assert summary["epochs"] == 1 and summary["cpu_seconds"] > 0.1 and summary["options"] == {"num_generations": 48}
 
 
-def test_the_table_of_sizes_is_made_of_the_runs_that_are_there(tmp_path):
-    def summary(seed, gain):
-        rows = {"ocr": 0.5, "second_ocr": 0.4, "colour": 0.9, "print": 0.8, "stderr": 0.03}
-        before = {"4 annealed steps": rows, "32 ODE steps": rows | {"ocr": 0.45}}
-        after = {"4 annealed steps": rows | {"ocr": 0.5 + gain, "stderr": 0.04}}
-        return {"D": 1536, "size": "small", "setting": "forward", "seed": seed, "epochs": 7} | {
-            "seconds": 130.0,
-            "cpu_seconds": 100.0,
-            "before": before,
-            "after": after,
-        }
-
-    for seed, gain in ((0, 0.2), (1, 0.3)):
-        (tmp_path / f"words_small_forward_{seed}").mkdir()
-        (tmp_path / f"words_small_forward_{seed}" / "summary.json").write_text(json.dumps(summary(seed, gain)))
-    options = ["--sizes", "small", "--settings", "forward", "--seeds", "0", "1", "--runs", str(tmp_path)]
-    sys.argv = ["words_size.py", *options, "--results", str(tmp_path / "size.json")]
-    words_size.main()
-    row = json.loads((tmp_path / "size.json").read_text())["settings"]["forward, small"]
-    assert (row["D"], row["seconds"], row["cpu_seconds"]) == (1536, 130.0, 100.0)
-    assert (row["seeds"], row["epochs"], row["gains"]) == ([0, 1], [7, 7], [0.2, 0.3])
-    assert (row["reward_before"], row["reward_after"], row["judge_before"]) == (0.5, 0.75, 0.4)
-    assert row["stderr"] == pytest.approx((0.05**2 + 0.005 / 2) ** 0.5, abs=1e-4)  # of the words, of the seeds
-    assert (tmp_path / "size.png").stat().st_size > 0
+def test_the_ablation_is_made_of_the_runs_that_are_there(tmp_path):
+    rows = {"ocr": 0.5, "second_ocr": 0.4, "colour": 0.9, "print": 0.8, "stderr": 0.03}
+    row = words_ablation.ROW
+    for name, gain in (("forward", 0.2), ("clipped", 0.1)):
+        told = {"D": 1536, "cpu_seconds": 60.0, "epochs": 7, "options": {}, "before": {row: rows}}
+        told |= {"after": {row: rows | {"ocr": 0.5 + gain}}}
+        (tmp_path / f"small_{name}_0").mkdir()
+        (tmp_path / f"small_{name}_0" / "summary.json").write_text(json.dumps(told))
+    options = ["--only", "forward", "clipped", "--runs", str(tmp_path), "--results", str(tmp_path / "ablation.json")]
+    sys.argv = ["words_ablation.py", *options]
+    words_ablation.main()
+    found = json.loads((tmp_path / "ablation.json").read_text())["variants"]
+    assert [found[f"{name}, small"]["reward_after"] for name in ("forward", "clipped")] == [0.7, 0.6]
+    assert found["forward, small"]["reward_before"] == 0.5 and found["forward, small"]["epochs"] == 7
