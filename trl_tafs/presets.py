@@ -19,6 +19,14 @@ _TAFS = {
     "step_credit": "step",  # Eq. 10 credits step n with A^n
     "beta": 0.0,  # Eq. 10 has no KL
 }
+# Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
+_MATCHED = {
+    "objective": "matched",
+    "sample_kernel": "annealed",
+    "step_credit": "step",
+    "train_level_weighting": "clean",
+    "beta": 0.2,
+}
 # GRPO on the SDE of Flow-GRPO: Liu et al. 2025, arXiv 2505.05470; flow_grpo, config/grpo.py, general_ocr_sd3.
 _FLOW_GRPO = {
     "objective": "clipped",  # section 4.1
@@ -50,14 +58,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_perturbations": 4,  # explorations of one mean cost no evaluation of the denoiser
         "train_level_weighting": "gaussian",
     },
-    # Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
-    "tafs_matched": {
-        "objective": "matched",
-        "sample_kernel": "annealed",
-        "step_credit": "step",
-        "train_level_weighting": "clean",
-        "beta": 0.2,
-    },
+    "tafs_matched": _MATCHED,
+    # the same with distribution matching beside the reward (docs/distribution_matching.md)
+    "tafs_dm": {**_MATCHED, "dm_weight": 1.0},
     # DiffusionNFT's objective on annealed few-step rollouts, from the final image's reward: the defaults
     "tafs_nft": {"objective": "forward", "forward_levels": "trajectory", "forward_images": "final", "beta": 0.2},
     # the same with every step's clean image and its own reward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -75,6 +76,7 @@ class PromptEncoder:
             "negative_prompts": negative_prompt,
             "max_sequence_length": max_sequence_length,
         }
+        self.companions: list[PromptEncoder] = []  # of the same prompts, for another guidance
         self.cache: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0  # of all in the cache
         self._dropped: set[str] = set()  # prompts that had to leave it
@@ -95,6 +97,16 @@ class PromptEncoder:
             cache_dir=config.prompt_cache_dir,
             encoding=devices.encoding,
         )
+
+    def guided(self, scale: float) -> PromptEncoder:
+        """Return an encoder for another scale of classifier-free guidance, which is prepared with this one."""
+        if scale == self.arguments["guidance_scale"]:
+            return self
+        other = copy.copy(self)
+        other.arguments = self.arguments | {"guidance_scale": scale}
+        other.cache, other._bytes, other._dropped, other.companions = OrderedDict(), 0, set(), []
+        self.companions.append(other)
+        return other
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditioning of B prompts, B rows on the device.
@@ -134,6 +146,8 @@ class PromptEncoder:
                 warnings.warn(note, stacklevel=2)
         self._encode(missing[1:], keep=False)
         processes.wait_for_everyone()
+        for companion in self.companions:
+            companion.prepare(prompts)
 
     def _shrink(self) -> None:
         while self.cache and (len(self.cache) > self.cache_size or self._bytes > self.cache_bytes):

@@ -9,6 +9,7 @@ from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import vae_tiles
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
+from trl_tafs.training.matching import has_own_guidance
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 
@@ -58,6 +59,13 @@ def setting_notes(
             f"sample_batch_size is {sampled} and train_batch_size {trained}: in {options.mixed_precision} a row's "
             "result depends on its batch, so that rounding alone moves the ratios, and takes a part of the clip range; "
             "with equal sizes they are 1 on policy"
+        )
+    if options.matches_distribution and options.dm_guidance_scale is None and has_own_guidance(options, pipeline):
+        embedded = pipeline.embedded_guidance(options.sample_embedded_guidance_scale)
+        instead = "as it is, without" if embedded is None else f"given its embedded guidance of {embedded:g}, without"
+        yield (
+            f"distribution matching: guidance is distilled into this {type(pipeline.denoiser).__name__}, so that the "
+            f"teacher is the base {instead} classifier-free guidance"
         )
     if options.vae_tiling and not vae_tiles(pipeline.vae, *size):
         yield f"vae_tiling has no effect at {size[0]} x {size[1]}: this VAE decodes that size as one tile"
