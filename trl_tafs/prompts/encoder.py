@@ -98,16 +98,6 @@ class PromptEncoder:
             encoding=devices.encoding,
         )
 
-    def guided(self, scale: float) -> PromptEncoder:
-        """Return an encoder for another scale of classifier-free guidance, which is prepared with this one."""
-        if scale == self.arguments["guidance_scale"]:
-            return self
-        other = copy.copy(self)
-        other.arguments = self.arguments | {"guidance_scale": scale}
-        other.cache, other._bytes, other._dropped, other.companions = OrderedDict(), 0, set(), []
-        self.companions.append(other)
-        return other
-
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditioning of B prompts, B rows on the device.
 
@@ -235,6 +225,17 @@ class PromptEncoder:
         known += [f"fused {name}" for name in base.fused]
         key = json.dumps([*known, self.arguments, prompt], sort_keys=True)
         return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+
+
+def encoder_for(encoder: PromptEncoder, guidance_scale: float) -> PromptEncoder:
+    """Return an encoder for another scale of classifier-free guidance, which is prepared with the one that there is."""
+    if guidance_scale == encoder.arguments["guidance_scale"]:
+        return encoder
+    other = copy.copy(encoder)
+    other.arguments = encoder.arguments | {"guidance_scale": guidance_scale}
+    other.cache, other._bytes, other._dropped, other.companions = OrderedDict(), 0, set(), []
+    encoder.companions.append(other)
+    return other
 
 
 def cache_note(size: int, count: int, free: int, folder: Path) -> str | None:

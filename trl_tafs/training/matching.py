@@ -17,7 +17,7 @@ from trl_tafs.method.types import Conditioning, LossOutput
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.policy.policy import Evaluation, Policy
-from trl_tafs.prompts.encoder import PromptEncoder
+from trl_tafs.prompts.encoder import PromptEncoder, encoder_for
 from trl_tafs.training.experience import Experience
 from trl_tafs.training.logs import MeanMetrics
 from trl_tafs.training.options import TrainingOptions
@@ -75,7 +75,7 @@ class Matching:
         """Make what the configuration asks for; None without distribution matching."""
         if formula is None:
             return None
-        return cls(config, policy, formula, encode, encode.guided(teacher_guidance(config, policy.pipeline)))
+        return cls(config, policy, formula, encode, encoder_for(encode, teacher_guidance(config, policy.pipeline)))
 
     def begin(self, experience: Experience, epoch: int) -> None:
         """Look at an epoch's images; what an interrupted update left is forgotten."""
@@ -85,8 +85,7 @@ class Matching:
         if self.config.dm_rows == "final":
             states = torch.cat([rollout.last[:, 0].to(device) for _, rollout in batches])
             self.last = states, batches[0][1].levels[-2].to(device)
-        unique = list(dict.fromkeys(prompt for _, prompt in self.images))
-        for prompt in unique:  # now, while no graph holds the denoiser
+        for prompt in dict.fromkeys(prompt for _, prompt in self.images):  # now, while no graph holds the denoiser
             self.encode_teacher([prompt])
 
     def __call__(
@@ -187,10 +186,8 @@ class Matching:
 
     def _learn(self, update: int, scale: float) -> Tensor:
         """Add up the gradients of the fake score's loss on all that waits, at fresh noise; return the loss, ()."""
-        total, loss = (
-            sum(len(rows.keys) for rows in self.waiting),
-            torch.zeros((), device=self.policy.accelerator.device),
-        )
+        total = sum(len(rows.keys) for rows in self.waiting)
+        loss = torch.zeros((), device=self.policy.accelerator.device)
         with self.policy.fake.acting(learning=True):
             for rows in self.waiting:
                 noised = renoised(rows.clean, [(*key, update) for key in rows.keys], self.formula.level_shift)
