@@ -37,6 +37,8 @@ NAMES = list(COLOURS)
 # words alone teach those words: strings teach the letters (docs/learning.md)
 TRAIN_PROMPTS = [(prompt_for(word, colour), {}) for word in (*TRAIN_WORDS, *random_strings(1000)) for colour in NAMES]
 HELD_OUT_PROMPTS = [prompt_for(word, NAMES[i % len(NAMES)]) for i, word in enumerate(HELD_OUT_WORDS)]
+# words of which nothing is reported: learning rates are chosen by them
+CHOICE_PROMPTS = [prompt_for(word, NAMES[i % len(NAMES)]) for i, word in enumerate(TRAIN_WORDS[::4])]
 ROWS = {  # sampler, steps, guidance
     "4 annealed steps": ("annealed", 4, 1.0),
     "8 annealed steps": ("annealed", 8, 1.0),

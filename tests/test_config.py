@@ -79,10 +79,12 @@ def test_every_field_has_help_and_a_default():
     assert not [name for name, field in FIELDS.items() if field.default is missing and field.default_factory is missing]
 
 
-def test_defaults_are_the_papers_but_for_the_objective():
+def test_defaults_are_the_papers_with_the_matched_reading_of_its_equation_10():
     config = TAFSGRPOConfig()
-    assert (config.objective, config.forward_levels, config.forward_images) == ("forward", "trajectory", "final")
-    assert (config.beta, config.level_weighting) == (0.2, "adaptive")
+    assert (config.objective, config.beta, config.level_weighting) == ("matched", 0.02, "clean")
+    forward = TAFSGRPOConfig(objective="forward")
+    assert (forward.forward_levels, forward.forward_images) == ("trajectory", "final")
+    assert (forward.beta, forward.level_weighting) == (0.2, "adaptive")
     assert (config.sample_num_steps, config.num_generations) == (4, None)
     assert (config.lora_rank, config.lora_alpha) == (32, 64)
     assert (config.train_learning_rate, config.train_adam_weight_decay) == (3e-4, 1e-4)
@@ -262,10 +264,10 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"beta": -0.1}, "beta is -0.1"),
         ({"num_advantage_steps": 4}, "num_advantage_steps is 4; with sample_num_steps=4 it can be 1 to 3"),
         ({"num_advantage_steps": 0}, "num_advantage_steps is 0"),
-        ({"step_credit": "sum"}, "step_credit='sum' .* scores the final image alone; use forward_images='every'"),
+        ({"objective": "forward", "step_credit": "sum"}, "step_credit='sum' .* scores the final image alone; use forward_images='every'"),
         ({"objective": "awm", "num_advantage_steps": 2}, "num_advantage_steps=2: objective='awm'"),
         (
-            {"train_clip_range": 0.1},
+            {"objective": "forward", "train_clip_range": 0.1},
             "train_clip_range=0.1 has no effect with .*='forward', which reads forward_levels",
         ),
         (
@@ -294,7 +296,7 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
             "nft_beta=0.5 has no effect with objective='awm', which reads",
         ),
         ({"objective": "clipped", "forward_images": "every"}, "forward_images=every has no effect with .*='clipped'"),
-        ({"train_log_prob_reduction": "mean"}, "train_log_prob_reduction=mean has no effect with objective='forward'"),
+        ({"objective": "forward", "train_log_prob_reduction": "mean"}, "train_log_prob_reduction=mean has no effect with objective='forward'"),
         ({"forward_num_levels": 0}, "forward_num_levels is 0"),
         ({"old_policy_decay": 1.0}, "old_policy_decay is 1.0"),
         ({"old_policy_decay": 0.5, "old_policy_ramp": 0.0}, "old_policy_ramp is 0.0"),
@@ -360,7 +362,7 @@ def test_what_cannot_work_is_an_error_that_says_the_numbers(changes, told):
             "group_optimism=1.0 .*; group_memory=0.5 needs group_allocation",
         ),
         ({"per_prompt_stat_tracking_buffer_size": 32}, "buffer_size=32 needs per_prompt_stat_tracking=True"),
-        ({"forward_num_levels": 6}, "forward_num_levels=6 needs forward_levels='random'"),
+        ({"objective": "forward", "forward_num_levels": 6}, "forward_num_levels=6 needs forward_levels='random'"),
         ({"old_policy_ramp": 0.5}, "old_policy_ramp=0.5 needs old_policy_decay above 0"),
         ({"full_finetuning": True, "lora_rank": 64}, "lora_rank=64 needs full_finetuning=False"),
         ({"greater_is_better": False}, "greater_is_better=False needs a metric_for_best_model"),
@@ -402,7 +404,7 @@ def test_options_that_are_read_or_left_alone_are_taken():
         {"objective": "clipped", "sample_kernel": "clean", "clean_baseline": "group", "per_prompt_stat_tracking": True},
         {"early_stopping_patience": 3, "eval_freq": 2, "metric_for_best_model": "eval/annealed_4/a"},
         {"objective": "clipped", "num_advantage_steps": 3},
-        {"forward_images": "every", "num_advantage_steps": 2, "step_credit": "sum"},
+        {"objective": "forward", "forward_images": "every", "num_advantage_steps": 2, "step_credit": "sum"},
         {"sample_num_steps": 2, "num_advantage_steps": 1},
         {"sample_eta": 0.3},
         {"num_epochs": 0, "save_freq": 0},

@@ -68,14 +68,14 @@ def test_presets_are_told_apart_by_what_their_papers_tell_them_apart():
         a, b = (dataclasses.asdict(TAFSGRPOConfig.from_preset(key)) for key in (name, other))
         return {key for key in a if a[key] != b[key]} - {"exp_name", "run_name"}
 
-    assert differs("paper", "tafs") == {"train_level_weighting"}
+    assert differs("paper", "tafs_annealed") == {"train_level_weighting"}
     assert differs("tafs", "tafs_without_step_advantage") == {"step_credit"}
     assert differs("tafs", "tafs_without_annealing") == {"sample_kernel", "sample_eta"}
-    assert differs("tafs", "tafs_trace") == {"group_allocation", "step_credit", "credit_trace"}
+    assert differs("tafs_annealed", "tafs_trace") == {"group_allocation", "step_credit", "credit_trace"}
     assert differs("flow_grpo", "superflow") == {"group_allocation", "train_level_weighting"}
     assert differs("tafs_nft", "tafs_nft_stepwise") == {"forward_images"}
     assert differs("flow_grpo", "flow_grpo_fast") == {
         *("sample_window_size", "sample_window_range", "sample_window_order", "sample_window_interval"),
         *("sample_eta", "beta", "train_kl_weighting", "train_log_prob_reduction", "train_clip_range"),
     }
-    assert dataclasses.asdict(TAFSGRPOConfig()) == dataclasses.asdict(TAFSGRPOConfig.from_preset("tafs_nft"))
+    assert dataclasses.asdict(TAFSGRPOConfig()) == dataclasses.asdict(TAFSGRPOConfig.from_preset("tafs"))

@@ -23,7 +23,6 @@ from trl_tafs.method.credit import Credit, TerminalCredit
 from trl_tafs.method.distribution import DistributionMatching
 from trl_tafs.method.kernels import Kernel, Windowed
 from trl_tafs.method.levels import SlidingWindow
-from trl_tafs.method.losses import clip_range_for
 from trl_tafs.method.objective import Objective
 from trl_tafs.method.options import MethodOptions
 from trl_tafs.method.papers import TAFS_GRPO, Paper
@@ -100,8 +99,9 @@ def build_algorithm(
     normalizer = (
         ExpectedBaseline(groups.belief, config.scale_rewards) if isinstance(groups, SuperFlowGroups) else tracker
     )
-    clip_range = config.train_clip_range or clip_range_for(config.train_log_prob_reduction, math.prod(latent_shape))
-    limit = f"train_clip_range={clip_range:.3g} ({config.train_log_prob_reduction})"
+    reduction, num_elements = config.log_prob_reduction, math.prod(latent_shape)
+    clip_range = config.train_clip_range or config.objective_class.default_clip_range(reduction, num_elements)
+    limit = f"train_clip_range={clip_range:.3g} ({reduction})"
     if config.train_kl_limit is not None:
         limit = f"train_kl_limit={config.train_kl_limit:g}"
     return Algorithm(

@@ -25,7 +25,7 @@ _MATCHED = {
     "sample_kernel": "annealed",
     "step_credit": "step",
     "train_level_weighting": "clean",
-    "beta": 0.2,
+    "beta": 0.02,  # docs/learning.md
 }
 # GRPO on the SDE of Flow-GRPO: Liu et al. 2025, arXiv 2505.05470; flow_grpo, config/grpo.py, general_ocr_sd3.
 _FLOW_GRPO = {
@@ -48,8 +48,12 @@ _SD3_GUIDANCE = {"sample_guidance_scale": 4.5, "train_cfg": True}  # general_ocr
 PRESETS: dict[str, dict[str, Any]] = {
     # Eq. 10 to the letter
     "paper": {**_TAFS, "train_level_weighting": "gaussian", "num_perturbations": 1},
-    # Eq. 10 with the level weights that learn where D is large (docs/learning.md)
-    "tafs": {**_TAFS, "train_level_weighting": "balanced"},
+    # the defaults: Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
+    "tafs": _MATCHED,
+    # the same with distribution matching beside the reward (docs/distribution_matching.md)
+    "tafs_dm": {**_MATCHED, "dm_weight": 0.25, "dm_rows": "final"},
+    # Eq. 10 on the next noisy state, with the level weights that learn where D is large (docs/learning.md)
+    "tafs_annealed": {**_TAFS, "train_level_weighting": "balanced"},
     # the clean image itself is the action, explored explicitly (docs/algorithm.md)
     "tafs_clean": {
         **_TAFS,
@@ -58,10 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_perturbations": 4,  # explorations of one mean cost no evaluation of the denoiser
         "train_level_weighting": "gaussian",
     },
-    "tafs_matched": _MATCHED,
-    # the same with distribution matching beside the reward (docs/distribution_matching.md)
-    "tafs_dm": {**_MATCHED, "dm_weight": 1.0},
-    # DiffusionNFT's objective on annealed few-step rollouts, from the final image's reward: the defaults
+    # DiffusionNFT's objective on annealed few-step rollouts, from the final image's reward
     "tafs_nft": {"objective": "forward", "forward_levels": "trajectory", "forward_images": "final", "beta": 0.2},
     # the same with every step's clean image and its own reward
     "tafs_nft_stepwise": {
@@ -173,9 +174,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta": 0.015,  # train.beta, .003, times 5 as the advantages; both its squares are whole, both here halved
     },
     # the paper's Table 3, "w/o TAFS": the same number of SDE steps; an SDE's few-step estimates are scored as TAFS's
-    "tafs_without_annealing": {**_TAFS, "sample_kernel": "flow_sde", "train_level_weighting": "balanced"},
+    "tafs_without_annealing": {**_MATCHED, "sample_kernel": "flow_sde"},
     # the paper's Table 3, "w/o Step Adv."
-    "tafs_without_step_advantage": {**_TAFS, "step_credit": "terminal", "train_level_weighting": "balanced"},
+    "tafs_without_step_advantage": {**_MATCHED, "step_credit": "terminal"},
 }
 
 

@@ -113,7 +113,7 @@ def train(
 DM = {"dm_rows": "final", "dm_guidance_scale": 3.0}
 # From the base: what distribution matching joins, and what it joins it for.
 METHODS: dict[str, dict[str, Any]] = {
-    "tafs_matched": method("tafs_matched", 3e-3),
+    "tafs": method("tafs", 3e-3),
     "tafs_dm": method("tafs_dm", 3e-3),
 }
 # Of one seed, by noise of their own: each differs from the first in what its name says.

@@ -29,6 +29,7 @@ class Task(ABC):
     judged: tuple[str, ...] = ("annealed 4", "ode 4", "ode 10")  # samplers
     points: int = 4  # of the curve of rewards
     prompts: list[str]  # judged
+    choice_prompts: list[str]  # by which a learning rate is chosen
     train_prompts: list[tuple[str, dict]]
 
     @abstractmethod
@@ -44,18 +45,41 @@ class Task(ABC):
         """All judges on images of `prompts`; `reward` first."""
 
     @abstractmethod
-    def quick(self, images: Tensor) -> float:
-        """The rewarding metric alone."""
+    def quick(self, images: Tensor, prompts: list[str] | None = None) -> float:
+        """The rewarding metric alone, by default on images of `prompts`."""
 
-    def images(self, pipeline: Any, sampler: str, num_steps: int, guidance: float = 1.0) -> Tensor:
-        """(B, 3, H, W) of `prompts`, with noise that is the same for every method."""
+    @abstractmethod
+    def real(self) -> Tensor:
+        """True images of `prompts`, several of each."""
+
+    @abstractmethod
+    def frechet(self, images: Tensor) -> float:
+        """Frechet distance of images of `prompts` to true ones."""
+
+    def saturated(self, images: Tensor) -> float:
+        """How much larger the share of values at 0 or 1 is than in true images."""
+        share = [((item - 0.5).abs() >= 0.495).float().mean().item() for item in (images, self.real())]
+        return share[0] - share[1]
+
+    def images(
+        self,
+        pipeline: Any,
+        sampler: str,
+        num_steps: int,
+        guidance: float = 1.0,
+        *,
+        prompts: list[str] | None = None,
+        seed: int = 1000,
+    ) -> Tensor:
+        """(B, 3, H, W) of `prompts`, by default the judged ones, with noise that is the same for every method."""
+        prompts = self.prompts if prompts is None else prompts
         device = torch.device("cpu")
         length = self.options["max_sequence_length"]
         encode = PromptEncoder(pipeline, device, guidance_scale=guidance, max_sequence_length=length)
         velocity, dtype = pipeline.velocity, torch.float32
-        drawer = Drawer(pipeline, encode, velocity, batch_size=100, seed=1000, device=device, storage_dtype=dtype)
+        drawer = Drawer(pipeline, encode, velocity, batch_size=100, seed=seed, device=device, storage_dtype=dtype)
         spec = DrawSpec(sampler, num_steps, self.height, self.width, guidance)
-        return drawer.images(spec, self.prompts, range(len(self.prompts)))
+        return drawer.images(spec, prompts, range(len(prompts)))
 
 
 class Digits(Task):
@@ -70,7 +94,7 @@ class Digits(Task):
         from digits_judges import DigitReward, HeldOutJudge, OCRJudge
 
         self.labels = torch.arange(10).repeat_interleave(30)
-        self.prompts = [prompt_for(label) for label in self.labels.tolist()]
+        self.prompts = self.choice_prompts = [prompt_for(label) for label in self.labels.tolist()]
         self.train_prompts = [(prompt_for(digit), {}) for digit in range(10)]
         self.judges = {"reward": DigitReward(), "held_out": HeldOutJudge(), "ocr": OCRJudge()}
         self.options = {"sample_batch_size": 96, "sample_num_batches_per_epoch": 2, "num_generations": 32}
@@ -93,15 +117,27 @@ class Digits(Task):
         values = {name: judge.accuracy(images, self.prompts) for name, judge in self.judges.items()}
         return values | {"fidelity": fidelity(images, self.labels), "diversity": diversity(images, self.labels)}
 
-    def quick(self, images: Tensor) -> float:
+    def quick(self, images: Tensor, prompts: list[str] | None = None) -> float:
         """Accuracy by the rewarding classifier."""
-        return self.judges["reward"].accuracy(images, self.prompts)
+        return self.judges["reward"].accuracy(images, self.prompts if prompts is None else prompts)
+
+    def real(self) -> Tensor:
+        """Digits of the split that judges."""
+        from digits_data import load_split
+
+        return load_split("reference")[0]
+
+    def frechet(self, images: Tensor) -> float:
+        """In the held-out classifier's features."""
+        from digits_judges import fidelity
+
+        return fidelity(images, self.labels)
 
 
 class Words(Task):
     """D = 1,536: an OCR engine's reward on random words, judged on held-out ones by it, an older one, and pixels."""
 
-    name = "words"
+    name, size = "words", "small"
     seconds, rates, points = 30.0, (1e-3, 3e-3), 2
     judged = ("annealed 4", "ode 4")
 
@@ -111,19 +147,20 @@ class Words(Task):
         from words_data import LAYOUTS
         from words_judges import ColourJudge, OCRJudge, OCRReward, PrintJudge
 
-        self.height, self.width = LAYOUTS["small"].height, LAYOUTS["small"].width
+        self.height, self.width = LAYOUTS[self.size].height, LAYOUTS[self.size].width
         self.prompts, self.train_prompts = words_ocr.HELD_OUT_PROMPTS, words_ocr.TRAIN_PROMPTS
+        self.choice_prompts = words_ocr.CHOICE_PROMPTS
         self.judges = {"reward": OCRReward(), "held_out": OCRJudge(), "colour": ColourJudge(), "fidelity": PrintJudge()}
         sizes = ("sample_batch_size", "sample_num_batches_per_epoch", "num_generations", "train_batch_size")
         self.options = {name: words_ocr.COMMON[name] for name in (*sizes, "max_sequence_length")}
 
     def pipeline(self) -> Any:
-        """The small one."""
+        """That of the size."""
         from words_components import load
 
         from trl_tafs import TAFSStableDiffusion3Pipeline
 
-        return load("small", TAFSStableDiffusion3Pipeline)
+        return load(self.size, TAFSStableDiffusion3Pipeline)
 
     def rewards(self) -> dict[str, Any]:
         """1 - normalised edit distance of what PP-OCRv6 reads."""
@@ -134,9 +171,31 @@ class Words(Task):
         values = {n: torch.as_tensor(j(images, self.prompts)).mean().item() for n, j in self.judges.items()}
         return values | {"diversity": images.std(0).mean().item()}
 
-    def quick(self, images: Tensor) -> float:
+    def quick(self, images: Tensor, prompts: list[str] | None = None) -> float:
         """The rewarding engine's mean."""
-        return torch.as_tensor(self.judges["reward"](images, self.prompts)).mean().item()
+        return torch.as_tensor(self.judges["reward"](images, prompts or self.prompts)).mean().item()
+
+    def real(self) -> Tensor:
+        """Eight renderings of each word, on grounds of their own."""
+        from words_data import COLOURS, parse, random_ground, render, spell
+
+        pairs = [parse(prompt) for prompt in self.prompts] * 8
+        colours = torch.tensor([list(COLOURS).index(colour) for _, colour in pairs])
+        ground = random_ground(len(pairs), torch.Generator().manual_seed(0))
+        return render(spell([word for word, _ in pairs]), colours, ground, self.size)
+
+    def frechet(self, images: Tensor) -> float:
+        """Of the mean colours of 4 x 8 cells, times 100: it sees ink, ground and burnt pictures, no letters."""
+        from digits_judges import frechet_distance
+
+        cells = [torch.nn.functional.adaptive_avg_pool2d(item, (4, 8)).flatten(1) for item in (images, self.real())]
+        return 100 * frechet_distance(*cells)
+
+
+class LargeWords(Words):
+    """D = 4,320: larger letters, and so more pixels."""
+
+    name, size = "large", "large"
 
 
 class Mixed(Digits):
@@ -166,4 +225,4 @@ class Mixed(Digits):
         return {"reward": reward}
 
 
-TASKS = {"digits": Digits, "words": Words, "mixed": Mixed}
+TASKS = {"digits": Digits, "words": Words, "large": LargeWords, "mixed": Mixed}

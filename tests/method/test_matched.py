@@ -102,7 +102,7 @@ def test_on_policy_it_is_matching_of_every_steps_image_on_the_trajectory(weighti
     velocity, result, advantages = Linear(), rolled_out(Annealed()), torch.randn(5, 3, 1)
     gradients = []
     for objective in (
-        MatchedObjective(weighting=weighting),
+        MatchedObjective(weighting=weighting, reduction="sqrt"),
         MatchingObjective(levels="trajectory", images="every", weighting=weighting),
     ):
         rows = objective.items(result, advantages, None)

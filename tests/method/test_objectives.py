@@ -318,7 +318,8 @@ NEEDS = [
 
 @pytest.mark.parametrize(("kind", "choices", "kernel"), NEEDS, ids=str)
 def test_items_are_the_same_from_what_the_objective_says_it_reads(kind, choices, kernel):
-    options = MethodOptions(**{f"forward_{name}": value for name, value in choices.items()})
+    forward = {"objective": "forward"} if choices else {}
+    options = MethodOptions(**forward, **{f"forward_{name}": value for name, value in choices.items()})
     needs = kind.rollout_needs(options)
     whole, kept = (rolled_out(kernel, keep=keep) for keep in (KEPT, needs))
     for name in KEPT - {"states", "actions"}:
@@ -334,7 +335,8 @@ def test_items_are_the_same_from_what_the_objective_says_it_reads(kind, choices,
 def test_rows_per_image_is_how_many_items_there_are():
     for levels in ("trajectory", "sampler", "random"):
         for images in ("final", "every"):
-            options = MethodOptions(forward_levels=levels, forward_images=images, forward_num_levels=5)
+            told = {"forward_levels": levels, "forward_images": images, "forward_num_levels": 5}
+            options = MethodOptions(objective="forward", **told)
             objective = ForwardObjective(levels, images, 5)
             items = objective.items(rolled_out(Annealed()), torch.zeros(5, 3, 1), noise_of())
             assert len(items) == 5 * ForwardObjective.rows_per_image(options)

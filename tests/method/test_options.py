@@ -9,7 +9,8 @@ from trl_tafs.method.options import MethodOptions
 
 def test_matched_by_default_has_clean_weights_and_a_kl():
     options = MethodOptions(objective="matched")
-    assert (options.level_weighting, options.beta, options.rows_per_image) == ("clean", 0.2, 3)
+    assert (options.level_weighting, options.beta, options.rows_per_image) == ("clean", 0.02, 3)
+    assert options.log_prob_reduction == "mean", "whose spread doesn't depend on D"
     assert not options.credits_final_image and not options.from_actions
 
 

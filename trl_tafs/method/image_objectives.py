@@ -19,6 +19,9 @@ from trl_tafs.method.papers import AWM, DIFFUSION_NFT, Paper
 from trl_tafs.method.rollout import Velocity
 from trl_tafs.method.types import Conditioning, ForwardItems, LossOutput, Rollout
 
+MATCHED_CLIP_RANGE = 0.01
+"""Default clip range of `MatchedObjective`, of the log-ratio as a mean over elements."""
+
 MIN_LEVEL = 0.02  # of random levels: below, a state is its own clean image
 
 
@@ -252,13 +255,24 @@ class MatchedObjective(MatchingLoss):
     """
 
     weighting: str = field(default="clean", kw_only=True)
+    reduction: str = field(default="mean", kw_only=True)
     default_weighting: ClassVar[str | None] = "clean"
-    default_beta: ClassVar[float] = 0.2
+    default_reduction: ClassVar[str] = "mean"
+    default_beta: ClassVar[float] = 0.02
     description: ClassVar[str] = (
         "each step's prediction is moved to the next clean image or away from it, by how that compares (a clipped "
         "policy gradient)"
     )
     reads: ClassVar[Mapping[str, str]] = {**ImageObjective.reads, **RatioObjective.ratio_reads}
+
+    @classmethod
+    def default_clip_range(cls, reduction: str, num_elements: int) -> float:
+        """Return .01 in the units of "mean", and as much in those of another reduction.
+
+        The action is no independent noise: it has the structure that the change has, so that their product, which
+        "sqrt" units would let grow with D, spreads as widely at every D in "mean" units (docs/algorithm.md).
+        """
+        return MATCHED_CLIP_RANGE * nats_per_element(num_elements, reduction)
 
     @classmethod
     def rows_per_image(cls, options: Any) -> int:

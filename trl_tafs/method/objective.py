@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trl_tafs.method.kernels import REDUCTIONS, Kernel
-from trl_tafs.method.losses import Surrogate, clipped_surrogate, masked_surrogate
+from trl_tafs.method.losses import Surrogate, clip_range_for, clipped_surrogate, masked_surrogate
 from trl_tafs.method.noise import Noise
 from trl_tafs.method.parts import Part
 from trl_tafs.method.rollout import KEPT, Velocity
@@ -29,6 +29,7 @@ class Objective(Part, ABC):
     from_actions: ClassVar[bool] = False  # it learns from the kernel's actions and their density, or from clean images
     weightings: ClassVar[Collection[str]] = ()  # what `train_level_weighting` can be
     default_weighting: ClassVar[str | None] = None
+    default_reduction: ClassVar[str] = "sqrt"  # of log-probabilities: what holds a change alike at every D
     default_beta: ClassVar[float] = 0.0
     warns_without_beta: ClassVar[bool] = False  # nothing but a distance to the base bounds it
     reads: ClassVar[Mapping[str, str]] = {"beta": "beta"}
@@ -43,8 +44,14 @@ class Objective(Part, ABC):
         resolved = {"kernel": kernel, "clip_range": clip_range}
         for name in ("weighting", "level_weighting"):
             resolved[name] = options.level_weighting
+        resolved["reduction"] = options.log_prob_reduction
         takes = cls._fields()
         return cls._made(options, "objective_kwargs", **{name: v for name, v in resolved.items() if name in takes})
+
+    @classmethod
+    def default_clip_range(cls, reduction: str, num_elements: int) -> float:
+        """Return the clip range for latents of D elements, in the units of a reduction."""
+        return clip_range_for(reduction, num_elements)
 
     @classmethod
     @abstractmethod

@@ -269,10 +269,10 @@ class ObjectiveOptions(Options):
     title: ClassVar[str] = "Objective"
 
     objective: str = option(
-        "forward",
-        "forward: DiffusionNFT's, which needs clean images and no likelihood, and learns where D is large; clipped: "
-        "GRPO's surrogate on the sampler's actions, the paper's Eq. 10; matched: Eq. 10 with the next clean image as "
-        "the action of the state before it; awm: advantage-weighted matching, forward's simpler sibling.",
+        "matched",
+        "matched: the paper's Eq. 10 with the next clean image as the action of the state before it; clipped: Eq. 10 "
+        "on the sampler's own actions, GRPO's surrogate; forward: DiffusionNFT's, which needs no likelihood; awm: "
+        "advantage-weighted matching, forward's simpler sibling.",
     )
     forward_levels: str = option(
         "trajectory",
@@ -315,10 +315,12 @@ class LossOptions(Options):
     train_clip_range: float | None = option(
         None,
         "Clip range of the ratio, in the units of train_log_prob_reduction. None: .025 in sqrt units at any "
-        "resolution (.2 in sum units at D = 64).",
+        "resolution (.2 in sum units at D = 64); for matched .01 in mean units.",
     )
-    train_log_prob_reduction: str = option(
-        "sqrt", "Log-probabilities are the mean over latent elements (DDPO), their sum, or the sum over sqrt(D)."
+    train_log_prob_reduction: str | None = option(
+        None,
+        "Log-probabilities are the mean over latent elements (DDPO), their sum, or sqrt: the sum over sqrt(D). None: "
+        "that in which a change of the policy moves the ratio alike at every D, mean for matched, sqrt for the others.",
     )
     train_level_weighting: str | None = option(
         None,
@@ -331,9 +333,9 @@ class LossOptions(Options):
         None,
         "Weight of the KL to the base without the adapter; of forward, awm and matched: half the squared distance of "
         "the velocities. A mean over latent elements: beside a policy term in sqrt units (train_log_prob_reduction) it "
-        "weighs sqrt(D) times less than beside public code's mean. None: .2 for forward, which costs it a seventh of "
-        "the epochs and keeps what the reward doesn't see (docs/learning.md), and for matched; 0 for the others "
-        "(paper: none).",
+        "weighs sqrt(D) times less than beside public code's mean. None: .02 for matched and .2 for forward, which "
+        "costs a reference evaluation a trained row and keeps what the reward doesn't see (docs/learning.md); 0 for "
+        "the others (paper: none).",
     )
     train_kl_weighting: str = option(
         "gaussian",
@@ -369,7 +371,8 @@ class LossOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
-        check_choice(self, "train_log_prob_reduction", REDUCTIONS)
+        if self.train_log_prob_reduction is not None:
+            check_choice(self, "train_log_prob_reduction", REDUCTIONS)
         check_choice(self, "train_kl_weighting", ("gaussian", "diffusion"))
         check_positive(self, "train_clip_range", "train_kl_limit")
         check_at_least(self, 0, "train_negative_weight", "old_policy_beta")
@@ -394,6 +397,11 @@ class MethodOptions(LossOptions, DistributionOptions, ObjectiveOptions, CreditOp
     def level_weighting(self) -> str | None:
         """`train_level_weighting`, or the objective's default."""
         return self.train_level_weighting or self.objective_class.default_weighting
+
+    @property
+    def log_prob_reduction(self) -> str:
+        """`train_log_prob_reduction`, or the objective's default."""
+        return self.train_log_prob_reduction or self.objective_class.default_reduction
 
     @property
     def rows_per_image(self) -> int:

@@ -81,7 +81,7 @@ class RolloutSampler:
             groups("shared", 0, shape) if self.config.share_initial_noise else noise("initial", 0, shape),
             noise,
             storage_dtype=self.policy.storage_dtype,
-            reduction=self.config.train_log_prob_reduction,
+            reduction=self.config.log_prob_reduction,
             scored_steps=self.algorithm.scored_steps_at(epoch),
             on_scored=on_scored,
             keep=needs | {"clean"} if frequency and epoch % frequency == 0 else needs,

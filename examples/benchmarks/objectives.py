@@ -1,0 +1,239 @@
+"""Which objective learns, holds and keeps at which size: the runs behind docs/learning.md and the default.
+
+    python examples/benchmarks/objectives.py --jobs 2               # the table: each setting at its best rate
+    python examples/benchmarks/objectives.py --part brake           # the default over rates and four times as long
+    python examples/benchmarks/objectives.py --part seconds         # what an epoch of each setting takes
+
+Three sizes: digits (D = 64), words (1,536), large words (4,320). The budget is a number of epochs that take about
+equally long, so that results don't depend on what else runs. A rate is chosen by a seed, prompts and noise of its own;
+reported are three seeds at it, each at 2, 4 and 8 annealed steps. What was run already is read from `--runs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_run import epoch_seconds, make_trainer, train_epoch
+from tasks import TASKS, Task
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "objectives.json"
+SIZES = {"digits": 64, "words": 1536, "large": 4320}  # D
+RATES = {"digits": (1e-3, 3e-3, 1e-2), "words": (1e-3, 3e-3), "large": (1e-3, 3e-3)}
+BRAKE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+STEPS = (2, 4, 8)
+CHOICE_SEED, CHOICE_NOISE = 100, 2000
+NOISE = 1000
+AVERAGE = {"train_use_ema": True, "train_ema_decay": 0.9}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "tafs": {"preset": "tafs", "options": {}},
+    "tafs, no KL": {"preset": "tafs", "options": {"beta": 0.0}},
+    "annealed": {"preset": "tafs_annealed", "options": {}},
+    "annealed, KL": {"preset": "tafs_annealed", "options": {"beta": 0.2}},
+    "forward, final": {"preset": "tafs_nft", "options": {}},
+    "forward, final, no KL": {"preset": "tafs_nft", "options": {"beta": 0.0}},
+    "forward, every": {"preset": "tafs_nft_stepwise", "options": {}},
+    "forward, every, no KL": {"preset": "tafs_nft_stepwise", "options": {"beta": 0.0}},
+}
+TUNED_AS = {  # whose best rate a setting has, where it isn't tried itself
+    "tafs, no KL": "tafs",
+    "forward, final, no KL": "forward, final",
+    "forward, every": "forward, final",
+    "forward, every, no KL": "forward, final",
+}
+# Epochs of about equal CPU time, by `--part seconds`: a reference costs a quarter, an OCR of every step more than that
+EPOCHS: dict[str, dict[str, int]] = {
+    "digits": {"tafs": 16, "tafs, no KL": 19, "annealed": 18, "annealed, KL": 16, "forward, final": 17}
+    | {"forward, final, no KL": 20, "forward, every": 15, "forward, every, no KL": 17},
+    "words": {"tafs": 16, "tafs, no KL": 18, "annealed": 18, "annealed, KL": 16, "forward, final": 26}
+    | {"forward, final, no KL": 29, "forward, every": 16, "forward, every, no KL": 18},
+    "large": {"tafs": 14, "tafs, no KL": 16, "annealed": 16, "annealed, KL": 14, "forward, final": 20}
+    | {"forward, final, no KL": 23, "forward, every": 14, "forward, every, no KL": 16},
+}
+
+
+def method(task: str, setting: dict[str, Any], rate: float) -> dict[str, Any]:
+    """A method of `bench_run` at a rate; on words its average is what is judged, as in words_ocr.py."""
+    options = {} if task == "digits" else AVERAGE
+    return {"preset": setting["preset"], "options": options | setting["options"], "rate": rate}
+
+
+def row(task: Task, pipeline: Any, steps: int) -> dict[str, float]:
+    """All judges on one number of annealed steps."""
+    images = task.images(pipeline, "annealed", steps, seed=NOISE)
+    found = task.judge(images) | {"frechet": task.frechet(images), "saturated": task.saturated(images)}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def run(task_name: str, setting: dict[str, Any], rate: float, seed: int, epochs: tuple[int, ...], full: bool) -> dict:
+    """Train; after each number of `epochs` judge by all, or where not `full` by what a rate is chosen by."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    task = TASKS[task_name]()
+    result: dict[str, Any] = {"task": task_name, "setting": setting, "rate": rate, "seed": seed, "at": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(task, method(task_name, setting, rate), seed, folder)
+        while trainer.progress.epoch < epochs[-1]:
+            train_epoch(trainer)
+            if trainer.progress.epoch not in epochs:
+                continue
+            with trainer.policy.averaged(), torch.no_grad():
+                if full:
+                    found = {str(n): row(task, trainer.sd_pipeline, n) for n in STEPS}
+                else:
+                    prompts = task.choice_prompts
+                    images = task.images(trainer.sd_pipeline, "annealed", 4, prompts=prompts, seed=CHOICE_NOISE)
+                    found = {"choice": round(task.quick(images, prompts), 4)}
+            result["at"][str(trainer.progress.epoch)] = found
+        result["updates"] = trainer.progress.global_step
+    return result
+
+
+def base(task_name: str) -> dict[str, Any]:
+    """The base by the same judges, and guided: at 2, 4 and 8 annealed steps."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    task = TASKS[task_name]()
+    pipeline = task.pipeline()
+    return {str(n): row(task, pipeline, n) for n in STEPS}
+
+
+class Runs:
+    """Jobs side by side, each in a process of its own; what was made before is read."""
+
+    def __init__(self, folder: Path, jobs: int) -> None:
+        """Keep results in `folder`."""
+        self.folder, self.jobs = folder, jobs
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, calls: Iterable[tuple]) -> list[Any]:
+        """Return what each call, (function, *arguments), gives."""
+        calls = list(calls)
+        paths = [self._path(call) for call in calls]
+        missing = [(call, path) for call, path in zip(calls, paths, strict=True) if not path.exists()]
+        with get_context("spawn").Pool(self.jobs, maxtasksperchild=1) as pool:
+            for done, path in enumerate(pool.imap_unordered(_kept, missing, chunksize=1), 1):
+                print(f"{done}/{len(missing)} {path}", flush=True)
+        return [json.loads(path.read_text()) for path in paths]
+
+    def _path(self, call: tuple) -> Path:
+        function, *arguments = call
+        text = json.dumps([function.__name__, *arguments], sort_keys=True)
+        return self.folder / f"{function.__name__}_{arguments[0]}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def _kept(job: tuple[tuple, Path]) -> Path:
+    (function, *arguments), path = job
+    found = function(*arguments)
+    written = path.with_suffix(".part")
+    written.write_text(json.dumps(found))
+    written.rename(path)
+    return path
+
+
+def seconds(runs: Runs, tasks: list[str], settings: dict[str, dict]) -> dict[str, Any]:
+    """What an epoch of each setting takes, and all of its epochs, in CPU seconds of one thread; measured in turn."""
+    told = {}
+    for task in tasks:
+        methods = {name: method(task, setting, 1e-5) for name, setting in settings.items()}
+        found = runs([(epoch_seconds, task, methods, 2, 2)])[0]["seconds"]
+        told[task] = {n: {"epoch": found[n], "run": round(found[n] * EPOCHS[task][n], 1)} for n in settings}
+        print(task, told[task], flush=True)
+    return told
+
+
+def best_rates(runs: Runs, task: str, names: list[str]) -> dict[str, float]:
+    """Each setting's best rate, by a seed, prompts and noise that aren't reported."""
+    leaders = list(dict.fromkeys(TUNED_AS.get(name, name) for name in names))
+    tried = [(name, rate) for name in leaders for rate in RATES[task]]
+    calls = [(run, task, SETTINGS[n], rate, CHOICE_SEED, (EPOCHS[task][n],), False) for n, rate in tried]
+    found = runs(calls)
+    value = {pair: next(iter(item["at"].values()))["choice"] for pair, item in zip(tried, found, strict=True)}
+    best = {name: max(RATES[task], key=lambda rate: value[name, rate]) for name in leaders}
+    print(task, value, flush=True)
+    return {name: best[TUNED_AS.get(name, name)] for name in names}
+
+
+def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """The means of several seeds' rows, with each seed's reward."""
+    mean = {name: round(statistics.mean(item[name] for item in rows), 4) for name in rows[0]}
+    return mean | {"seeds": [item["reward"] for item in rows]}
+
+
+def table(runs: Runs, tasks: list[str], names: list[str], seeds: list[int]) -> dict[str, Any]:
+    """Each setting at its best rate on each task, at each number of steps."""
+    told: dict[str, Any] = {}
+    for task in tasks:
+        rates = best_rates(runs, task, names)
+        epochs = EPOCHS[task]
+        calls = [(run, task, SETTINGS[n], rates[n], seed, (epochs[n],), True) for n in names for seed in seeds]
+        found = iter(runs(calls))
+        told[task] = {"base": runs([(base, task)])[0]}
+        for name in names:
+            mine = [next(found) for _ in seeds]
+            rows = {str(n): [next(iter(item["at"].values()))[str(n)] for item in mine] for n in STEPS}
+            facts = {"rate": rates[name], "epochs": epochs[name], "updates": mine[0]["updates"]}
+            told[task][name] = facts | {n: summary(items) for n, items in rows.items()}
+            print(task, name, told[task][name]["4"], facts, flush=True)
+    return told
+
+
+def brake(runs: Runs, tasks: list[str], rates: list[float], seeds: list[int]) -> dict[str, Any]:
+    """The default over rates, at the usual number of epochs and four times it."""
+    told: dict[str, Any] = {}
+    for task in tasks:
+        count, setting = EPOCHS[task]["tafs"], SETTINGS["tafs"]
+        calls = [(run, task, setting, rate, s, (count, 4 * count), True) for rate in rates for s in seeds]
+        found = iter(runs(calls))
+        told[task] = {"base": runs([(base, task)])[0]}
+        for rate in rates:
+            mine = [next(found)["at"] for _ in seeds]
+            told[task][f"{rate:g}"] = {
+                f"{times} x": {str(n): summary([item[str(times * count)][str(n)] for item in mine]) for n in STEPS}
+                for times in (1, 4)
+            }
+            print(task, rate, {k: v["4"] for k, v in told[task][f"{rate:g}"].items()}, flush=True)
+    return told
+
+
+def main() -> None:
+    """Run what is missing; write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["table", "brake", "seconds"], default="table")
+    parser.add_argument("--tasks", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--rates", nargs="+", type=float, default=list(BRAKE_RATES), help="of the brake's table")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a thread each")
+    parser.add_argument("--runs", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    runs = Runs(args.runs, args.jobs)
+    if args.part == "table":
+        told = table(runs, args.tasks, args.settings, args.seeds)
+    elif args.part == "brake":
+        told = brake(runs, args.tasks, args.rates, args.seeds)
+    else:
+        told = seconds(runs, args.tasks, {name: SETTINGS[name] for name in args.settings})
+    kept = json.loads(args.results.read_text()) if args.results.exists() else {}
+    command = "python examples/benchmarks/objectives.py " + " ".join(sys.argv[1:])
+    part = kept.setdefault(args.part, {"commands": [], "tasks": {}})
+    part["commands"].append(command.strip())
+    for task, rows in told.items():
+        part["tasks"].setdefault(task, {}).update(rows)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
