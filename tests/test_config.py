@@ -264,7 +264,10 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
         ({"beta": -0.1}, "beta is -0.1"),
         ({"num_advantage_steps": 4}, "num_advantage_steps is 4; with sample_num_steps=4 it can be 1 to 3"),
         ({"num_advantage_steps": 0}, "num_advantage_steps is 0"),
-        ({"objective": "forward", "step_credit": "sum"}, "step_credit='sum' .* scores the final image alone; use forward_images='every'"),
+        (
+            {"objective": "forward", "step_credit": "sum"},
+            "step_credit='sum' .* scores the final image alone; use forward_images='every'",
+        ),
         ({"objective": "awm", "num_advantage_steps": 2}, "num_advantage_steps=2: objective='awm'"),
         (
             {"objective": "forward", "train_clip_range": 0.1},
@@ -296,7 +299,10 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
             "nft_beta=0.5 has no effect with objective='awm', which reads",
         ),
         ({"objective": "clipped", "forward_images": "every"}, "forward_images=every has no effect with .*='clipped'"),
-        ({"objective": "forward", "train_log_prob_reduction": "mean"}, "train_log_prob_reduction=mean has no effect with objective='forward'"),
+        (
+            {"objective": "forward", "train_log_prob_reduction": "mean"},
+            "train_log_prob_reduction=mean has no effect with objective='forward'",
+        ),
         ({"forward_num_levels": 0}, "forward_num_levels is 0"),
         ({"old_policy_decay": 1.0}, "old_policy_decay is 1.0"),
         ({"old_policy_decay": 0.5, "old_policy_ramp": 0.0}, "old_policy_ramp is 0.0"),

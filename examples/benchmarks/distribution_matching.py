@@ -1,19 +1,26 @@
 """Distribution matching beside the reward, on digits: from the base, and from a start that is few-step already.
 
-    python examples/benchmarks/distribution_matching.py settings   # one seed of each setting, by noise of its own
-    python examples/benchmarks/distribution_matching.py            # three seeds of what won, and docs/
+    python examples/benchmarks/distribution_matching.py --part settings   # one seed of each, by noise of its own
+    python examples/benchmarks/distribution_matching.py --part base       # three seeds of what won, from the base
+    python examples/benchmarks/distribution_matching.py --part few_step   # the same from a few-step start
+    python examples/benchmarks/distribution_matching.py --part seconds    # what an epoch takes
+    python examples/benchmarks/distribution_matching.py --part page       # docs/distribution_matching.md of all that
 
-From the base: 16 CPU seconds of one thread, in epochs by what an epoch takes, measured before. The few-step start is
-built here, by distribution matching alone (a reward that is the same for every image); then 20 CPU seconds with the
-reward, judged on the way. Judged at 4 annealed steps, one evaluation each.
+A budget is a number of epochs that take so many CPU seconds of one thread (`SECONDS`, measured on an idle machine), so
+that results don't depend on what else runs. The few-step start is built here, by distribution matching alone: a reward
+that is the same for every image. Judged at 4 annealed steps, one evaluation each, on 300 images.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,23 +28,35 @@ from bench_run import make_trainer, train_epoch
 from tasks import Digits
 from torch import Tensor
 
-from trl_tafs.evaluation.drawing import Drawer, DrawSpec
-from trl_tafs.prompts.encoder import PromptEncoder
+from trl_tafs.output.markdown import table
 
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS, START_SECONDS, AFTER_SECONDS, POINTS = 16.0, 40.0, 20.0, 5
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 CHOOSING, REPORTING = 2000, 1000  # seeds of the noise that settings are chosen by, and that is reported
-COLUMNS = ("reward", "held_out", "ocr", "fidelity", "diversity", "saturated")
+CHOOSING_SEED = 100
+COLUMNS = ("reward", "held_out", "ocr", "frechet", "diversity", "saturated")
+POINTS = 4  # at which a run from a few-step start is judged
+BUDGETS = {"base": 16.0, "start": 40.0, "few_step": 20.0}  # CPU seconds of one thread
 
 
-def judged(task: Digits, pipeline: Any, seed: int, steps: int = 4, guidance: float = 1.0) -> dict[str, float]:
-    """All judges on 300 images of annealed sampling, and the share of pixels that are black or white to the end."""
-    device, length = torch.device("cpu"), task.options["max_sequence_length"]
-    encode = PromptEncoder(pipeline, device, guidance_scale=guidance, max_sequence_length=length)
-    drawer = Drawer(pipeline, encode, pipeline.velocity, 100, seed, device, torch.float32)
-    spec = DrawSpec("annealed", steps, task.height, task.width, guidance)
-    images = drawer.images(spec, task.prompts, range(len(task.prompts)))
-    values = task.judge(images) | {"saturated": ((images <= 0.005) | (images >= 0.995)).float().mean().item()}
+def method(preset: str, rate: float, seconds: float, **options: Any) -> dict[str, Any]:
+    """One method as `bench_run` takes it, with the CPU seconds that its epoch takes."""
+    return {"preset": preset, "rate": rate, "seconds": seconds, "options": options}
+
+
+WON: dict[str, Any] = {}  # of `SETTINGS`, beside the preset
+METHODS = {"tafs": method("tafs", 3e-3, 0.80), "tafs_dm": method("tafs_dm", 3e-3, 1.11, **WON)}
+START = method("tafs_dm", 3e-3, 1.01, **WON, beta=0.0)
+# Each differs from the first in what its name says.
+SETTINGS = {
+    "tafs_dm": METHODS["tafs_dm"],
+    "tafs, without": METHODS["tafs"],
+}
+
+
+def judged(task: Digits, pipeline: Any, noise: int) -> dict[str, float]:
+    """All judges on images from one noise."""
+    images = task.images(pipeline, "annealed", 4, seed=noise)
+    values = task.judge(images) | {"frechet": task.frechet(images), "saturated": task.saturated(images)}
     return {name: round(values[name], 4) for name in COLUMNS}
 
 
@@ -55,12 +74,12 @@ class Alone(Digits):
 
 
 class Fused(Digits):
-    """Digits on a base that is few-step already: a LoRA is fused into it, and nothing else of it is known."""
+    """Digits on a base that is few-step already: the start's LoRA is in its weights, without the weights before it."""
 
     folder: str
 
     def pipeline(self) -> Any:
-        """The base with the start's LoRA in its weights."""
+        """The base with the LoRA fused into it."""
         pipeline = super().pipeline()
         pipeline.load_lora_weights(self.folder)
         pipeline.fuse_lora()
@@ -68,94 +87,154 @@ class Fused(Digits):
         return pipeline
 
 
-def method(preset: str, rate: float, **options: Any) -> dict[str, Any]:
-    """One method, as `bench_run` takes it."""
-    return {"preset": preset, "rate": rate, "options": options}
-
-
-def seconds_an_epoch(task: Digits, method: dict[str, Any], epochs: int = 5) -> float:
-    """CPU seconds of one thread: the least of a few epochs, after one that warms up."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, times = make_trainer(task, method, 0, folder), []
-        for _ in range(epochs + 1):
-            start = time.process_time()
-            train_epoch(trainer)
-            times.append(time.process_time() - start)
-    return min(times[1:])
-
-
 def train(
     task: Digits,
     method: dict[str, Any],
     seed: int,
-    seconds: float,
-    points: int,
+    budget: str,
     noise: int,
+    points: int = 1,
     keep: Callable[[Any], None] = lambda trainer: None,
-    epochs: int = 0,
 ) -> dict[str, Any]:
-    """Train for as many epochs as `seconds` are, and judge at so many points on the way, before the first too."""
-    each = 0.0 if epochs else seconds_an_epoch(task, method)
-    epochs = epochs or max(points, round(seconds / each))
+    """Train for the epochs of a budget, and judge before, and at so many points on the way; `keep` gets the trainer."""
+    epochs = round(BUDGETS[budget] / method["seconds"])
+    looks = {round(epochs * k / points) for k in range(1, points + 1)}
     with tempfile.TemporaryDirectory() as folder:
-        trainer, start = make_trainer(task, method, seed, folder), time.process_time()
+        trainer = make_trainer(task, method, seed, folder)
         curve = [{"epochs": 0} | judged(task, trainer.sd_pipeline, noise)]
-        looks = {round(epochs * k / points) for k in range(1, points + 1)}
         for epoch in range(1, epochs + 1):
             train_epoch(trainer)
             if epoch in looks:
                 curve.append({"epochs": epoch} | judged(task, trainer.sd_pipeline, noise))
         keep(trainer)
-    facts = {"seconds_an_epoch": round(each, 3), "seconds": round(time.process_time() - start, 1)}
-    return {"method": method, "seed": seed, "epochs": epochs, **facts, "curve": curve}
+    return {"method": method, "seed": seed, "epochs": epochs, "curve": curve}
 
 
-DM = {"dm_rows": "final", "dm_guidance_scale": 3.0}
-# From the base: what distribution matching joins, and what it joins it for.
-METHODS: dict[str, dict[str, Any]] = {
-    "tafs": method("tafs", 3e-3),
-    "tafs_dm": method("tafs_dm", 3e-3),
-}
-# Of one seed, by noise of their own: each differs from the first in what its name says.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "preset tafs_dm": method("tafs_dm", 3e-3),
-    "guidance 1": method("tafs_dm", 3e-3, dm_guidance_scale=1.0),
-    "guidance 2": method("tafs_dm", 3e-3, dm_guidance_scale=2.0),
-    "guidance 4": method("tafs_dm", 3e-3, dm_guidance_scale=4.0),
-    "weight .25": method("tafs_dm", 3e-3, dm_weight=0.25),
-    "weight .5": method("tafs_dm", 3e-3, dm_weight=0.5),
-    "weight 2": method("tafs_dm", 3e-3, dm_weight=2.0),
-    "2 fake updates": method("tafs_dm", 3e-3, dm_fake_updates=2),
-    "5 fake updates": method("tafs_dm", 3e-3, dm_fake_updates=5),
-    "fake rate 1e-2": method("tafs_dm", 3e-3, dm_fake_learning_rate=1e-2),
-    "trained rows": method("tafs_dm", 3e-3, dm_rows="trained"),
-    "levels shifted by 3": method("tafs_dm", 3e-3, dm_level_shift=3.0),
-    "no KL": method("tafs_dm", 3e-3, beta=0.0),
-    "two optimizer steps an epoch": method("tafs_dm", 3e-3, train_batch_size=96, train_gradient_accumulation_steps=1),
-    "on the annealed action (tafs)": method("tafs", 3e-3, dm_weight=1.0, **DM),
-    "on DiffusionNFT's objective (tafs_nft)": method("tafs_nft", 3e-3, dm_weight=1.0, **DM),
-    "rate 1e-3": method("tafs_dm", 1e-3),
-    "rate 1e-2": method("tafs_dm", 1e-2),
-}
-START = method("tafs_dm", 3e-3, beta=0.0)
+def settings() -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each setting, one seed."""
+    for name, setting in SETTINGS.items():
+        yield (name,), train(Digits(), setting, CHOOSING_SEED, "base", CHOOSING)
 
 
-def few_step_start(seed: int, folder: Path, noise: int, epochs: int = 0) -> dict[str, Any]:
-    """Distil the base by distribution matching alone, and save the LoRA into `folder`."""
-
-    def keep(trainer: Any) -> None:
-        trainer.policy.publish(folder)
-
-    return train(Alone(), START, seed, START_SECONDS, 1, noise, keep, epochs)
+def base(seeds: list[int]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What won, and the same without it, from the base."""
+    for seed in seeds:
+        for name, chosen in METHODS.items():
+            yield (name, str(seed)), train(Digits(), chosen, seed, "base", REPORTING)
 
 
-def after_a_start(
-    kind: str, method: dict[str, Any], seed: int, folder: Path, noise: int, epochs: int = 0
-) -> dict[str, Any]:
-    """Train on from a few-step start: "continued", its LoRA on the base; or "fused", a base that is few-step already."""
-    task = Digits() if kind == "continued" else Fused()
-    if kind == "continued":
-        method = method | {"options": method["options"] | {"adapter_name_or_path": str(folder)}}
-    else:
-        task.folder = str(folder)
-    return train(task, method, seed, AFTER_SECONDS, POINTS, noise, epochs=epochs)
+def few_step(seeds: list[int], kinds: list[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """From a few-step start: "continued", its LoRA above the base; or "fused", in a base that has no other weights."""
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+
+            def keep(trainer: Any, folder: str = folder) -> None:
+                trainer.policy.publish(folder)
+
+            yield ("start", str(seed)), train(Alone(), START, seed, "start", REPORTING, keep=keep)
+            for kind in kinds:
+                task = Fused() if kind == "fused" else Digits()
+                if kind == "fused":
+                    task.folder = folder
+                for name, chosen in METHODS.items():
+                    more = {} if kind == "fused" else {"adapter_name_or_path": folder}
+                    begun = chosen | {"options": chosen["options"] | more}
+                    result = train(task, begun, seed, "few_step", REPORTING, POINTS)
+                    yield (kind, name, str(seed)), result | {"method": chosen}
+
+
+def seconds() -> Iterator[tuple[tuple[str, ...], Any]]:
+    """CPU seconds of an epoch of each setting, the least of several, measured in turn."""
+    least: dict[str, float] = {}
+    for name in [*SETTINGS] * 3:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(Digits(), SETTINGS[name], 0, folder)
+            train_epoch(trainer)
+            for _ in range(2):
+                start = time.process_time()
+                train_epoch(trainer)
+                least[name] = min(least.get(name, float("inf")), time.process_time() - start)
+    for name, value in least.items():
+        yield (name,), round(value, 3)
+
+
+# The page -----------------------------------------------------------------------------------------------------
+
+
+def told(row: dict[str, float]) -> list[str]:
+    """A row's numbers."""
+    return [f"{row[name]:.3f}" if name != "frechet" else f"{row[name]:.2f}" for name in COLUMNS]
+
+
+def mean_row(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of several seeds' rows."""
+    return {name: mean(row[name] for row in rows) for name in COLUMNS}
+
+
+def page(results: dict[str, Any]) -> str:
+    """The tables, each with the command that made it."""
+    command = "`python examples/benchmarks/distribution_matching.py --part {}`"
+    parts = ["<!-- tables: begin -->"]
+    if found := results.get("base"):
+        rows = []
+        for name, runs in found.items():
+            ends = [run["curve"][-1] for run in runs.values()]
+            each = ", ".join(f"{end['reward']:.3f} / {end['frechet']:.2f}" for end in ends)
+            rows.append([f"`{name}`", str(next(iter(runs.values()))["epochs"]), *told(mean_row(ends)), each])
+        starts = [run["curve"][0] for run in next(iter(found.values())).values()]
+        rows.insert(0, ["the base", "0", *told(mean_row(starts)), ""])
+        header = ["16 CPU s from the base", "epochs", *COLUMNS, "by seed: reward / frechet"]
+        parts += [table(header, rows), command.format("base")]
+    if found := results.get("few_step"):
+        rows = []
+        for kind, methods in found.items():
+            runs = {"": methods} if kind == "start" else methods
+            for name, seeds in runs.items():
+                curves = [run["curve"] for run in seeds.values()]
+                for points in zip(*curves, strict=True):
+                    place = "distribution matching alone" if kind == "start" else f"{kind}, `{name}`"
+                    rows.append([place, str(points[0]["epochs"]), *told(mean_row(list(points)))])
+        parts += [table(["from a few-step start, 20 CPU s", "epochs", *COLUMNS], rows), command.format("few_step")]
+    if found := results.get("settings"):
+        rows = [[name, str(run["epochs"]), *told(run["curve"][-1])] for name, run in found.items()]
+        parts += [table(["one seed each, 16 CPU s", "epochs", *COLUMNS], rows), command.format("settings")]
+    return "\n\n".join([*parts, "<!-- tables: end -->"])
+
+
+def write_page(results: dict[str, Any], path: Path) -> None:
+    """Put the tables between the page's two marks."""
+    before, _, rest = path.read_text().partition("<!-- tables: begin -->")
+    path.write_text(before + page(results) + rest.partition("<!-- tables: end -->")[2])
+
+
+def main() -> None:
+    """Run one part, and keep each result as it is made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["settings", "base", "few_step", "seconds", "page"], default="base")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", default=["continued", "fused"], choices=["continued", "fused"])
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    file = args.docs / "results" / "distribution_matching.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    makers = {
+        "settings": settings,
+        "base": lambda: base(args.seeds),
+        "few_step": lambda: few_step(args.seeds, args.kinds),
+        "seconds": seconds,
+        "page": lambda: iter(()),
+    }
+    for place, result in makers[args.part]():
+        at = results.setdefault(args.part, {})
+        for name in place[:-1]:
+            at = at.setdefault(name, {})
+        at[place[-1]] = result
+        print(args.part, *place, result["curve"][-1] if isinstance(result, dict) else result, flush=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    write_page(results, args.docs / "distribution_matching.md")
+
+
+if __name__ == "__main__":
+    main()
