@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from trl_tafs.options import Options, check_at_least, check_choice, check_positive, option
 
-TEACHER_GUIDANCE = 2.0  # where the model can be guided (docs/distribution_matching.md)
+TEACHER_GUIDANCE = 3.0  # where the model can be guided (docs/distribution_matching.md)
 
 
 @dataclass
