@@ -22,23 +22,23 @@ per_prompt_stat_tracking_min_count async_reward_computation max_workers
 """.split()
 GRPO_FIELDS = "num_generations beta delta scale_rewards reward_weights multi_objective_aggregation".split()
 NAMES = """
-exp_name run_name seed log_with tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name logdir
-num_epochs save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from preflight_rollout disable_tqdm
-sample_num_steps sample_eta sample_guidance_scale sample_embedded_guidance_scale sample_batch_size
+exp_name run_name seed log_with tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name logdir num_epochs
+save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from preflight_rollout disable_tqdm sample_num_steps
+sample_levels sample_eta sample_guidance_scale sample_embedded_guidance_scale sample_batch_size
 sample_num_batches_per_epoch sample_kernel sample_window_size sample_window_interval sample_window_order
-sample_window_range sample_kappa
-num_perturbations antithetic_perturbations share_initial_noise clean_baseline num_generations group_allocation
-group_bins group_averaging min_generations max_generations group_optimism group_memory group_tracker_capacity
-sampler_kwargs height width max_sequence_length negative_prompts offload_text_encoders model_cpu_offload vae_tiling
-decode_batch_size prompt_cache_dir reward_weights multi_objective_aggregation scale_rewards async_reward_computation
-max_workers reward_max_retries reward_retry_delay reward_on_failure step_credit credit_trace credit_discount
-num_advantage_steps reward_range train_adv_clip_max per_prompt_stat_tracking per_prompt_stat_tracking_buffer_size
-per_prompt_stat_tracking_min_count credit_kwargs objective forward_levels forward_num_levels forward_images nft_beta
-dm_weight dm_guidance_scale dm_rows dm_fake_updates dm_fake_learning_rate dm_level_shift
-old_policy_decay old_policy_ramp train_batch_size train_gradient_accumulation_steps train_num_inner_epochs
-train_timestep_fraction train_cfg train_learning_rate train_lr_scheduler_type train_lr_warmup_steps train_adam_beta1
-train_adam_beta2 train_adam_weight_decay train_adam_epsilon train_use_8bit_adam train_max_grad_norm
-train_max_skipped_steps train_clip_range train_log_prob_reduction train_level_weighting beta train_kl_weighting
+sample_window_range sample_kappa num_perturbations antithetic_perturbations share_initial_noise clean_baseline
+num_generations group_allocation group_bins group_averaging min_generations max_generations group_optimism group_memory
+group_tracker_capacity sampler_kwargs height width max_sequence_length negative_prompts offload_text_encoders
+model_cpu_offload vae_tiling decode_batch_size prompt_cache_dir reward_weights multi_objective_aggregation scale_rewards
+async_reward_computation max_workers reward_max_retries reward_retry_delay reward_on_failure step_credit credit_trace
+credit_discount num_advantage_steps reward_range train_adv_clip_max per_prompt_stat_tracking
+per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count credit_kwargs objective forward_levels
+forward_num_levels forward_images nft_beta dm_weight dm_guidance_scale dm_rows
+dm_fake_updates dm_fake_learning_rate dm_level_shift old_policy_decay old_policy_ramp train_batch_size
+train_gradient_accumulation_steps train_updates_per_epoch train_num_inner_epochs train_timestep_fraction train_cfg
+train_learning_rate train_lr_scheduler_type train_lr_warmup_steps train_adam_beta1 train_adam_beta2
+train_adam_weight_decay train_adam_epsilon train_use_8bit_adam train_max_grad_norm train_max_skipped_steps
+train_clip_range train_log_prob_reduction train_level_weighting train_clip_weighting beta train_kl_weighting
 train_center_ratio train_kl_limit delta train_negative_weight old_policy_beta objective_kwargs
 train_gradient_checkpointing train_use_ema train_ema_decay full_finetuning lora_rank lora_alpha lora_target_modules
 adapter_name_or_path model_adapter_name eval_freq eval_num_steps eval_samplers eval_images_per_prompt eval_batch_size
@@ -223,7 +223,7 @@ def test_list_defaults_are_each_instances_own():
 
 CHOICES = [
     "mixed_precision", "sample_kernel", "clean_baseline", "multi_objective_aggregation", "scale_rewards", "step_credit",
-    "objective", "train_log_prob_reduction", "train_level_weighting",
+    "objective", "train_level_weighting", "sample_levels", "train_clip_weighting",
 ]  # fmt: skip
 
 
@@ -341,6 +341,20 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
             },
             "min_generations=1 .* use multi_objective_aggregation='sum_then_normalize'",
         ),
+        (
+            {
+                "group_allocation": "variance",
+                "min_generations": 1,
+                "multi_objective_aggregation": "sum_of_normalized",
+            },
+            "min_generations=1 .* use multi_objective_aggregation='sum_then_normalize'",
+        ),
+        (
+            {"objective": "clipped", "train_clip_weighting": "ratio", "train_level_weighting": "gaussian"},
+            "'ratio' has no effect with train_level_weighting='gaussian', whose weights are 1",
+        ),
+        ({"train_clip_weighting": "ratio"}, "train_clip_weighting=ratio has no effect with objective='matched'"),
+        ({"train_updates_per_epoch": 0}, "train_updates_per_epoch is 0; it must be at least 1, or None"),
         ({"group_memory": 0.0}, "group_memory is 0.0"),
         ({"credit_trace": -1.0}, "credit_trace is -1.0; it must be at least 0"),
         ({"early_stopping_patience": 3}, "early_stopping_patience needs eval_freq"),

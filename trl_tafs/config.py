@@ -28,7 +28,7 @@ class TAFSGRPOConfig(PublishingOptions):
 
     Each group of fields is a dataclass beside what it configures, with its own checks; here are the rules between
     groups. Defaults are the paper's where it gives them (N = 4 steps, groups of 48, AdamW 3e-4 / 1e-4, LoRA 32 / 64,
-    512 px), but for the objective: its Eq. 10 learns slowly where the latent space is large (docs/learning.md), and is
+    512 px), its Eq. 10 with the next clean image as the action (docs/algorithm.md); on the sampler's own actions it is
     `from_preset("paper")`. See `docs/configuration.md` for the whole list with the reasons.
     """
 
@@ -62,12 +62,12 @@ class TAFSGRPOConfig(PublishingOptions):
                 "group_allocation='superflow' compares with what is expected of a prompt, not with its group, and "
                 "scale_rewards='group' has no effect; use scale_rewards='batch'"
             )
-        if self.group_allocation == "superflow" and self.multi_objective_aggregation == "normalize_then_sum":
+        if self.group_allocation == "superflow" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "group_allocation='superflow' knows what is expected of the sum of the rewards: use "
                 "multi_objective_aggregation='sum_then_normalize'"
             )
-        if self.min_generations == 1 and self.multi_objective_aggregation == "normalize_then_sum":
+        if self.min_generations == 1 and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "min_generations=1 takes a prompt's expected reward as the baseline, which is known of the sum of the "
                 "rewards: use multi_objective_aggregation='sum_then_normalize', or min_generations=2"

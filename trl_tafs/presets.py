@@ -23,8 +23,7 @@ _TAFS = {
 _MATCHED = {
     "objective": "matched",
     "sample_kernel": "annealed",
-    "step_credit": "step",
-    "train_level_weighting": "clean",
+    "step_credit": "step",  # Eq. 10 credits step n with A^n
     "beta": 0.02,  # docs/learning.md
 }
 # GRPO on the SDE of Flow-GRPO: Liu et al. 2025, arXiv 2505.05470; flow_grpo, config/grpo.py, general_ocr_sd3.
@@ -33,7 +32,9 @@ _FLOW_GRPO = {
     "sample_kernel": "flow_sde",  # Eq. 9
     "sample_eta": 0.7,  # a, section 5
     "sample_num_steps": 10,  # sample.num_steps
+    "sample_levels": "scheduler",  # sd3_pipeline_with_logprob: set_timesteps(N)
     "num_generations": 24,  # sample.num_image_per_prompt
+    "train_updates_per_epoch": 2,  # train.gradient_accumulation_steps, half of sample.num_batches_per_epoch
     "step_credit": "terminal",  # one reward a trajectory
     "scale_rewards": "batch",  # sample.global_std
     "train_level_weighting": "gaussian",  # the density as it is
@@ -43,6 +44,8 @@ _FLOW_GRPO = {
 }
 # Its fast configurations: train.clip_range 1e-5 of a mean over 65,536 elements, 512 px, as one that holds at any size
 _FAST_CLIP = {"train_log_prob_reduction": "sqrt", "train_clip_range": 0.0026}
+# DanceGRPO's and MixGRPO's --clip_range, 1e-4 of a mean over 129,600 elements, 720 px
+_FLUX_CLIP = {"train_log_prob_reduction": "sqrt", "train_clip_range": 0.036}
 _SD3_GUIDANCE = {"sample_guidance_scale": 4.5, "train_cfg": True}  # general_ocr_sd3: sample.guidance_scale, train.cfg
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -51,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the defaults: Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
     "tafs": _MATCHED,
     # the same with distribution matching beside the reward (docs/distribution_matching.md)
-    "tafs_dm": {**_MATCHED, "dm_weight": 0.25, "dm_rows": "final"},
+    "tafs_dm": {**_MATCHED, "dm_weight": 0.25, "dm_rows": "final", "train_updates_per_epoch": 4},
     # Eq. 10 on the next noisy state, with the level weights that learn where D is large (docs/learning.md)
     "tafs_annealed": {**_TAFS, "train_level_weighting": "balanced"},
     # the clean image itself is the action, explored explicitly (docs/algorithm.md)
@@ -114,6 +117,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_generations": 12,  # --num_generations
         "share_initial_noise": True,  # --init_same_noise
         "train_timestep_fraction": 0.6,  # --timestep_fraction
+        "train_updates_per_epoch": 2,  # 2 prompts a process, --gradient_accumulation_steps of 12 images
+        **_FLUX_CLIP,
         "step_credit": "terminal",
         "train_level_weighting": "gaussian",
         "beta": 0.0,
@@ -125,22 +130,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_eta": 0.7,  # --eta
         "sample_num_steps": 25,  # --sampling_steps
         "sample_window_size": 4,  # --group_size, of steps
+        "sample_window_range": 23,  # max_timesteps of GRPOTrainingStates, --sampling_steps - 2
         "sample_window_interval": 25,  # --iters_per_group
         "sample_window_order": "progressive",  # --sample_strategy, with --roll_back
         "num_generations": 12,  # --num_generations
         "share_initial_noise": True,  # --init_same_noise
+        "train_updates_per_epoch": 4,  # a prompt a process, --gradient_accumulation_steps of 3 of its images
+        **_FLUX_CLIP,
         "step_credit": "terminal",
         "train_level_weighting": "gaussian",
-        "multi_objective_aggregation": "normalize_then_sum",  # --multi_reward_mix advantage_aggr
+        "multi_objective_aggregation": "sum_of_normalized",  # --multi_reward_mix advantage_aggr
         "beta": 0.0,  # --kl_coeff
     },
-    # Wang and Yu 2025, arXiv 2509.05952; flow_grpo, config/grpo.py, geneval_sd3_fast_nocfg, without its window
+    # Wang and Yu 2025, arXiv 2509.05952; its step is that of FlowCPS, sd3_sde_with_logprob.py; the rest
+    # flow_grpo, config/grpo.py, geneval_sd3_fast_nocfg, without its window
     "flow_cps": {
         **_FLOW_GRPO,
         **_FAST_CLIP,
         "sample_kernel": "cps",
         "sample_eta": 0.8,
-        "train_level_weighting": "uniform",  # sd3_sde_with_logprob: -(x - mean)^2, without 1 / (2 std^2)
+        "train_level_weighting": "uniform",  # sd3_sde_with_logprob: -(x - mean)^2, without 1 / (2 std^2),
+        "train_clip_weighting": "ratio",  # in the ratio itself
         "train_kl_weighting": "gaussian",
         "beta": 0.0,
     },
@@ -149,6 +159,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "objective": "forward",
         "sample_kernel": "ode",  # sample.deterministic
         "sample_num_steps": 10,  # sample.num_steps
+        "sample_levels": "scheduler",  # pipeline_with_logprob: set_timesteps(N)
         "num_generations": 24,  # sample.num_image_per_prompt
         "scale_rewards": "batch",  # sample.global_std
         "forward_levels": "sampler",  # train_nft_sd3: the sampler's own timesteps, shuffled
@@ -163,6 +174,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "objective": "awm",
         "sample_kernel": "ode",  # sample.sde_frac = 0, a solver of its own
         "sample_num_steps": 14,  # sample.num_steps
+        "sample_levels": "scheduler",  # sd3_pipeline_with_logprob: set_timesteps(N)
         "num_generations": 24,  # sample.num_image_per_prompt
         "scale_rewards": "batch",  # sample.global_std
         "forward_levels": "sampler",  # time_type, discrete_wo_init
@@ -183,21 +195,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What public code does otherwise, where an option doesn't bring it here.
 DIFFERENCES: dict[str, str] = {
     "flow_grpo": (
-        "two optimizer steps an epoch there (set train_gradient_accumulation_steps); its levels end at .0089, not at "
-        "1/N (10 steps, shift 3); deviations are biased there; bounds 1 -+ eps, not e^(-+eps)"
+        "noise in the last step, too, which isn't trained there either (a deviation of .006, from .0089 to 0); "
+        "deviations are biased there; bounds 1 -+ eps, not e^(-+eps); what is evaluated is an average "
+        "of weights (decay .9, every 8 steps)"
     ),
-    "flow_grpo_fast": "as flow_grpo",
+    "flow_grpo_fast": "as flow_grpo; an epoch's window is one for all images here, there each batch draws its own",
     "superflow": "its code isn't public; as flow_grpo, and what method/superflow.py marks as ours",
-    "dance_grpo": "LoRA of rank 128; advantages are divided by std + 1e-8; bounds 1 -+ eps",
-    "mix_grpo": (
-        "the weighted sum of normalised rewards isn't normalised again there; its window runs on over the last steps, "
-        "where it gets shorter; std + 1e-8; bounds 1 -+ eps; full fine-tuning"
+    "dance_grpo": (
+        "levels are shifted by 3 there, whatever the size, and not as FLUX's scheduler shifts them; LoRA of rank 128; "
+        "advantages are divided by std + 1e-8; bounds 1 -+ eps"
     ),
-    "flow_cps": "the ratio itself is without 1 / (2 std^2) there, so that its clip range depends on the level",
-    "diffusion_nft": "a solver of second order; its levels end at .0089, not at 1/N; deviations are biased there",
+    "mix_grpo": (
+        "after the window's last place there, it stays for 25 epochs each on the last 3, 2, 1 and 0 of its steps; "
+        "levels, std + 1e-8 and bounds as dance_grpo; full fine-tuning"
+    ),
+    "flow_cps": (
+        "all steps are explored and trained here; in geneval_sd3_fast_nocfg a window of 3 of the first 5 "
+        "(sample_window_size=3, sample_window_range=5, sample_window_order='random', sample_window_interval=1); "
+        "deviations are biased there; bounds 1 -+ eps"
+    ),
+    "diffusion_nft": ("a solver of second order, whose denoiser is told whole timesteps; deviations are biased there"),
     "awm": (
-        "levels 2 to 12 of 14 there, one of each sixth; a robust weight of the error (its power 1/4); a KL to a "
-        "lagging average; a solver of its own; log-probabilities aren't halved: the same gradient, 2.5 times here"
+        "levels 2 to 12 of 14 there, one of each sixth; a robust weight of the error (its power 1/4, times the level); "
+        "a KL of weight 1 to a lagging average; a solver of its own, whose last level is half of the one before; "
+        "deviations are biased there; ratios have no lower bound; log-probabilities aren't halved: the same gradient, "
+        "2.5 times here"
     ),
 }
 

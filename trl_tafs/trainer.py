@@ -97,7 +97,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
             torch.backends.cuda.matmul.allow_tf32 = True
         updates = config.num_epochs * config.train_num_inner_epochs * self.plan.updates_per_inner_epoch
         self.policy = Policy(sd_pipeline, config, self.accelerator, updates, peft_config)
-        levels = sd_pipeline.rollout_levels(config.sample_num_steps, self.height, self.width)
+        levels = sd_pipeline.rollout_levels(config.sample_num_steps, self.height, self.width, config.sample_levels)
         latent_shape = sd_pipeline.latent_shape(self.height, self.width)
         self.algorithm = build_algorithm(
             config, self.plan.group_bounds, levels.to(self.accelerator.device), latent_shape
@@ -224,7 +224,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
     def draw_spec(self, sampler: str, num_steps: int) -> DrawSpec:
         """Return a way of drawing at the size and guidance of training."""
         guidance, embedded = self.config.sample_guidance_scale, self.config.sample_embedded_guidance_scale
-        return DrawSpec(sampler, num_steps, self.height, self.width, guidance, embedded)
+        return DrawSpec(sampler, num_steps, self.height, self.width, guidance, embedded, self.config.sample_levels)
 
     # Saving ---------------------------------------------------------------------------------------------------
 

@@ -66,6 +66,8 @@ def make_trainer(task: Task, method: dict[str, Any], seed: int, folder: str) -> 
     """A trainer of one method, without guidance and in groups of the task's size, as all methods here."""
     settings = preset(method["preset"]) | {"sample_guidance_scale": 1.0, "train_cfg": False} | task.options
     settings |= {"train_learning_rate": method["rate"]} | method["options"]
+    if updates := settings.get("train_updates_per_epoch"):
+        settings["train_batch_size"] //= updates  # a task's minibatch is an epoch
     gc.collect()  # an earlier trainer: its parts know each other
     AcceleratorState._reset_state(reset_partial_state=True)
     config = TAFSGRPOConfig(

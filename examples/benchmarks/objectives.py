@@ -2,6 +2,7 @@
 
     python examples/benchmarks/objectives.py --jobs 2               # the table: each setting at its best rate
     python examples/benchmarks/objectives.py --part brake           # the default over rates and four times as long
+    python examples/benchmarks/objectives.py --part updates         # 4 and 16 optimizer steps an epoch, and what holds
     python examples/benchmarks/objectives.py --part seconds         # what an epoch of each setting takes
 
 Three sizes: digits (D = 64), words (1,536), large words (4,320). The budget is a number of epochs that take about
@@ -45,6 +46,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "forward, every": {"preset": "tafs_nft_stepwise", "options": {}},
     "forward, every, no KL": {"preset": "tafs_nft_stepwise", "options": {"beta": 0.0}},
 }
+HOLDS: dict[str, dict[str, Any]] = {  # what holds the ratio, with several optimizer steps an epoch
+    "tafs": {"preset": "tafs", "options": {}},
+    "tafs, centred": {"preset": "tafs", "options": {"train_center_ratio": True}},
+    "tafs, KL limit": {"preset": "tafs", "options": {"train_kl_limit": 1e-3}},
+    "annealed": {"preset": "tafs_annealed", "options": {}},
+    "annealed, centred": {"preset": "tafs_annealed", "options": {"train_center_ratio": True}},
+    "annealed, KL limit": {"preset": "tafs_annealed", "options": {"train_kl_limit": 1e-4}},
+}
+UPDATE_EPOCHS = {"digits": 12, "words": 8, "large": 6}
+UPDATE_RATE = 1e-3
 TUNED_AS = {  # whose best rate a setting has, where it isn't tried itself
     "tafs, no KL": "tafs",
     "forward, final, no KL": "forward, final",
@@ -96,7 +107,16 @@ def run(task_name: str, setting: dict[str, Any], rate: float, seed: int, epochs:
                     found = {"choice": round(task.quick(images, prompts), 4)}
             result["at"][str(trainer.progress.epoch)] = found
         result["updates"] = trainer.progress.global_step
+        result["clipped"] = clipped_shares(Path(folder) / "metrics.jsonl")
     return result
+
+
+def clipped_shares(log: Path) -> dict[str, float]:
+    """Of all actions of a run, those without a gradient for the clip or the limit, by the advantage's sign."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found = [line for line in lines if "clipfrac_positive" in line]
+    names = ("clipfrac_positive", "clipfrac_negative") if found else ()
+    return {name: round(statistics.mean(line[name] for line in found), 4) for name in names}
 
 
 def base(task_name: str) -> dict[str, Any]:
@@ -206,10 +226,32 @@ def brake(runs: Runs, tasks: list[str], rates: list[float], seeds: list[int]) ->
     return told
 
 
+def updates(runs: Runs, tasks: list[str], counts: tuple[int, ...], seeds: list[int]) -> dict[str, Any]:
+    """What holds the ratio, with several optimizer steps an epoch, at one rate and number of epochs."""
+    told: dict[str, Any] = {}
+    for task in tasks:
+        images = {"digits": 192}.get(task, 96)
+        tried = [(name, count, seed) for name in HOLDS for count in counts for seed in seeds]
+        calls = []
+        for name, count, seed in tried:
+            sizes = {"train_batch_size": images // count, "train_gradient_accumulation_steps": 1}
+            setting = {"preset": HOLDS[name]["preset"], "options": HOLDS[name]["options"] | sizes}
+            calls.append((run, task, setting, UPDATE_RATE, seed, (UPDATE_EPOCHS[task],), True))
+        told[task] = {}
+        for (name, count, _), found in zip(tried, runs(calls), strict=True):
+            rows = told[task].setdefault(f"{name}, {count} updates", {"rows": [], "clipped": []})
+            rows["rows"].append(next(iter(found["at"].values()))["4"])
+            rows["clipped"].append(found["clipped"])
+        for name, kept in told[task].items():
+            kept |= {"4": summary(kept.pop("rows"))}
+            print(task, name, kept, flush=True)
+    return told
+
+
 def main() -> None:
     """Run what is missing; write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["table", "brake", "seconds"], default="table")
+    parser.add_argument("--part", choices=["table", "brake", "updates", "seconds"], default="table")
     parser.add_argument("--tasks", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(BRAKE_RATES), help="of the brake's table")
@@ -223,6 +265,8 @@ def main() -> None:
         told = table(runs, args.tasks, args.settings, args.seeds)
     elif args.part == "brake":
         told = brake(runs, args.tasks, args.rates, args.seeds)
+    elif args.part == "updates":
+        told = updates(runs, args.tasks, (4, 16), args.seeds)
     else:
         told = seconds(runs, args.tasks, {name: SETTINGS[name] for name in args.settings})
     kept = json.loads(args.results.read_text()) if args.results.exists() else {}

@@ -56,6 +56,14 @@ def test_a_run_counts_evaluations_by_phase_and_stops_at_its_budgets():
     assert [point["epochs"] for point in told["curve"]] == [0, 1, 2]
 
 
+def test_a_preset_s_optimizer_steps_are_taken_of_a_task_s_one_minibatch(tmp_path):
+    for name, updates in (("mix_grpo", 4), ("flow_grpo", 2)):
+        trainer = bench_run.make_trainer(
+            TASKS["digits"](), {"preset": name, "options": {}, "rate": 1e-3}, 0, str(tmp_path)
+        )
+        assert trainer.plan.updates_per_inner_epoch == updates and trainer.plan.images_per_update == 192 // updates
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_judges_its_own_images(name):
     task = TASKS[name]()

@@ -257,6 +257,17 @@ def test_normalize_then_sum_weighs_the_normalised_rewards_then_normalises_by_the
     torch.testing.assert_close(got[..., 0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_sum_of_normalized_is_normalised_once_and_keeps_what_lacks_a_score_at_zero():
+    values = random_rewards(6, 3, 1, 2) * torch.tensor([1.0, 1000.0])
+    values[0, 1, 0, 1] = float("nan")
+    values[3:, :, :, :] = 0.5  # a group without variance
+    got = advantages(values, ids(3, 3), weights=[2.0, 1.0], scale="group", aggregation="sum_of_normalized")
+    parts = [normalize_groups(values[:, :, 0, r], ids(3, 3)) for r in range(2)]
+    expected = (2 * parts[0] + parts[1]).nan_to_num(0.0)
+    torch.testing.assert_close(got[..., 0], expected, rtol=1e-4, atol=1e-5)
+    assert (got[3:] == 0).all() and got[0, 1, 0] == 0 and got[:3].std() > 1.5, "up to the sum of the weights"
+
+
 def test_normalize_then_sum_does_not_let_the_larger_reward_drown_the_other():
     values = random_rewards(8, 1, 1, 2) * torch.tensor([1.0, 1000.0])
     first = normalize_groups(values[:, :, 0, 0], ids(8)).flatten()

@@ -7,6 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from trl_tafs.method.levels import (
     SlidingWindow,
     level_to_timestep,
+    scheduler_levels,
     shift_levels,
     shift_levels_exponential,
     uniform_levels,
@@ -52,6 +53,23 @@ def test_shift_keeps_pure_noise_and_worked_values():
     torch.testing.assert_close(shift_levels(uniform_levels(4), 3.0), torch.tensor([1.0, 0.9, 0.75, 0.5]))
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 10, 14, 28])
+@pytest.mark.parametrize("options", [{"shift": 1.0}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
+def test_scheduler_levels_are_what_diffusers_sets_by_itself(num_steps, options):
+    own, given = (FlowMatchEulerDiscreteScheduler(**options) for _ in range(2))
+    extra = {"mu": 0.8} if "use_dynamic_shifting" in options else {}
+    own.set_timesteps(num_steps, **extra)
+    given.set_timesteps(sigmas=scheduler_levels(num_steps, own.sigma_min).tolist(), **extra)
+    torch.testing.assert_close(given.sigmas, own.sigmas, rtol=0, atol=2e-7)
+
+
+def test_ten_steps_of_the_public_sd3_recipes_end_near_zero():
+    levels = with_zero(shift_levels(scheduler_levels(10, 3 * 0.001 / 1.002), 3.0))
+    expected = [1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0.0]
+    torch.testing.assert_close(levels, torch.tensor(expected), rtol=0, atol=5e-5)
+    assert shift_levels(uniform_levels(10), 3.0)[-1] == 0.25
+
+
 def test_sd3s_own_four_steps_waste_the_last_one_and_ours_do_not():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(4)
@@ -72,6 +90,8 @@ def test_levels_that_do_not_fall_are_an_error_that_shows_them(levels):
 def test_no_steps_are_an_error(num_steps):
     with pytest.raises(ValueError, match=f"num_steps is {num_steps}"):
         uniform_levels(num_steps)
+    with pytest.raises(ValueError, match="takes at least 1 step"):
+        scheduler_levels(num_steps, 0.001)
 
 
 def test_timestep_is_a_thousand_levels_in_float32():

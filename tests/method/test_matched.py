@@ -139,3 +139,58 @@ def test_it_takes_of_a_rollout_what_it_says():
 def test_of_siblings_of_a_state_it_takes_none():
     with pytest.raises(ValueError, match="advantages"):
         rows_of(MatchedObjective(), rolled_out(Annealed(num_actions=2)), torch.zeros(5, 3, 2))
+
+
+def repeated(rows, times):
+    """The same rows with each element of a latent there several times: D grows, the picture and its change don't."""
+
+    def wide(x):
+        return x.repeat_interleave(times, dim=-1)
+
+    return dataclasses.replace(
+        rows, state=wide(rows.state), clean=wide(rows.clean), old_velocity=wide(rows.old_velocity)
+    )
+
+
+def test_by_default_the_ratio_its_clip_and_the_pull_to_the_base_are_the_same_at_every_size_of_the_latent():
+    kernel, options = Annealed(), MethodOptions(objective="matched")
+    made = [
+        MatchedObjective.from_options(options, kernel, MatchedObjective.default_clip_range("mean", d))
+        for d in (12, 192)
+    ]
+    old, new = Linear(), Linear(1)
+    rows = rows_of(made[0])
+    text = condition(5)[rows.sample]
+    rows = made[0].with_old_policy(old, rows, text)
+    outputs, gradients = [], []
+    for objective, items in zip(made, (rows, repeated(rows, 16)), strict=True):
+        times = items.state.shape[-1] // rows.state.shape[-1]
+        with torch.no_grad():
+            velocity, base = (v(rows.state, rows.level, text).repeat_interleave(times, -1) for v in (new, old))
+        policy = torch.nn.Parameter(0.98 * items.old_velocity + 0.02 * velocity)
+        output = objective(lambda x, s, c, p=policy: p, items, text, lambda x, s, c, b=base: b)
+        output.loss.backward()
+        outputs.append(output)
+        gradients.append(policy.grad.unflatten(-1, (-1, times)).sum(-1))
+    assert 0 < outputs[0].metrics["clipfrac"] < 1, "some are clipped and some aren't"
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
+    for name, value in outputs[0].metrics.items():
+        torch.testing.assert_close(value, outputs[1].metrics[name])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("reduction", UNITS)
+def test_the_default_clip_range_clips_the_same_actions_in_every_reduction(reduction):
+    old, new = Linear(), Linear(1)
+    shares = []
+    for name in ("mean", reduction):
+        objective = MatchedObjective(reduction=name, clip_range=MatchedObjective.default_clip_range(name, 12))
+        rows = rows_of(objective, rolled_out(Annealed()), torch.ones(5, 3, 1))
+        text = condition(5)[rows.sample]
+        rows = objective.with_old_policy(old, rows, text)
+
+        def between(x, level, c):
+            return 0.97 * old(x, level, c) + 0.03 * new(x, level, c)
+
+        shares.append(objective(between, rows, text).metrics["clipfrac"])
+    assert shares[0] == shares[1] and 0 < shares[0] < 1

@@ -52,6 +52,33 @@ def test_at_one_update_nothing_of_it_changes_anything(name, options):
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "balanced"])
+def test_weights_in_the_ratio_change_the_clip_alone(weighting):
+    kernel, old, advantages = Annealed(), Linear(), torch.randn(5, 3, 1)
+    taken = rolled_out(kernel, 5, old, "mean")
+    objectives = [
+        ClippedObjective(kernel, 0.004, "mean", weighting, clip_weighting=where) for where in ("loss", "ratio")
+    ]
+    rows = objectives[0].items(taken, advantages, noise_of())
+    gradients = [loss_and_gradients(objective, Linear(), rows)[1] for objective in objectives]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    moved = Linear()
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(2e-2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    policy = kernel.transition(
+        rows.state.float(), moved(rows.state, rows.level, condition(5)[rows.sample]), rows.level, rows.next_level
+    )
+    log_ratio = (policy.log_prob(rows.action, "mean") - rows.old_log_prob).detach()
+    s, following = rows.level[:, None], rows.next_level[:, None]
+    weight = {"uniform": 2 * following.square(), "balanced": following / kernel.sensitivity(s, following)}[weighting]
+    outside = [(factor * log_ratio).abs() > 0.004 for factor in (torch.ones_like(weight), weight)]
+    assert not torch.equal(*outside)
+    for objective, expected in zip(objectives, outside, strict=True):
+        clipfrac = loss_and_gradients(objective, moved, rows)[0].metrics["clipfrac"]
+        assert clipfrac == expected.float().mean()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sqrt", "sum"])
 @pytest.mark.parametrize("kernel", [Annealed(), Clean(baseline="group"), FlowSde()], ids=str)
 def test_a_centred_log_ratio_is_linear_in_the_change_of_the_mean(kernel, reduction):

@@ -55,9 +55,9 @@ def _options(pipe):
     return {"is_distilled": pipe.config.is_distilled} if "is_distilled" in pipe.config else {}
 
 
-def sampled(pipe, mine, x, height, width, num_steps=4, guidance=1.0, seed=3):
+def sampled(pipe, mine, x, height, width, num_steps=4, guidance=1.0, seed=3, levels="uniform"):
     """What `pipe` samples from our initial noise `x`: its last state, shaped as ours, and its images."""
-    arguments = mine.call_arguments(num_steps, guidance)
+    arguments = mine.call_arguments(num_steps, guidance, levels=levels)
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
     if isinstance(mine, PackedLatents):
@@ -151,6 +151,34 @@ def test_the_published_schedulers_are_the_base_s_own_but_for_its_terminal_level(
     assert levels[-1] == 0 and levels[-2] > 0.2, "no step is wasted at a level next to 0"
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_ode])
+def test_the_scheduler_s_own_levels_are_rolled_out_and_published_as_well(name):
+    family = FAMILIES[name]
+    height, width = family.wide
+    mine = families.ours(families.stock(name), name)
+    own = mine.euler_scheduler()
+    own.set_timesteps(4, **mine.schedule_shift_kwargs(height, width, 4))
+    levels = mine.rollout_levels(4, height, width, "scheduler")
+    torch.testing.assert_close(levels, own.sigmas, rtol=0, atol=2e-7)
+    assert levels[-2] < 0.05 and mine.rollout_levels(4, height, width)[-2] > 0.2
+    x = torch.randn(len(PROMPTS), *mine.latent_shape(height, width), generator=torch.Generator().manual_seed(1))
+    ours = rolled_out(mine, x, height, width, levels="scheduler")
+    theirs = sampled(stock(name, stochastic_sampling=True), mine, x, height, width, levels="scheduler")[0]
+    compare(ours.final, theirs, family.tolerance)
+
+
+def test_sana_sprint_has_angles_of_its_own():
+    mine = families.ours(families.stock("sana-sprint"), "sana-sprint")
+    for refused in (
+        lambda: mine.rollout_levels(4, 32, 32, "scheduler"),
+        lambda: mine.call_arguments(4, levels="scheduler"),
+    ):
+        with pytest.raises(ValueError, match="samples at angles of its own; use 'uniform'"):
+            refused()
+    with pytest.raises(ValueError, match="'schedular'; use uniform or scheduler"):
+        families.ours(families.stock("sd3"), "sd3").unshifted_levels(4, "schedular")
+
+
 def test_a_terminal_level_would_waste_a_step():
     mine = families.ours(families.stock("qwen-image"), "qwen-image")
     sigmas, shift = [1.0, 0.75, 0.5, 0.25], mine.schedule_shift_kwargs(16, 16, 4)
@@ -174,8 +202,9 @@ def test_a_terminal_level_would_waste_a_step():
 def test_the_command_samples_the_ode_at_the_trained_levels_too(tmp_path):
     mine = families.ours(families.stock("qwen-image"), "qwen-image")
     options = ["none", "--pretrained_model", "base", "--prompt", "a", "--height", "16", "--width", "16"]
-    _draw(mine, sampling_parser().parse_args([*options, "--sampler", "ode"]))
-    assert torch.equal(mine.scheduler.sigmas, mine.rollout_levels(4, 16, 16))
+    for levels in ("uniform", "scheduler"):
+        _draw(mine, sampling_parser().parse_args([*options, "--sampler", "ode", "--levels", levels]))
+        assert torch.equal(mine.scheduler.sigmas, mine.rollout_levels(4, 16, 16, levels))
 
 
 # The policy ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import families
 import pytest
 import tiny
 from families import FAMILIES
+from peft import LoraConfig
 
 from trl_tafs.pipelines.components import vae_tiles
 from trl_tafs.training.notes import setting_notes
@@ -62,6 +63,37 @@ def test_settings_that_do_less_than_one_may_think(pipeline, tmp_path):
     size = pipeline.vae.tile_sample_min_size
     assert ("no effect at 8 x 8" in said(vae_tiling=True)) == (size >= 8)
     assert vae_tiles(pipeline.vae, size + 2, size) and not vae_tiles(pipeline.vae, size, size)
+
+
+@pytest.mark.parametrize(
+    ("source", "adapters", "sign"),
+    [
+        ("stabilityai/stable-diffusion-3.5-large-turbo", [], "by its name, stable-diffusion-3.5-large-turbo"),
+        ("stabilityai/stable-diffusion-3.5-large", [], None),
+        ("someone/sd3.5-8steps", ["style"], "by its name, sd3.5-8steps"),
+        ("someone/base", ["style", "my_turbo_lora"], "by the name of a LoRA in it, my_turbo_lora"),
+        ("turbo/base", [], None),
+        ("someone/z-image-de-turbo", ["default"], None),
+    ],
+)
+def test_a_model_known_to_draw_in_few_steps_is_told_of_once(pipeline, tmp_path, source, adapters, sign):
+    pipeline.register_to_config(_name_or_path=source)
+    for name in adapters:
+        pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"]), adapter_name=name)
+    if adapters:
+        pipeline.set_adapters(adapters)
+    config = tiny.config(tmp_path)
+    told = [text for text in setting_notes(config, plan_epoch(config, 1), pipeline, (8, 8)) if "few steps" in text]
+    assert len(told) == (sign is not None)
+    assert sign is None or (f"({sign})" in told[0] and "preset tafs_dm" in told[0])
+    config.dm_weight = 1.0
+    assert not any("few steps" in text for text in setting_notes(config, plan_epoch(config, 1), pipeline, (8, 8)))
+
+
+def test_a_run_on_a_distilled_model_says_so_at_its_start(pipeline, tmp_path):
+    pipeline.register_to_config(_name_or_path="someone/stable-diffusion-3.5-large-turbo")
+    (said,) = notes(pipeline, tmp_path)
+    assert "draws in few steps already" in said
 
 
 def test_a_reward_s_rows_are_asked_at_the_start(pipeline, tmp_path):

@@ -111,14 +111,30 @@ def test_bounds_of_the_groups_are_checked_against_processes_and_batches(tmp_path
         plan_epoch(tiny.config(tmp_path, max_generations=6, **variance), 1)
 
 
+def test_updates_of_an_epoch_are_equal_whatever_the_batch_sizes(tmp_path):
+    for batch in (1, 2, 4, 8):
+        plan = plan_epoch(tiny.config(tmp_path, train_batch_size=batch, train_updates_per_epoch=2), 1)
+        assert (plan.updates_per_inner_epoch, plan.images_per_update) == (2, 8)
+    with pytest.raises(ValueError, match="1 minibatches an epoch .*updates_per_epoch=2 .* use train_batch_size=8, or"):
+        plan_epoch(tiny.config(tmp_path, train_batch_size=16, train_updates_per_epoch=2), 1)
+    with pytest.raises(ValueError, match="2 minibatches .* use train_updates_per_epoch=1"):
+        plan_epoch(tiny.config(tmp_path, train_updates_per_epoch=3), 1)
+    with pytest.raises(
+        ValueError, match="train_updates_per_epoch=2 and train_gradient_accumulation_steps=1 say the same"
+    ):
+        tiny.config(tmp_path, train_updates_per_epoch=2, train_gradient_accumulation_steps=1)
+
+
 def test_what_acts_on_an_old_policy_alone_is_an_error_with_one_optimizer_step(tmp_path):
     settings = {"train_center_ratio": True, "train_kl_limit": 1e-4, "delta": 2.0, "old_policy_beta": 0.5}
+    settings["train_clip_weighting"] = "ratio"
     for name, value in settings.items():
         with pytest.raises(ValueError, match=f"{name}={value} has no effect with one optimizer step an epoch.*below 2"):
             plan_epoch(tiny.config(tmp_path, **{name: value}), 1)
         for several in (
             {"train_num_inner_epochs": 2},
             {"train_gradient_accumulation_steps": 1},
+            {"train_updates_per_epoch": 2},
             {"old_policy_decay": 0.5},
         ):
             plan_epoch(tiny.config(tmp_path, **{name: value}, **several), 1)

@@ -285,8 +285,14 @@ def load_rewards(arguments: ScriptArguments) -> tuple[dict[str, Any], dict[str, 
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that a prompt is encoded with, as in training."""
+    """Add the options that an image is drawn with, as in training."""
     parser.add_argument("--embedded_guidance_scale", type=float, help="of a distilled model (default: the pipeline's)")
+    parser.add_argument(
+        "--levels",
+        choices=["uniform", "scheduler"],
+        default="uniform",
+        help="of the steps, as sample_levels in training",
+    )
     parser.add_argument("--negative_prompt", help="with guidance (default: the empty one)")
     parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the pipeline's)")
 

@@ -102,6 +102,7 @@ def _evaluation_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "step_rewards": options.step_rewards,
         "offload_text_encoders": options.offload_text_encoders,
+        "levels": options.levels,
         "reward_options": chosen,
     }
 

@@ -86,7 +86,11 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
     pipeline.check_sequence_length(options.max_sequence_length)
     pipeline.check_size(height, width)
     call = pipeline.call_arguments(
-        options.num_steps, options.guidance_scale, options.negative_prompt, options.embedded_guidance_scale
+        options.num_steps,
+        options.guidance_scale,
+        options.negative_prompt,
+        options.embedded_guidance_scale,
+        options.levels,
     )
     if options.sampler == "ode":
         pipeline.scheduler = pipeline.euler_scheduler()  # its own may stretch the levels, or be another solver

@@ -54,6 +54,7 @@ def evaluate(
     offload_text_encoders: bool = False,
     reward_options: Mapping[str, Any] | None = None,
     resamples: int = 2000,
+    levels: str = "uniform",
 ) -> Results:
     """Draw images by each model, score them and compare; images that are scored in `output_dir` are not drawn again.
 
@@ -82,6 +83,7 @@ def evaluate(
         reward_options: the options that the rewards were made with, by name. They are only recorded, so that scores
             of other options aren't taken for this evaluation's.
         resamples: of the bootstrap.
+        levels: of the steps: "uniform", or "scheduler", as `sample_levels` in training.
 
     Returns:
         The `Results`, the same on every process.
@@ -107,7 +109,8 @@ def evaluate(
     task = Task(
         items, images_per_prompt, seed, batch_size, judges, step_rewards, grid_prompts, encoding, reward_options or {}
     )
-    ways = {name: _samplings(pipeline, samplers, num_steps, sizes, encoding) for name, (pipeline, _) in named.items()}
+    asked = (samplers, num_steps, sizes, encoding, levels)
+    ways = {name: _samplings(pipeline, *asked) for name, (pipeline, _) in named.items()}
     _record_settings(folder, task.identity(), state)
     for name, (pipeline, adapter) in named.items():
         known = {"adapter": fingerprint(adapter)} | _base_settings(pipeline)
@@ -159,7 +162,9 @@ def _place(pipeline: Any, device: torch.device, offload_text_encoders: bool) -> 
             module.to("cpu" if offload_text_encoders and is_text_encoder(name) else device)
 
 
-def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, encoding: Mapping[str, Any]) -> list[DrawSpec]:
+def _samplings(
+    pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, encoding: Mapping[str, Any], levels: str
+) -> list[DrawSpec]:
     """Return all ways of drawing by a model; raise ValueError if it can't draw in one of them."""
     guidance, embedded = encoding["guidance_scale"], encoding["embedded_guidance_scale"]
     pipeline.check_guidance(guidance)
@@ -168,8 +173,9 @@ def _samplings(pipeline: Any, samplers: Any, num_steps: Any, sizes: Any, encodin
     sizes = sizes or [pipeline.default_size()]
     for height, width in sizes:
         pipeline.check_size(height, width)
+    pipeline.unshifted_levels(1, levels)
     return [
-        DrawSpec(sampler, steps, height, width, guidance, embedded)
+        DrawSpec(sampler, steps, height, width, guidance, embedded, levels)
         for (height, width), sampler, steps in itertools.product(sizes, samplers, num_steps)
     ]
 

@@ -39,6 +39,7 @@ class DrawSpec:
     width: int
     guidance_scale: float = 1.0
     embedded_guidance_scale: float | None = None  # None: the family's default
+    levels: str = "uniform"  # of the steps, `unshifted_levels`
 
     @property
     def nfe(self) -> int:
@@ -50,7 +51,8 @@ class DrawSpec:
         """The name of a folder of such images, `annealed_4_512x512`."""
         guidance = f"_guidance{self.guidance_scale:g}" if is_guided(self.guidance_scale) else ""
         embedded = "" if self.embedded_guidance_scale is None else f"_embedded{self.embedded_guidance_scale:g}"
-        return f"{self.sampler}_{self.num_steps}_{self.height}x{self.width}{guidance}{embedded}"
+        levels = "" if self.levels == "uniform" else f"_{self.levels}"
+        return f"{self.sampler}_{self.num_steps}_{self.height}x{self.width}{guidance}{embedded}{levels}"
 
     def described(self) -> dict[str, Any]:
         """Return the settings and the number of evaluations as plain values."""
@@ -109,7 +111,7 @@ class Drawer:
     @torch.no_grad()
     def latents(self, spec: DrawSpec, prompts: Sequence[str], sample_ids: Sequence[int], *, steps: bool) -> list[Drawn]:
         """Draw batch by batch; with `steps` keep the clean estimate of every step beside the result."""
-        levels = self.pipeline.rollout_levels(spec.num_steps, spec.height, spec.width).to(self.device)
+        levels = self.pipeline.rollout_levels(spec.num_steps, spec.height, spec.width, spec.levels).to(self.device)
         shape, kernel = self.pipeline.latent_shape(spec.height, spec.width), SAMPLERS[spec.sampler]
         drawn = []
         for start in range(0, len(sample_ids), self.batch_size):

@@ -18,7 +18,6 @@ from trl_tafs.hub.facts import CardFacts, base_model_facts
 from trl_tafs.hub.names import check_repo_id
 from trl_tafs.hub.options import PublishingOptions
 from trl_tafs.hub.push import PushError, kept, prepare_repo, push_folder, push_in_background
-from trl_tafs.method.levels import uniform_levels
 from trl_tafs.method.papers import Paper
 from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import is_disk_fault
@@ -176,7 +175,7 @@ class Publisher:
         return CardFacts(
             pipeline_class=type(pipeline).stock_class().__name__,
             num_steps=config.sample_num_steps,
-            levels_unshifted=uniform_levels(config.sample_num_steps).tolist(),
+            levels_unshifted=pipeline.unshifted_levels(config.sample_num_steps, config.sample_levels).tolist(),
             levels=list(self.levels),
             height=self.spec.height,
             width=self.spec.width,
@@ -187,6 +186,7 @@ class Publisher:
                 config.sample_guidance_scale,
                 config.negative_prompts,
                 config.sample_embedded_guidance_scale,
+                config.sample_levels,
             ),
             adapter_name=self.policy.adapter_name or "",
             frozen=self.policy.frozen,

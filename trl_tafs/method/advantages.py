@@ -170,7 +170,9 @@ def combine_rewards(table: RewardTable, group_ids: Tensor) -> Tensor:
     return total.masked_fill(missing, float("nan"))
 
 
-def normalize_then_sum(table: RewardTable, missing: Tensor, group_ids: Tensor, normalize: Normalize) -> Tensor:
+def normalize_then_sum(
+    table: RewardTable, missing: Tensor, group_ids: Tensor, normalize: Normalize, by_batch: bool = True
+) -> Tensor:
     """Normalise each reward by itself, then their weighted sum by the batch (GDPO; TRL's `normalize_then_sum`).
 
     Args:
@@ -178,6 +180,7 @@ def normalize_then_sum(table: RewardTable, missing: Tensor, group_ids: Tensor, n
         missing: (B, Q, K) bool, where `combine_rewards` has no score.
         group_ids: (B,) int64.
         normalize: Eq. 9, for one reward of the name that is given with it.
+        by_batch: False leaves the sum as it is (MixGRPO's `advantage_aggr`): its deviation is up to the sum of weights.
 
     Returns:
         (B, Q, K), already normalised; NaN where `missing` is true.
@@ -185,6 +188,8 @@ def normalize_then_sum(table: RewardTable, missing: Tensor, group_ids: Tensor, n
     parts = [normalize(table.values[..., r], n).nan_to_num(0.0) * table.weights[r] for r, n in enumerate(table.names)]
     idle = (torch.stack(parts) == 0).all(0) & ~missing
     total = torch.stack(parts).sum(0).masked_fill(missing, float("nan"))
+    if not by_batch:
+        return total
     batch = torch.zeros_like(group_ids)
     return normalize_groups(total, batch).masked_fill(idle, 0.0)
 
@@ -242,8 +247,10 @@ class Advantages:
                 return self.tracker.update([f"{name}:{p}" if name else p for p in prompts], values)
             return normalize_groups(values, group_ids, self.scale, alone)
 
-        if self.aggregation == "normalize_then_sum":
-            values, inner = normalize_then_sum(table, combined.isnan(), group_ids, normalize), lambda done: done
+        if self.aggregation != "sum_then_normalize":
+            by_batch = self.aggregation == "normalize_then_sum"
+            values = normalize_then_sum(table, combined.isnan(), group_ids, normalize, by_batch)
+            inner: Callable[[Tensor], Tensor] = lambda done: done  # noqa: E731
         else:
             values, inner = combined, normalize
             if alone is not None and self.baseline is not None:

@@ -32,7 +32,9 @@ class DistributionOptions(Options):
         "final (the last evaluation's, the image itself: one more forward and backward pass an image).",
     )
     dm_fake_updates: int = option(1, "Optimizer steps of the fake score for each of the policy's.")
-    dm_fake_learning_rate: float | None = option(None, "AdamW's, for the fake score. None: train_learning_rate.")
+    dm_fake_learning_rate: float | None = option(
+        None, "AdamW's, for the fake score. None: three times train_learning_rate."
+    )
     dm_level_shift: float = option(
         1.0, "Estimates are noised again to levels of U(.02, 1), shifted by this as a schedule's; 1: not shifted."
     )

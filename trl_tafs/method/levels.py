@@ -29,6 +29,22 @@ def uniform_levels(num_steps: int) -> Tensor:
     return torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float32)
 
 
+def scheduler_levels(num_steps: int, least: float) -> Tensor:
+    r"""Return what diffusers' `FlowMatchEulerDiscreteScheduler.set_timesteps(N)` divides evenly, before its shift.
+
+    Args:
+        num_steps: `N`, at least 1.
+        least: the scheduler's `sigma_min`. At 1,000 timesteps and a shift of 3 it is .003, the least timestep shifted
+            once; shifted again, 10 steps end at .0089, where `uniform_levels` end at .25.
+
+    Returns:
+        (N,) float32: from 1 to `least`.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; sampling takes at least 1 step")
+    return torch.linspace(1.0, least, num_steps, dtype=torch.float32)
+
+
 def shift_levels(levels: Tensor, shift: float) -> Tensor:
     r"""Static resolution shift of SD3 (Esser et al. 2024, Eq. 23): `s' = c s / (1 + (c - 1) s)`."""
     return shift * levels / (1 + (shift - 1) * levels)

@@ -153,6 +153,7 @@ class RatioObjective(Objective):
         kl: Tensor | None = None,
         weight: Tensor | None = None,
         formula: Surrogate | None = None,
+        weighted_ratio: bool = False,
     ) -> LossOutput:
         """Return the surrogate's loss with what holds it.
 
@@ -164,11 +165,15 @@ class RatioObjective(Objective):
             kl: (T,) to the old policy, in nats per latent element, with gradient; None: the policy is the old one.
             weight: (T, 1), the level weights.
             formula: another one than the clipped surrogate's; without a `kl_limit`.
+            weighted_ratio: the weights are exponents of the ratio, before it is clipped, and no factors of the loss:
+                the same gradient on policy.
         """
         log_prob, old_log_prob = log_probs
         advantage = self._weighted(advantage)
         if self.center_ratio and kl is not None:
             log_prob = log_prob + unit * kl[:, None]
+        if weighted_ratio and weight is not None:
+            log_prob, old_log_prob, weight = weight * log_prob, weight * old_log_prob, None
         if self.kl_limit is None:
             output = clipped_surrogate(log_prob, old_log_prob, advantage, clip_range, weight, self.delta, formula)
         else:

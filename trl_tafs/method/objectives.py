@@ -35,6 +35,9 @@ class ClippedObjective(RatioObjective):
         clip_range: in the units of `reduction`.
         reduction: of the log-probabilities, the rollout's.
         level_weighting: one of `losses.LEVEL_WEIGHTINGS`.
+        clip_weighting: "loss", the level weights multiply the loss, and all levels have one clip range; "ratio", they
+            are exponents of the ratio, whose clip range then is in the weights' units (Flow-CPS's code, which has the
+            squared distance alone, "uniform", in its ratio).
         beta: weight of `KL(policy || base)`, in nats per latent element.
         kl_weighting: "gaussian", the KL of the two densities; "diffusion", that times the gap to the next level,
             `|m - m_base|^2 / (2 g^2)`, which is Flow-GRPO's code.
@@ -46,6 +49,7 @@ class ClippedObjective(RatioObjective):
     level_weighting: str = "gaussian"
     beta: float = 0.0
     kl_weighting: str = "gaussian"
+    clip_weighting: str = "loss"
     from_actions: ClassVar[bool] = True
     weightings: ClassVar[Collection[str]] = LEVEL_WEIGHTINGS
     default_weighting: ClassVar[str | None] = "balanced"
@@ -55,6 +59,7 @@ class ClippedObjective(RatioObjective):
     reads: ClassVar[Mapping[str, str]] = {
         **RatioObjective.ratio_reads,
         "level_weighting": "train_level_weighting",
+        "clip_weighting": "train_clip_weighting",
         "beta": "beta",
         "kl_weighting": "train_kl_weighting",
     }
@@ -121,9 +126,8 @@ class ClippedObjective(RatioObjective):
             old = self.kernel.transition(state, items.old_velocity, items.level, items.next_level)
             kl = policy.kl(old, "mean")
         unit = nats_per_element(items.state[0].numel(), self.reduction)
-        output = self._surrogate(
-            (log_prob, items.old_log_prob), items.advantage, self.clip_range, unit, kl, weight, surrogate
-        )
+        log_probs, weighted = (log_prob, items.old_log_prob), self.clip_weighting == "ratio"
+        output = self._surrogate(log_probs, items.advantage, self.clip_range, unit, kl, weight, surrogate, weighted)
         if self.beta == 0.0:
             return output
         if reference is None:

@@ -35,6 +35,12 @@ class SamplingOptions(Options):
     title: ClassVar[str] = "Sampling"
 
     sample_num_steps: int = option(4, "N, denoising steps of a rollout (paper: 4).")
+    sample_levels: str = option(
+        "uniform",
+        "Noise levels of the steps, before the shift: uniform, 1 to 1/N (paper); scheduler, those of the model's own "
+        "scheduler (`set_timesteps(N)`), as public SD3 recipes: 10 steps end at .0089 instead of .25, the last of "
+        "which, a step of detail, never trains an action.",
+    )
     sample_eta: float | None = option(
         None,
         "How much noise a step draws afresh; towards 0 every kernel is the Euler ODE. annealed, cps: in (0, 1], 1 is "
@@ -137,6 +143,7 @@ class SamplingOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
+        check_choice(self, "sample_levels", ("uniform", "scheduler"))
         check_choice(self, "clean_baseline", ("state", "group"))
         check_choice(self, "group_allocation", ("fixed", "variance", "streaming", "superflow"))
         check_choice(self, "group_averaging", ("images", "prompts"))
@@ -329,6 +336,12 @@ class LossOptions(Options):
         "SDE whose step it is (SuperFlow). forward, awm, matched: adaptive (forward's default), velocity (awm's), or "
         "clean (matched's), the error of the clean image.",
     )
+    train_clip_weighting: str = option(
+        "loss",
+        "clipped: loss, train_level_weighting multiplies the loss, and the clip range is the same relative change of "
+        "the policy at every level; ratio, it is the ratio's exponent, whose clip range then depends on the level "
+        "(Flow-CPS's code). Felt with several optimizer steps an epoch.",
+    )
     beta: float | None = option(
         None,
         "Weight of the KL to the base without the adapter; of forward, awm and matched: half the squared distance of "
@@ -374,6 +387,7 @@ class LossOptions(Options):
         if self.train_log_prob_reduction is not None:
             check_choice(self, "train_log_prob_reduction", REDUCTIONS)
         check_choice(self, "train_kl_weighting", ("gaussian", "diffusion"))
+        check_choice(self, "train_clip_weighting", ("loss", "ratio"))
         check_positive(self, "train_clip_range", "train_kl_limit")
         check_at_least(self, 0, "train_negative_weight", "old_policy_beta")
         if self.train_kl_limit is not None and (self.train_clip_range, self.delta) != (None, None):
@@ -385,7 +399,8 @@ class LossOptions(Options):
     @property
     def needs_several_updates(self) -> list[str]:
         """Those of the options that are set and act on an old policy alone."""
-        defaults = {"train_center_ratio": False, "train_kl_limit": None, "delta": None, "old_policy_beta": 0.0}
+        ratio = {"train_center_ratio": False, "train_kl_limit": None, "delta": None, "old_policy_beta": 0.0}
+        defaults: dict[str, object] = {**ratio, "train_clip_weighting": "loss"}
         return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
@@ -423,6 +438,11 @@ class MethodOptions(LossOptions, DistributionOptions, ObjectiveOptions, CreditOp
         check_at_least(self, 0, "beta")
         if self.train_kl_weighting != "gaussian" and self.beta == 0:
             raise ValueError(f"train_kl_weighting={self.train_kl_weighting!r} weighs a KL, and beta is 0; leave it out")
+        if self.train_clip_weighting == "ratio" and self.level_weighting == "gaussian":
+            raise ValueError(
+                "train_clip_weighting='ratio' has no effect with train_level_weighting='gaussian', whose weights are "
+                "1; leave it out"
+            )
         if self.num_advantage_steps is not None and not 1 <= self.num_advantage_steps <= self.num_trained_steps:
             raise ValueError(
                 f"num_advantage_steps is {self.num_advantage_steps}; with sample_num_steps={self.sample_num_steps} "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.kernels import Annealed, Kernel
-from trl_tafs.method.levels import level_to_timestep, uniform_levels
+from trl_tafs.method.levels import level_to_timestep, scheduler_levels, uniform_levels
 from trl_tafs.method.noise import Noise, SequentialNoise
 from trl_tafs.method.rollout import replay, rollout
 from trl_tafs.method.types import Conditioning, Embeddings, Rollout, Transitions
@@ -102,6 +102,10 @@ class TAFSPipelineMixin(ABC):
         """Parts of the names of modules whose output never reaches the velocity: their LoRA can't have a gradient."""
         return []
 
+    def few_step_sign(self) -> str | None:
+        """Return what, but for names, says that the model draws in few steps already; None if nothing does."""
+        return None
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one image's latent: (C, H / f, W / f), f the VAE's factor."""
         channels = self.denoiser.config.in_channels
@@ -147,9 +151,10 @@ class TAFSPipelineMixin(ABC):
         guidance_scale: float = 1.0,
         negative_prompt: str | None = None,
         embedded_guidance_scale: float | None = None,
+        levels: str = "uniform",
     ) -> dict[str, Any]:
         """The stock `__call__`'s arguments that sample as a rollout does: steps, levels before the shift, guidance."""
-        arguments = {"num_inference_steps": num_steps, "sigmas": uniform_levels(num_steps).tolist()}
+        arguments = {"num_inference_steps": num_steps, "sigmas": self.unshifted_levels(num_steps, levels).tolist()}
         arguments |= self.guidance_arguments(guidance_scale, negative_prompt)
         if self.embedded_guidance(embedded_guidance_scale) is not None:
             arguments["guidance_scale"] = self.embedded_guidance(embedded_guidance_scale)
@@ -281,15 +286,31 @@ class TAFSPipelineMixin(ABC):
         """The scheduler with which the stock pipeline solves the ODE, for users of an adapter of another sampler."""
         return FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler), stochastic_sampling=False)
 
-    def rollout_levels(self, num_steps: int, height: int, width: int) -> Tensor:
-        """(N + 1,) float32: `linspace(1, 1/N, N)` shifted as this pipeline's scheduler shifts, and 0.
+    def unshifted_levels(self, num_steps: int, levels: str = "uniform") -> Tensor:
+        """(N,) float32, what the stock `__call__` is given as `sigmas`, before the shift.
+
+        Args:
+            num_steps: N.
+            levels: "uniform", `linspace(1, 1/N, N)`, the paper's; "scheduler", what the family's scheduler divides
+                evenly by itself, `set_timesteps(N)`, down to its least timestep.
+        """
+        if levels == "uniform":
+            return uniform_levels(num_steps)
+        if levels != "scheduler":
+            raise ValueError(f"the levels are to be {levels!r}; use uniform or scheduler")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler))
+        return scheduler_levels(num_steps, scheduler.sigma_min)
+
+    def rollout_levels(self, num_steps: int, height: int, width: int, levels: str = "uniform") -> Tensor:
+        """(N + 1,) float32: `unshifted_levels(N, levels)` shifted as this pipeline's scheduler shifts, and 0.
 
         These are exactly the levels at which stock diffusers samples with `annealed_scheduler()` or
-        `euler_scheduler()` when it is given `sigmas=linspace(1, 1/N, N)`. The pipeline's own scheduler isn't touched.
+        `euler_scheduler()` when it is given `sigmas=unshifted_levels(N, levels)`. The pipeline's own scheduler isn't
+        touched.
         """
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler))
         extra = self.schedule_shift_kwargs(height, width, num_steps)
-        scheduler.set_timesteps(sigmas=uniform_levels(num_steps).tolist(), **extra)
+        scheduler.set_timesteps(sigmas=self.unshifted_levels(num_steps, levels).tolist(), **extra)
         return scheduler.sigmas.clone()
 
     def velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning, model: nn.Module | None = None) -> Tensor:
@@ -319,6 +340,7 @@ class TAFSPipelineMixin(ABC):
         *,
         conditioning: Conditioning | None = None,
         num_inference_steps: int = 4,
+        levels: str = "uniform",
         height: int | None = None,
         width: int | None = None,
         guidance_scale: float = 1.0,
@@ -340,6 +362,7 @@ class TAFSPipelineMixin(ABC):
             prompt: B prompts; or
             conditioning: what `encode_conditioning` made of them.
             num_inference_steps: N.
+            levels: of the steps, see `unshifted_levels`.
             height: pixels; by default `default_size()`.
             width: pixels.
             guidance_scale: above 1 with classifier-free guidance, where `prompt` is given.
@@ -378,7 +401,7 @@ class TAFSPipelineMixin(ABC):
             lambda x, level, c: self.velocity(x, level, c, model),
             kernel or Annealed(),
             conditioning,
-            self.rollout_levels(num_inference_steps, height, width).to(device),
+            self.rollout_levels(num_inference_steps, height, width, levels).to(device),
             latents,
             noise,
             storage_dtype=storage_dtype or self.storage_dtype,

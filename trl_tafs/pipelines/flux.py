@@ -38,6 +38,10 @@ class TAFSFluxPipeline(PackedLatents, TAFSPipelineMixin, FluxPipeline):
     comfyui_shift = math.exp(1.15)
     lora_key_marks, lora_family = ("single_transformer_blocks.",), "FLUX.1"
 
+    def few_step_sign(self) -> str | None:
+        """Schnell has no embedded guidance, dev has."""
+        return None if self.denoiser.config.guidance_embeds else "FLUX.1 without an embedded guidance, as schnell"
+
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by T5, text (B, L, C), and CLIP, pooled (B, P)."""
         text, pooled, _ = self.encode_prompt(prompts, max_sequence_length=max_sequence_length)

@@ -116,6 +116,10 @@ class TAFSFlux2KleinPipeline(Flux2Mixin, Flux2KleinPipeline):
                 f"the negative prompt is {prompt!r}, and Flux2KleinPipeline takes only the empty one; leave it out"
             )
 
+    def few_step_sign(self) -> str | None:
+        """The distilled models say so."""
+        return "a distilled FLUX.2-klein" if self.config.is_distilled else None
+
     @property
     def has_guidance(self) -> bool:
         """Not where the model is distilled."""

@@ -86,13 +86,31 @@ class TAFSSanaSprintPipeline(SanaMixin, SanaSprintPipeline):
     default_embedded_guidance = 4.5
     max_timesteps, intermediate_timesteps = 1.57080, 1.3  # the stock pipeline's, of the first and of the second angle
 
+    def few_step_sign(self) -> str | None:
+        """All of them do."""
+        return "SanaSprint"
+
     @property
     def has_guidance(self) -> bool:
         """Its guidance is embedded."""
         return False
 
-    def rollout_levels(self, num_steps: int, height: int, width: int) -> Tensor:
+    def unshifted_levels(self, num_steps: int, levels: str = "uniform") -> Tensor:
+        """Return uniform ones, for the card alone: the stock pipeline's angles are its own.
+
+        Raises:
+            ValueError: others are asked for.
+        """
+        if levels != "uniform":
+            raise ValueError(
+                f"the levels are to be {levels!r}, and SanaSprintPipeline samples at angles of its own; use 'uniform' "
+                "(sample_levels, --levels)"
+            )
+        return super().unshifted_levels(num_steps, levels)
+
+    def rollout_levels(self, num_steps: int, height: int, width: int, levels: str = "uniform") -> Tensor:
         """(N + 1,) float32: the levels of the stock pipeline's angles. The first lies 4e-6 above 1, as there."""
+        self.unshifted_levels(num_steps, levels)
         angles = torch.linspace(self.max_timesteps, 0.0, num_steps + 1)
         if num_steps == 2:
             angles[1] = self.intermediate_timesteps

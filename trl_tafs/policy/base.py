@@ -47,7 +47,7 @@ def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: 
         )
     pipeline.check_sequence_length(config.max_sequence_length)
     pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
-    pipeline.rollout_levels(config.sample_num_steps, height, width)
+    pipeline.rollout_levels(config.sample_num_steps, height, width, config.sample_levels)
     check_carried(pipeline, config, lora_config)
     return height, width
 

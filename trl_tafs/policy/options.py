@@ -130,7 +130,7 @@ class PolicyOptions(
     @property
     def fake_learning_rate(self) -> float:
         """`dm_fake_learning_rate`, or its default."""
-        return self.dm_fake_learning_rate or self.train_learning_rate
+        return self.dm_fake_learning_rate or 3 * self.train_learning_rate
 
     @property
     def max_skipped_steps(self) -> int:

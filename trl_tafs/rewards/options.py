@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from trl_tafs.options import Options, check_at_least, check_at_most, check_choice, option
 
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum", "sum_of_normalized")
 LONGEST_WAIT = 7 * 24 * 3600  # seconds, for a reward
 
 
@@ -18,7 +19,9 @@ class RewardOptions(Options):
 
     reward_weights: list[float] | None = option(None, "Weight of each reward; None: 1 each.")
     multi_objective_aggregation: str = option(
-        "sum_then_normalize", "sum_then_normalize, or normalize_then_sum (each reward by itself first; GDPO)."
+        "sum_then_normalize",
+        "sum_then_normalize, normalize_then_sum (each reward by itself first, then their sum by the batch; GDPO), or "
+        "sum_of_normalized (each by itself, their sum as it is; MixGRPO).",
     )
     scale_rewards: str = option(
         "group", "Divide by the deviation of the group (paper, Eq. 9), of the whole batch, or by none."
@@ -33,7 +36,7 @@ class RewardOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
-        check_choice(self, "multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))
+        check_choice(self, "multi_objective_aggregation", AGGREGATIONS)
         check_choice(self, "scale_rewards", ("group", "batch", "none"))
         check_choice(self, "reward_on_failure", ("error", "mask"))
         check_at_least(self, 1, "max_workers")

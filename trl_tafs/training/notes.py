@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import vae_tiles
+from trl_tafs.pipelines.few_step import few_step_sign
+from trl_tafs.policy.carried import active_adapters
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.matching import has_own_guidance
@@ -66,6 +68,13 @@ def setting_notes(
         yield (
             f"distribution matching: guidance is distilled into this {type(pipeline.denoiser).__name__}, so that the "
             f"teacher is the base {instead} classifier-free guidance"
+        )
+    sign = few_step_sign(pipeline, active_adapters(pipeline.denoiser))
+    if sign is not None and not options.matches_distribution:
+        yield (
+            f"the model draws in few steps already ({sign}): a reward says nothing of the distribution that it was "
+            "distilled to, and images get less real and more alike while it rises; the preset tafs_dm adds "
+            "distribution matching, which holds the model there"
         )
     if options.vae_tiling and not vae_tiles(pipeline.vae, *size):
         yield f"vae_tiling has no effect at {size[0]} x {size[1]}: this VAE decodes that size as one tile"

@@ -36,6 +36,11 @@ class UpdateOptions(Options):
         "An optimizer step takes so many times train_batch_size images, with all their steps; None: all of the "
         "epoch's, one optimizer step an inner epoch.",
     )
+    train_updates_per_epoch: int | None = option(
+        None,
+        "Instead of train_gradient_accumulation_steps: optimizer steps of an inner epoch, each of as many images "
+        "(Flow-GRPO: 2), whatever the batch sizes. None: as that says.",
+    )
     train_num_inner_epochs: int = option(1, "Passes over an epoch's rollouts.")
     train_timestep_fraction: float = option(1.0, "Share of the trained steps of each image, drawn at random.")
     train_cfg: bool = option(False, "Guidance in training: must be on if and only if sample_guidance_scale > 1.")
@@ -43,7 +48,12 @@ class UpdateOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_at_least(self, 1, "train_batch_size", "train_num_inner_epochs")
-        check_at_least_1_or_none(self, "train_gradient_accumulation_steps")
+        check_at_least_1_or_none(self, "train_gradient_accumulation_steps", "train_updates_per_epoch")
+        if None not in (self.train_updates_per_epoch, self.train_gradient_accumulation_steps):
+            raise ValueError(
+                f"train_updates_per_epoch={self.train_updates_per_epoch} and train_gradient_accumulation_steps="
+                f"{self.train_gradient_accumulation_steps} say the same; give one of them, and None for the other"
+            )
         if not 0 < self.train_timestep_fraction <= 1:
             raise ValueError(f"train_timestep_fraction is {self.train_timestep_fraction}; it must lie in (0, 1]")
 

@@ -99,7 +99,15 @@ def plan_epoch(options: TrainingOptions, world_size: int) -> EpochPlan:
             f"train_batch_size={fitting[-1]}"
         )
     batches = local // batch
-    accumulation = options.train_gradient_accumulation_steps or batches
+    updates = options.train_updates_per_epoch
+    if updates is not None and batches % updates:
+        fitting = [size for size in range(1, batch + 1) if local % (size * updates) == 0]
+        use = f"train_batch_size={fitting[-1]}, or " if fitting else ""
+        raise ValueError(
+            f"{batches} minibatches an epoch don't divide into train_updates_per_epoch={updates} optimizer steps; use "
+            f"{use}train_updates_per_epoch=1"
+        )
+    accumulation = batches // updates if updates else options.train_gradient_accumulation_steps or batches
     if batches % accumulation:
         fitting = [size for size in range(1, accumulation + 1) if batches % size == 0]
         raise ValueError(

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,15 @@ import public_cases as cases
 
 SOURCES = {  # repository: commit
     "yifan123/flow_grpo": "ac4c86e8cae021841f1fde853d340e0db67690dd",
+    "IamCreateAI/FlowCPS": "b402c7a3d5b2539e6c42fed6c6c042bab9a1be05",
     "Tencent-Hunyuan/MixGRPO": "e5cdd6a427778d8c8b2e7a48ce16972141adbe7c",
     "XueZeyue/DanceGRPO": "15cc71d53cc2e6e18a68ee607d5fb6ba9a99e344",
     "NVlabs/DiffusionNFT": "24af5554898d85e93efa492f42b5e9cdf4156e9b",
     "scxue/advantage_weighted_matching": "be5137232e33a21b449ed65a533211d0deb97ed8",
 }
 SDE = "flow_grpo/diffusers_patch/sd3_sde_with_logprob.py"
+MIX = "fastvideo/train_grpo_flux.py"
+DANCE = "fastvideo/train_grpo_flux_lora.py"
 AWM = "advantage_weighted_matching/scripts/train_sd3_awm.py"
 
 
@@ -52,7 +56,7 @@ class Sources:
         tree = ast.parse(self.text(repository, file))
         (node,) = [node for node in tree.body if getattr(node, "name", None) == name]
         module = ast.Module([ast.parse("from __future__ import annotations").body[0], node], [])
-        names = {"torch": torch, "math": math, "np": np}
+        names = {"torch": torch, "math": math, "np": np, "dataclass": dataclass}
         exec(compile(module, file, "exec"), names)
         return names[name]
 
@@ -64,6 +68,11 @@ class Sources:
         scope = {"torch": torch} | names
         exec(textwrap.dedent("\n".join(found[start:end])), scope)
         return scope
+
+    def tracked(self, repository: str, file: str) -> list[float]:
+        """The advantages by a file's PerPromptStatTracker."""
+        tracker_of = self.define(repository, file, "PerPromptStatTracker")
+        return tracker_of(global_std=True).update(cases.PROMPTS, cases.REWARDS).tolist()
 
 
 def space(**names: object) -> types.SimpleNamespace:
@@ -97,32 +106,86 @@ def flow_grpo(sources: Sources) -> dict:
         found[str(n)] = plain({"mean": mean, "g": std[:, 0, 0, 0], "log_prob": log_prob, "gradient": gradient}) | plain(
             {"loss": scope["loss"], "kl": scope["kl_loss"]}
         )
-    tracker_of = sources.define("yifan123/flow_grpo", "flow_grpo/stat_tracking.py", "PerPromptStatTracker")
-    tracker = tracker_of(global_std=True)
-    return found | {"advantages": tracker.update(cases.PROMPTS, cases.REWARDS).tolist()}
+    return found | {"advantages": sources.tracked("yifan123/flow_grpo", "flow_grpo/stat_tracking.py")}
+
+
+def flow_cps(sources: Sources) -> dict:
+    """Step, log-probability, loss and gradient of each trained step; on policy, and after a step of it by the clip."""
+    step = sources.define("IamCreateAI/FlowCPS", SDE, "sde_step_with_logprob")
+    scheduler = space(sigmas=torch.tensor(cases.LEVELS), index_for_timestep=int)
+    config = space(train=space(adv_clip_max=5.0, clip_range=cases.CPS_CLIP, beta=0.0))
+    found = {}
+    for n in cases.STEPS:
+        v = cases.wave("v").requires_grad_()
+        given = {"timestep": [n] * 4, "sample": cases.wave("x"), "noise_level": 0.8, "prev_sample": cases.wave("next")}
+        _, log_prob, mean, std = step(scheduler, v, **given)
+        found[str(n)] = plain({"mean": mean, "std": std, "log_prob": log_prob})
+        for name, old_v in (("on_policy", v.detach()), ("moved", cases.moved())):
+            old = step(scheduler, old_v, **given)[1]
+            sample = {"advantages": torch.tensor(cases.ADVANTAGES)[:, None], "log_probs": old[:, None]}
+            scope = sources.lines(
+                "IamCreateAI/FlowCPS", "scripts/train_sd3.py", "advantages = torch.clamp(", 'info["approx_kl"]',
+                sample=sample, j=0, config=config, log_prob=log_prob,
+            )  # fmt: skip
+            (gradient,) = torch.autograd.grad(scope["loss"], v, retain_graph=True)
+            found[str(n)][name] = plain({"loss": scope["loss"], "gradient": gradient})
+    return found | {"advantages": sources.tracked("IamCreateAI/FlowCPS", "flow_grpo/stat_tracking.py")}
+
+
+def policy_loss(sources: Sources, repository: str, file: str, log_prob: torch.Tensor, v: torch.Tensor) -> dict:
+    """Loss and gradient by the lines of DanceGRPO's training loop, which MixGRPO has, too, for one trained step."""
+    sample = {"advantages": torch.tensor(cases.ADVANTAGES), "log_probs": log_prob.detach()[:, None]}
+    steps = [0] if "MixGRPO" in repository else 1
+    scope = sources.lines(
+        repository, file, "advantages = torch.clamp(", "loss.backward()",
+        sample=sample, adv_clip_max=5.0, clip_range=1e-4, new_log_probs=log_prob, _=0, train_timesteps=steps,
+        args=space(gradient_accumulation_steps=1, kl_coeff=0.0),
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(scope["loss"], v)
+    return plain({"loss": scope["loss"], "gradient": gradient})
 
 
 def mix_grpo(sources: Sources) -> dict:
-    """Flow-GRPO's step, as MixGRPO has it."""
-    step = sources.define("Tencent-Hunyuan/MixGRPO", "fastvideo/utils/sampling_utils.py", "flow_grpo_step")
-    found = {}
-    for n in cases.STEPS:
-        levels = torch.tensor(cases.LEVELS)
-        _, _, log_prob, mean, std = step(cases.wave("v"), cases.wave("x"), 0.7, levels, n, cases.wave("next"))
-        found[str(n)] = plain({"mean": mean, "std": std, "log_prob": log_prob})
-    return found
-
-
-def dance_grpo(sources: Sources) -> dict:
-    """DanceGRPO's step, and the gradient of its log-probability."""
-    step = sources.define("XueZeyue/DanceGRPO", "fastvideo/train_grpo_flux_lora.py", "flux_step")
+    """Flow-GRPO's step, as MixGRPO has it, its loss, the advantages of two rewards, the window's places."""
+    repository = "Tencent-Hunyuan/MixGRPO"
+    step = sources.define(repository, "fastvideo/utils/sampling_utils.py", "flow_grpo_step")
     found = {}
     for n in cases.STEPS:
         v, levels = cases.wave("v").requires_grad_(), torch.tensor(cases.LEVELS)
+        _, _, log_prob, mean, std = step(v, cases.wave("x"), 0.7, levels, n, cases.wave("next"))
+        found[str(n)] = plain({"mean": mean, "std": std, "log_prob": log_prob})
+        found[str(n)] |= policy_loss(sources, repository, MIX, log_prob, v)
+    rewards = {"one": torch.tensor(cases.REWARDS), "two": torch.tensor(cases.OTHER_REWARDS)}
+    scope = sources.lines(
+        repository, MIX, "model_advantages = {}", "elif args.multi_reward_mix",
+        samples={"rewards": rewards}, reward_weights=cases.WEIGHTS, args=space(num_generations=4, trimmed_ratio=0.0),
+    )  # fmt: skip
+    states = sources.define(repository, "fastvideo/utils/grpo_states.py", "GRPOTrainingStates")(
+        iters_per_group=25, group_size=4, max_timesteps=25 - 2, prog_overlap=True, roll_back=True
+    )
+    window = []
+    for _ in range(cases.EPOCHS):
+        window.append(states.get_current_timesteps())
+        states.update_iteration()
+    return found | {"advantages": scope["samples"]["advantages"].tolist(), "window": window[::25]}
+
+
+def dance_grpo(sources: Sources) -> dict:
+    """DanceGRPO's step, loss, gradient and advantages."""
+    repository = "XueZeyue/DanceGRPO"
+    step = sources.define(repository, DANCE, "flux_step")
+    found = {}
+    for n in cases.STEPS:
+        v, levels = cases.wave("v").requires_grad_(), torch.tensor(cases.LEVELS)
+        mean, _ = step(v, cases.wave("x"), 0.3, levels, n, None, False, True)
         _, _, log_prob = step(v, cases.wave("x"), 0.3, levels, n, cases.wave("next"), True, True)
-        (gradient,) = torch.autograd.grad((torch.tensor(cases.ADVANTAGES) * log_prob).mean(), v)
-        found[str(n)] = plain({"log_prob": log_prob, "gradient": -gradient})
-    return found
+        found[str(n)] = plain({"mean": mean, "log_prob": log_prob})
+        found[str(n)] |= policy_loss(sources, repository, DANCE, log_prob, v)
+    scope = sources.lines(
+        repository, DANCE, "n = len(samples", "else:",
+        samples={"rewards": torch.tensor(cases.REWARDS)}, args=space(num_generations=4),
+    )  # fmt: skip
+    return found | {"advantages": scope["samples"]["advantages"].tolist()}
 
 
 def diffusion_nft(sources: Sources) -> dict:
@@ -138,7 +201,9 @@ def diffusion_nft(sources: Sources) -> dict:
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(scope["loss"], v)
         found[str(beta)] = plain({"loss": scope["loss"], "gradient": gradient})
-    return found
+    decay = sources.define("NVlabs/DiffusionNFT", "scripts/train_nft_sd3.py", "return_decay")
+    found["decay"] = [decay(step, 1) for step in cases.DECAY_STEPS]
+    return found | {"advantages": sources.tracked("NVlabs/DiffusionNFT", "flow_grpo/stat_tracking.py")}
 
 
 def awm(sources: Sources) -> dict:
@@ -162,7 +227,9 @@ def awm(sources: Sources) -> dict:
         sample=sample, config=config, accelerator=space(is_main_process=False),
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(scope["loss"], v)
-    return plain({"log_prob": log_prob, "loss": scope["loss"], "gradient": gradient})
+    found = plain({"log_prob": log_prob, "loss": scope["loss"], "gradient": gradient, "kl": scope["kl_loss"]})
+    file = "advantage_weighted_matching/flow_grpo/stat_tracking.py"
+    return found | {"advantages": sources.tracked("scxue/advantage_weighted_matching", file)}
 
 
 def main() -> None:
@@ -171,7 +238,7 @@ def main() -> None:
     parser.add_argument("--sources", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=cases.FROZEN)
     arguments = parser.parse_args()
-    makers = (flow_grpo, mix_grpo, dance_grpo, diffusion_nft, awm)
+    makers = (flow_grpo, flow_cps, mix_grpo, dance_grpo, diffusion_nft, awm)
     found = {maker.__name__: maker(Sources(arguments.sources)) for maker in makers}
     arguments.output.write_text(json.dumps({"sources": SOURCES} | found, indent=1) + "\n")
 
