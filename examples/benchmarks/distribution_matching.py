@@ -58,7 +58,7 @@ def one(preset: str, rate: float, seconds: float, **options: Any) -> dict[str, A
 
 # One seed each; a later one differs from the first in what its name says.
 SETTINGS = {
-    "tafs_dm": one("tafs_dm", 3e-3, 1.11),
+    "one optimizer step an epoch": one("tafs_dm", 3e-3, 1.11),
     "two optimizer steps an epoch, fake rate 1e-2": one("tafs_dm", 3e-3, 1.2, dm_fake_learning_rate=1e-2, **TWICE),
     "two optimizer steps an epoch, fake rate 1e-2, weight .125": one(
         "tafs_dm", 3e-3, 1.2, dm_fake_learning_rate=1e-2, dm_weight=0.125, **TWICE
@@ -79,8 +79,8 @@ SETTINGS = {
     "5 fake updates": one("tafs_dm", 3e-3, 1.64, dm_fake_updates=5),
     "levels shifted by 3": one("tafs_dm", 3e-3, 1.11, dm_level_shift=3.0),
     "trained rows": one("tafs_dm", 3e-3, 1.6, dm_rows="trained"),
-    "tafs_nft, weight 1": method("tafs_nft", 3e-3, 1.11, dm_weight=1.0, dm_rows="final"),
-    "tafs_annealed, weight 1": method("tafs_annealed", 3e-3, 1.06, dm_weight=1.0, dm_rows="final"),
+    "tafs_nft, weight 1": one("tafs_nft", 3e-3, 1.11, dm_weight=1.0, dm_rows="final"),
+    "tafs_annealed, weight 1": one("tafs_annealed", 3e-3, 1.06, dm_weight=1.0, dm_rows="final"),
     "sqrt units, weight 1": one("tafs_dm", 3e-3, 1.11, dm_weight=1.0, **SQRT),
     "sqrt units, weight 1, guidance 2": one("tafs_dm", 3e-3, 1.11, dm_weight=1.0, dm_guidance_scale=2.0, **SQRT),
     "sqrt units, weight 1, guidance 2, no KL": one(
@@ -89,12 +89,12 @@ SETTINGS = {
     "sqrt units, weight 1, guidance 2, no KL, trained rows": one(
         "tafs_dm", 3e-3, 1.49, dm_weight=1.0, dm_guidance_scale=2.0, dm_rows="trained", **SQRT | {"beta": 0.0}
     ),
-    "tafs_annealed, weight 1, guidance 2": method("tafs_annealed", 3e-3, 1.06, **BESIDE),
-    "tafs_annealed, weight 1, guidance 2, trained rows": method(
+    "tafs_annealed, weight 1, guidance 2": one("tafs_annealed", 3e-3, 1.06, **BESIDE),
+    "tafs_annealed, weight 1, guidance 2, trained rows": one(
         "tafs_annealed", 3e-3, 1.45, **BESIDE | {"dm_rows": "trained"}
     ),
-    "tafs_nft, weight 1, guidance 2, no KL": method("tafs_nft", 3e-3, 1.0, beta=0.0, **BESIDE),
-    "tafs_nft, weight 1, guidance 2, no KL, trained rows": method(
+    "tafs_nft, weight 1, guidance 2, no KL": one("tafs_nft", 3e-3, 1.0, beta=0.0, **BESIDE),
+    "tafs_nft, weight 1, guidance 2, no KL, trained rows": one(
         "tafs_nft", 3e-3, 1.45, beta=0.0, **BESIDE | {"dm_rows": "trained"}
     ),
     "without": METHODS["tafs"],
