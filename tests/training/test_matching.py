@@ -346,4 +346,4 @@ def test_the_memory_plan_counts_the_fake_score(pipeline_folder, tmp_path):
 def test_the_preset_is_the_matched_one_with_the_term():
     matched, plain = TAFSGRPOConfig.from_preset("tafs_dm"), TAFSGRPOConfig.from_preset("tafs")
     differing = {f.name for f in dataclasses.fields(plain) if getattr(plain, f.name) != getattr(matched, f.name)}
-    assert "dm_weight" in differing and all(name.startswith("dm_") or name == "beta" for name in differing)
+    assert differing == {"dm_weight", "dm_rows", "train_updates_per_epoch"}
