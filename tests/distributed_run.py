@@ -10,9 +10,13 @@ import torch
 from accelerate.state import AcceleratorState
 
 from trl_tafs import NonFiniteError
+from trl_tafs.policy.carried import FAKE_ADAPTER
 from trl_tafs.policy.lora import adapter_state_dict
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.rewards import RewardError
+
+# Adam's first steps are the gradients' signs, which rounding may turn where a gradient is nearly 0.
+MATCHED = {"dm_weight": 1.0, "dm_rows": "final", "dm_fake_updates": 2, "train_adam_epsilon": 1e-2}
 
 
 def run(folder, model, batches, fail_at=None, signal_at=None, resume="", examined=False, spoiled=None, **changes):
@@ -66,6 +70,7 @@ def run(folder, model, batches, fail_at=None, signal_at=None, resume="", examine
         "world": trainer.accelerator.num_processes,
         "final": torch.cat([part.rollout.final for part in rollouts]),
         "weights": adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name),
+        "fake": trainer.policy.fake and adapter_state_dict(trainer.sd_pipeline.denoiser, FAKE_ADAPTER),
         "curve": trainer.progress.reward_curve,
         "evaluations": trainer.progress.evaluations,
     }
@@ -100,6 +105,7 @@ if __name__ == "__main__":
         results["code"] = error.code
     results["continued"] = run(folder / "stopped", model, 2, resume="latest")
     results["streaming"] = run(folder / "streaming", model, 2, group_allocation="streaming", min_generations=4)
+    results["matched"] = run(folder / "matched", model, 2, **MATCHED)
     encoder = PromptEncoder(tiny.load(model), torch.device("cpu"), cache_dir=folder / "prompts")
     encoder.prepare(["one", "two", "three"])
     results["there"] = len(list((folder / "prompts").rglob("*.safetensors")))

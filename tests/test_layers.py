@@ -47,6 +47,8 @@ METHOD = {
     "image_objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "papers", "objective"},
     "objectives": {"types", "levels", "noise", "losses", "kernels", "rollout", "objective", "image_objectives"},
 }
+METHOD["distribution"] = {"levels", "noise", "papers", "kernels"}
+METHOD["distribution_options"] = set()
 METHOD["superflow"] = {"noise", "papers", "advantages", "allocation"}
 METHOD["options"] = set(METHOD)
 

@@ -20,6 +20,7 @@ from trl_tafs.method.allocation import (
     images_of_equal_prompts,
 )
 from trl_tafs.method.credit import Credit, TerminalCredit
+from trl_tafs.method.distribution import DistributionMatching
 from trl_tafs.method.kernels import Kernel, Windowed
 from trl_tafs.method.levels import SlidingWindow
 from trl_tafs.method.objective import Objective
@@ -45,6 +46,7 @@ class Algorithm:
     stat_tracker: PerPromptStatTracker | None
     clip_range: float  # in the units of the reduction
     objective: Objective
+    distribution: DistributionMatching | None  # beside it
     ratio_limit: str  # what clips ratios, with its value, for a warning
 
     def kernel_at(self, epoch: int) -> Kernel:
@@ -68,7 +70,7 @@ class Algorithm:
 
     def papers(self) -> list[Paper]:
         """Return what a run by it cites: TAFS-GRPO's paper, and those of its parts that say one."""
-        parts = (self.kernel, self.window, self.advantages.credit.rule, self.groups, self.objective)
+        parts = (self.kernel, self.window, self.advantages.credit.rule, self.groups, self.objective, self.distribution)
         found = [TAFS_GRPO, *(getattr(part, "paper", None) for part in parts)]
         return [paper for paper in dict.fromkeys(found) if paper is not None]
 
@@ -123,6 +125,7 @@ def build_algorithm(
         stat_tracker=tracker,
         clip_range=clip_range,
         objective=config.objective_class.from_options(config, kernel, clip_range),
+        distribution=DistributionMatching(config.dm_weight, config.dm_level_shift) if config.dm_weight else None,
         ratio_limit=limit,
     )
 

@@ -91,8 +91,15 @@ def idle_options(config: TAFSGRPOConfig) -> dict[str, str]:
     """Return the options that were given and that nothing reads, each with what would read it."""
     window, tracked = config.sample_window_size is not None, config.per_prompt_stat_tracking
     varying, guided = config.group_allocation != "fixed", is_guided(config.sample_guidance_scale)
+    matched = config.matches_distribution
+    guided_teacher = matched and is_guided(config.teacher_guidance(False))
     read = {  # whether something reads an option, and what would
-        "negative_prompts": (guided, "sample_guidance_scale above 1"),
+        "negative_prompts": (guided or guided_teacher, "sample_guidance_scale above 1"),
+        "dm_guidance_scale": (matched, "dm_weight above 0"),
+        "dm_rows": (matched, "dm_weight above 0"),
+        "dm_fake_updates": (matched, "dm_weight above 0"),
+        "dm_fake_learning_rate": (matched, "dm_weight above 0"),
+        "dm_level_shift": (matched, "dm_weight above 0"),
         "sample_window_interval": (window, "a sample_window_size"),
         "sample_window_order": (window, "a sample_window_size"),
         "group_optimism": (varying, "group_allocation='variance' or 'streaming'"),

@@ -19,6 +19,7 @@ _TAFS = {
     "step_credit": "step",  # Eq. 10 credits step n with A^n
     "beta": 0.0,  # Eq. 10 has no KL
 }
+# Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
 _MATCHED = {
     "objective": "matched",
     "sample_kernel": "annealed",
@@ -52,6 +53,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_TAFS, "train_level_weighting": "gaussian", "num_perturbations": 1},
     # the defaults: Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
     "tafs": _MATCHED,
+    # the same with distribution matching beside the reward (docs/distribution_matching.md)
+    "tafs_dm": {**_MATCHED, "dm_weight": 0.25, "dm_rows": "final", "train_updates_per_epoch": 4},
     # Eq. 10 on the next noisy state, with the level weights that learn where D is large (docs/learning.md)
     "tafs_annealed": {**_TAFS, "train_level_weighting": "balanced"},
     # the clean image itself is the action, explored explicitly (docs/algorithm.md)

@@ -33,6 +33,7 @@ from trl_tafs.training.experience import Experience
 from trl_tafs.training.hooks import DDPOHooks
 from trl_tafs.training.launch import check_launch
 from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
+from trl_tafs.training.matching import Matching
 from trl_tafs.training.notes import run_notes
 from trl_tafs.training.plan import plan_epoch
 from trl_tafs.training.preflight import Preflight
@@ -122,8 +123,10 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         sampler = RolloutSampler(*drawn, stop=lambda: stop.requested)
         self.collector = Collector(config, accelerator, sampler, self.prompts, self.plan, lasting(self.settings))
         trained = (config, self.plan, policy, algorithm.objective, self.encode)
+        after = (watch, self.progress, self.rollback.may_stop)
+        matching = Matching.of(config, policy, algorithm.distribution, self.encode)
         # a lambda, so that a compute_loss that is overridden later is found
-        self.updater = Updater(*trained, lambda *b: self.compute_loss(*b), watch, self.progress, self.rollback.may_stop)
+        self.updater = Updater(*trained, lambda *b: self.compute_loss(*b), *after, matching)
         varying_groups = algorithm.prompt_tracker is not None
         actions, limit = algorithm.kernel.num_actions, algorithm.ratio_limit
         self.logs = EpochLog(accelerator, actions, limit, varying_groups, self.progress)

@@ -71,6 +71,17 @@ def test_a_signal_to_one_process_stops_both_and_loses_nothing(two):
     assert results[0]["straight"]["evaluations"] == results[1]["continued"]["evaluations"]
 
 
+def test_two_processes_match_distributions_as_one(two, pipeline_folder, tmp_path):
+    first, second = (result["matched"] for result in two[1])
+    one = distributed_run.run(tmp_path, pipeline_folder, 4, **distributed_run.MATCHED)
+    for part in ("weights", "fake"):
+        assert first[part].keys() == second[part].keys() == one[part].keys()
+        for key, value in first[part].items():
+            assert torch.equal(value, second[part][key]), "the processes stay in step"
+            torch.testing.assert_close(value, one[part][key], atol=1e-6, rtol=1e-3)
+        assert any(value.any() for key, value in first[part].items() if "lora_B" in key), "it has moved"
+
+
 def test_a_vae_that_makes_nan_on_one_process_stops_both(two):
     folder, results = two
     for early, place in ((True, "before the first epoch"), (False, "epoch 0, step 0")):

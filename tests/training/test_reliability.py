@@ -22,9 +22,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from faults import small_disk
+from run_state import Signalling, everything, same
 
 from trl_tafs.cli.main import main
-from trl_tafs.policy.lora import adapter_state_dict
 from trl_tafs.training import checkpoint_files as files
 from trl_tafs.training.checkpoint_files import CheckpointError, checkpoints
 from trl_tafs.training.run_folder import LOCK, RunFolder, RunFolderError
@@ -63,26 +63,6 @@ def make(pipeline_folder, folder, reward=noisy, **changes):
     return trainer
 
 
-def everything(trainer):
-    """All that a run is known by: weights, states, counters, the log without its times."""
-    log = Path(trainer.config.project_dir, "metrics.jsonl").read_text().splitlines()
-    lines = [{k: v for k, v in json.loads(line).items() if not k.startswith("time")} for line in log]
-    states = {name: item.state_dict() for name, item in trainer.checkpoints.states.items()}
-    weights = adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name)
-    return {"weights": weights, "states": states, "progress": trainer.progress.state_dict(), "log": lines}
-
-
-def same(mine, theirs):
-    """Whether two nested values are equal, tensors to the bit."""
-    if isinstance(mine, torch.Tensor):
-        return isinstance(theirs, torch.Tensor) and torch.equal(mine, theirs)
-    if isinstance(mine, dict):
-        return mine.keys() == theirs.keys() and all(same(mine[key], theirs[key]) for key in mine)
-    if isinstance(mine, (list, tuple)):
-        return len(mine) == len(theirs) and all(map(same, mine, theirs))
-    return mine == theirs or (mine != mine and theirs != theirs)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(pipeline_folder, tmp_path_factory):
     """A run of three epochs: the trainer and all that it is known by."""
@@ -92,19 +72,6 @@ def undisturbed(pipeline_folder, tmp_path_factory):
 
 
 # Signals --------------------------------------------------------------------------------------------------------
-
-
-class Signalling:
-    """Calls what it wraps, and sends this process a signal at one of the calls."""
-
-    def __init__(self, function, at, number=signal.SIGTERM):
-        self.function, self.at, self.number, self.calls, self.__name__ = function, at, number, 0, "noisy"
-
-    def __call__(self, *arguments):
-        self.calls += 1
-        if self.calls == self.at:
-            os.kill(os.getpid(), self.number)
-        return self.function(*arguments)
 
 
 @pytest.mark.parametrize("save_freq", [1, 3])

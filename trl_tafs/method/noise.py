@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,12 @@ def noise_seed(*key: int | str) -> int:
     """Return a 63-bit seed from (seed, epoch, sample, stream, step): unrelated keys give unrelated streams."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return struct.unpack("<Q", digest)[0] >> 1
+
+
+def keyed_normal(keys: Sequence[tuple[int | str, ...]], shape: tuple[int, ...]) -> Tensor:
+    """Return standard normal (B, *shape), float32 on the CPU: a row's numbers are those of its key alone."""
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(*key))) for key in keys]
+    return torch.stack(rows)
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,8 @@ class SampleNoise:
 
     def __call__(self, stream: str, step: int, shape: tuple[int, ...]) -> Tensor:
         """Standard normal (B, *shape), float32, B the number of sample ids."""
-        rows = []
-        for sample in self.sample_ids:
-            generator = torch.Generator().manual_seed(noise_seed(self.seed, self.epoch, sample, stream, step))
-            rows.append(torch.randn(shape, generator=generator))
-        return torch.stack(rows).to(self.device)
+        keys = [(self.seed, self.epoch, sample, stream, step) for sample in self.sample_ids]
+        return keyed_normal(keys, shape).to(self.device)
 
 
 class SequentialNoise:

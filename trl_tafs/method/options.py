@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.credit import CreditRule, credit_rule
+from trl_tafs.method.distribution_options import DistributionOptions
 from trl_tafs.method.kernels import KERNELS, REDUCTIONS, Kernel
 from trl_tafs.method.losses import CLIP_RANGE
 from trl_tafs.method.objective import Objective
@@ -404,7 +405,7 @@ class LossOptions(Options):
 
 
 @dataclass
-class MethodOptions(LossOptions, ObjectiveOptions, CreditOptions, SamplingOptions):
+class MethodOptions(LossOptions, DistributionOptions, ObjectiveOptions, CreditOptions, SamplingOptions):
     """All that the parts of the method are made from, and what must hold between them."""
 
     @property

@@ -70,6 +70,14 @@ AWM = _paper(
     2025,
     "2509.25050",
 )
+DMD2 = _paper(
+    "DMD2",
+    "yin2024improved",
+    "Improved Distribution Matching Distillation for Fast Image Synthesis",
+    "Tianwei Yin, Michaël Gharbi, Taesung Park, Richard Zhang, Eli Shechtman, Fredo Durand, William T. Freeman",
+    2024,
+    "2405.14867",
+)
 FLOW_GRPO = _paper(
     "Flow-GRPO",
     "liu2025flowgrpo",

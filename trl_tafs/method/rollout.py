@@ -19,6 +19,7 @@ from trl_tafs.method.types import Conditioning, Rollout, Transitions
 Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 KEPT = frozenset({"states", "actions", "log_probs", "clean"})  # what a rollout keeps unless it is told otherwise
+LAST = "last"  # what it keeps if it is asked: the state of the last evaluation
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def rollout(
         scored_steps: the steps, 0-based, whose clean images will be scored; by default those that the kernel's
             actions answer for (n = 2..N of the paper).
         on_scored: given each scored step's clean latents, (B, K, *), as soon as they are there.
-        keep: which of `KEPT` the rollout keeps; the others are empty there.
+        keep: which of `KEPT` and `LAST` the rollout keeps; the others are empty there.
 
     Raises:
         ValueError: no step trains, or a scored step isn't explored where the others are.
@@ -171,6 +172,7 @@ def rollout(
         clean=torch.stack(clean, dim=1) if clean else stored.float(),
         scored=torch.stack(scored, dim=1),
         final=step.next_state.float(),
+        last=step.state.unsqueeze(1) if LAST in keep else stored,
     )
 
 

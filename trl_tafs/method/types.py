@@ -155,6 +155,7 @@ class Rollout:
     clean: Tensor  # (B, N, *) float32, the clean estimate of every step
     scored: Tensor  # (B, Q, K, *) float32, the clean latents that are to be decoded and scored
     final: Tensor  # (B, *) what the sampler returns
+    last: Tensor  # (B, 1, *) x_N, storage dtype, of the last evaluation; (B, 0, *) where it wasn't asked for
 
     @property
     def states(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl_tafs.method.guidance import is_guided
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import is_text_encoder, unwrapped
 from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
@@ -38,6 +39,12 @@ def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: 
     height, width = config.height or default_height, config.width or default_width
     pipeline.check_size(height, width)
     pipeline.check_guidance(config.sample_guidance_scale)
+    if is_guided(config.dm_guidance_scale or 1.0) and not pipeline.has_guidance:
+        raise ValueError(
+            f"dm_guidance_scale is {config.dm_guidance_scale}, and {pipeline.stock_class().__name__} has no "
+            "classifier-free guidance for this model; leave it out: its teacher is then the model as it is, with its "
+            "embedded guidance"
+        )
     pipeline.check_sequence_length(config.max_sequence_length)
     pipeline.embedded_guidance(config.sample_embedded_guidance_scale)
     pipeline.rollout_levels(config.sample_num_steps, height, width, config.sample_levels)

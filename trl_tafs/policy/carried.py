@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 NEW_ADAPTER = "default"  # the name of the trained LoRA where none is asked for
+FAKE_ADAPTER = "tafs_fake_score"  # of distribution matching's second LoRA (`policy.fake`)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def choose_adapter(denoiser: nn.Module, config: PolicyOptions, lora_config: Any 
     """
     attached, active = dict(getattr(denoiser, "peft_config", {})), active_adapters(denoiser)
     name, listed = config.model_adapter_name, ", ".join(attached)
+    if name == FAKE_ADAPTER:
+        raise ValueError(f"model_adapter_name={name!r} is the name of distribution matching's own LoRA; use another")
     if not attached:
         return TrainedAdapter(name or NEW_ADAPTER, True)
     check_attached(denoiser)
@@ -94,6 +97,12 @@ def choose_adapter(denoiser: nn.Module, config: PolicyOptions, lora_config: Any 
     if clash := sorted(parts & {name, *beneath}):
         raise ValueError(f"the adapter's name {clash[0]!r} is also a module's of the denoiser; load it by another one")
     return TrainedAdapter(name, name not in attached, beneath)
+
+
+def drop_fake(denoiser: nn.Module) -> None:
+    """Take off the fake score that an earlier trainer left on a denoiser: the next one begins anew."""
+    if FAKE_ADAPTER in getattr(denoiser, "peft_config", {}):
+        denoiser.delete_adapters(FAKE_ADAPTER)
 
 
 def check_attached(denoiser: nn.Module) -> None:
@@ -191,6 +200,7 @@ def check_carried(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_confi
         ValueError: something that can't be trained with; the message has the call that helps.
     """
     _check_process(config)
+    drop_fake(pipeline.denoiser)
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     for name, module in modules.items():
         _check_wrapper(name, module)

@@ -76,23 +76,29 @@ def _add_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: A
     else:
         lora_config = copy.deepcopy(lora_config)  # PEFT writes into it
     _check_dropout(lora_config)
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(
-        noise_seed(config.seed, "lora")
-    )  # the same on every process, whatever came before
     try:
-        denoiser.add_adapter(lora_config, name)
+        with seeded(config.seed, "lora"):
+            denoiser.add_adapter(lora_config, name)
     except ValueError as error:
         names = sorted({n.rpartition(".")[2] for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(
             f"the LoRA can't be attached to {type(denoiser).__name__}: {error} Its linear layers end in: "
             f"{', '.join(names)}"
         ) from error
-    finally:
-        torch.set_rng_state(state)
     if weights is not None:
         set_peft_model_state_dict(denoiser, weights, adapter_name=name)
     return lora_config
+
+
+@contextmanager
+def seeded(seed: int, part: str) -> Iterator[None]:
+    """Inside, torch's global generator is that of a part's first weights: the same on every process."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(noise_seed(seed, part))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def _check_dropout(lora_config: Any) -> None:

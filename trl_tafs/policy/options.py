@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trl_tafs.method.distribution_options import DistributionOptions
 from trl_tafs.method.options import SamplingOptions
 from trl_tafs.options import (
     Options,
@@ -115,8 +116,21 @@ class OldPolicyOptions(Options):
 
 
 @dataclass
-class PolicyOptions(AdapterOptions, OptimizerOptions, OldPolicyOptions, PipelineOptions, SamplingOptions, RunOptions):
+class PolicyOptions(
+    AdapterOptions,
+    OptimizerOptions,
+    OldPolicyOptions,
+    DistributionOptions,
+    PipelineOptions,
+    SamplingOptions,
+    RunOptions,
+):
     """All that the policy is made from."""
+
+    @property
+    def fake_learning_rate(self) -> float:
+        """`dm_fake_learning_rate`, or its default."""
+        return self.dm_fake_learning_rate or 3 * self.train_learning_rate
 
     @property
     def max_skipped_steps(self) -> int:
@@ -129,3 +143,8 @@ class PolicyOptions(AdapterOptions, OptimizerOptions, OldPolicyOptions, Pipeline
             wrong = ("model_cpu_offload", "adapter_name_or_path", "model_adapter_name", "lora_target_modules")
             if given := [name for name in wrong if getattr(self, name)]:
                 raise ValueError(f"full_finetuning trains no LoRA, and moves no weights; leave out {', '.join(given)}")
+            if self.matches_distribution:
+                raise ValueError(
+                    f"dm_weight={self.dm_weight} needs a frozen base, for its teacher and its fake score, and "
+                    "full_finetuning=True trains all of it; use one of them"
+                )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from trl_tafs.policy.base import compiled_as, normal_mode, prepare_base, take_of
 from trl_tafs.policy.carried import FrozenAdapter, TrainedAdapter, frozen_adapter
 from trl_tafs.policy.copies import AdapterAverage, HeldWeights, OldPolicy
 from trl_tafs.policy.denoiser_file import load_denoiser, save_denoiser
+from trl_tafs.policy.fake import FakeScore
 from trl_tafs.policy.lora import attach_lora, free_denoiser, trainable_parameters, without_trained
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.optimizer import apply_settings, make_lr_scheduler, make_optimizer
@@ -25,6 +27,15 @@ from trl_tafs.policy.options import PolicyOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the policy."""
+
+    state: Tensor  # (T, *) storage dtype
+    level: Tensor  # (T,)
+    velocity: Tensor  # (T, *) with gradient
 
 
 class Policy:
@@ -44,6 +55,7 @@ class Policy:
         frozen: those beneath it.
         average: the exponential moving average that is evaluated and saved, if there is one.
         old: the lagging policy that draws the rollouts, if there is one.
+        fake: the score of what the policy draws, for distribution matching, if there is one.
     """
 
     @normal_mode()
@@ -56,6 +68,7 @@ class Policy:
         lora_config: Any | None = None,
     ) -> None:
         self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
+        self._seen: list[Evaluation] | None = None
         self.devices: DeviceSharing = prepare_base(pipeline, config, accelerator.device)
         self.adapter: TrainedAdapter | None = None
         self.lora_config: Any | None = None
@@ -66,6 +79,9 @@ class Policy:
             self.adapter, self.lora_config = attach_lora(pipeline, config, lora_config)
             self.frozen = tuple(frozen_adapter(pipeline.denoiser, name) for name in self.adapter.beneath)
         self.storage_dtype: torch.dtype = pipeline.storage_dtype
+        self.fake: FakeScore | None = None
+        if config.matches_distribution:
+            self.fake = FakeScore(pipeline.denoiser, self.adapter, self.lora_config, config)
         self.parameters = trainable_parameters(pipeline.denoiser)
         optimizer = make_optimizer(self.parameters, config)
         take_off_autocast(pipeline.denoiser)
@@ -87,7 +103,19 @@ class Policy:
 
     def velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the present policy's velocity, (B, *) float32, in rollout and replay alike."""
-        return self.pipeline.velocity(x, level, conditioning, self.model)
+        v = self.pipeline.velocity(x, level, conditioning, self.model)
+        if self._seen is not None and torch.is_grad_enabled():
+            self._seen.append(Evaluation(x, level, v))
+        return v
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Evaluation]]:
+        """Inside, evaluations of the present policy with gradient are put into the list that it gives."""
+        self._seen = seen = []
+        try:
+            yield seen
+        finally:
+            self._seen = None
 
     def reference(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of the base without what is trained, with what is frozen beneath it, (B, *) float32."""
@@ -147,13 +175,15 @@ class Policy:
     def is_finite(self) -> bool:
         """Return whether all trained weights and their copies are finite, by one host copy."""
         copies = ([] if self.average is None else self.average.weights) + ([] if self.old is None else self.old.weights)
+        copies += [] if self.fake is None else [parameter.detach() for parameter in self.fake.parameters]
         largest = torch._foreach_norm([p.detach() for p in self.parameters] + copies, float("inf"))
         return bool(torch.stack(largest).isfinite().all())
 
     def non_finite_name(self) -> str | None:
         """Return the name of the first trained weight that isn't finite; None if it is one of a copy, or none."""
-        named = self.pipeline.denoiser.named_parameters()
-        return next((name for name, p in named if p.requires_grad and not is_finite(p.detach())), None)
+        named = ((name, p) for name, p in self.pipeline.denoiser.named_parameters() if p.requires_grad)
+        fake = {} if self.fake is None else self.fake.named
+        return next((name for name, p in (*named, *fake.items()) if not is_finite(p.detach())), None)
 
     # Save and load --------------------------------------------------------------------------------------------
 
@@ -194,8 +224,11 @@ class Policy:
         """Return what moves besides the weights, by name: objects with `state_dict` and `load_state_dict`."""
         found = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
         optional = {"average": self.average, "old_policy": self.old, "scaler": self.accelerator.scaler}
+        optional |= {"fake_score": self.fake}
         return found | {name: item for name, item in optional.items() if item is not None}
 
     def apply_settings(self) -> None:
         """Make the configuration's optimizer settings hold after a resume, which restores the checkpoint's."""
         apply_settings(self.optimizer, self.lr_scheduler, self.config)
+        if self.fake is not None:
+            self.fake.apply_settings()

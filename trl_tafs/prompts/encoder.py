@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -75,6 +76,7 @@ class PromptEncoder:
             "negative_prompts": negative_prompt,
             "max_sequence_length": max_sequence_length,
         }
+        self.companions: list[PromptEncoder] = []  # of the same prompts, for another guidance
         self.cache: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0  # of all in the cache
         self._dropped: set[str] = set()  # prompts that had to leave it
@@ -134,6 +136,8 @@ class PromptEncoder:
                 warnings.warn(note, stacklevel=2)
         self._encode(missing[1:], keep=False)
         processes.wait_for_everyone()
+        for companion in self.companions:
+            companion.prepare(prompts)
 
     def _shrink(self) -> None:
         while self.cache and (len(self.cache) > self.cache_size or self._bytes > self.cache_bytes):
@@ -221,6 +225,17 @@ class PromptEncoder:
         known += [f"fused {name}" for name in base.fused]
         key = json.dumps([*known, self.arguments, prompt], sort_keys=True)
         return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+
+
+def encoder_for(encoder: PromptEncoder, guidance_scale: float) -> PromptEncoder:
+    """Return an encoder for another scale of classifier-free guidance, which is prepared with the one that there is."""
+    if guidance_scale == encoder.arguments["guidance_scale"]:
+        return encoder
+    other = copy.copy(encoder)
+    other.arguments = encoder.arguments | {"guidance_scale": guidance_scale}
+    other.cache, other._bytes, other._dropped, other.companions = OrderedDict(), 0, set(), []
+    encoder.companions.append(other)
+    return other
 
 
 def cache_note(size: int, count: int, free: int, folder: Path) -> str | None:

@@ -40,6 +40,7 @@ STATE_OPTIONS = {  # what a run with such a state sets
     "average": "train_use_ema",
     "old_policy": "old_policy_decay",
     "scaler": "mixed_precision='fp16'",
+    "fake_score": "dm_weight",
     "stat_tracker": "per_prompt_stat_tracking",
     "prompt_tracker": "group_allocation",
 }

@@ -125,7 +125,7 @@ class EpochLog:
             f"epoch {epoch}: no image has an advantage, so nothing is learned from it ({count} such in a row): {cause} "
             "the same for all images of each prompt. Use a reward that tells images of one prompt apart, prompts that "
             "are neither too easy nor too hard, or a larger num_generations. No optimizer step is taken, but for the "
-            "pull to the base that beta above 0 is",
+            "pull to the base that beta above 0 is, and for distribution matching",
         )
 
     def update(self, values: dict[str, Tensor], inner_epoch: int, rate: float, epoch: int, global_step: int) -> None:

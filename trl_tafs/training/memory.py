@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.policy.carried import FAKE_ADAPTER
 from trl_tafs.policy.policy import Policy
 from trl_tafs.training.options import TrainingOptions
 
@@ -54,6 +55,7 @@ class Footprint:
     decoded_image: int  # working memory of the VAE's decoder for one image
     latent_elements: int  # D
     storage_bytes: int  # of an element of states and actions
+    fake_parameters: int = 0  # of distribution matching's fake score; float32, and not counted in `denoiser`
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,14 @@ def plan_memory(footprint: Footprint, options: TrainingOptions, local_images: in
         local_images: of one process in an epoch; their rollouts are kept until the update is done.
     """
     guided = 2 if is_guided(options.sample_guidance_scale) else 1
+    # a guided teacher is evaluated beside the policy's graph; the fake score learns when that is gone
+    teacher = options.matches_distribution and is_guided(options.teacher_guidance(False))
     trained, rows = 4 * footprint.trained_parameters, footprint.activations
+    fake, moments = 4 * footprint.fake_parameters, OPTIMIZER_BYTES[options.train_use_8bit_adam]
     always = {
         "trained weights": trained,
-        "optimizer": OPTIMIZER_BYTES[options.train_use_8bit_adam] * footprint.trained_parameters,
+        "optimizer": moments * footprint.trained_parameters,
+        "fake score": fake + moments * footprint.fake_parameters,
         "averages": trained * (options.train_use_ema + bool(options.old_policy_decay) + options.full_finetuning),
     }
     offload, offload_text = options.model_cpu_offload, options.model_cpu_offload or options.offload_text_encoders
@@ -134,8 +140,8 @@ def plan_memory(footprint: Footprint, options: TrainingOptions, local_images: in
         | {"activations": options.decode_size * footprint.decoded_image},
         "update": resident
         | denoiser
-        | {"rollouts": (kept + items) * local_images, "gradients": trained}
-        | {"activations": guided * options.train_batch_size * activations},
+        | {"rollouts": (kept + items) * local_images, "gradients": trained + fake}
+        | {"activations": options.train_batch_size * (guided * activations + teacher * rows.block)},
     }
     return MemoryPlan({phase: {k: v for k, v in parts.items() if v} for phase, parts in phases.items()})
 
@@ -149,17 +155,19 @@ def rollout_bytes(options: TrainingOptions, storage_bytes: int) -> int:
         on_path = kernel.action_is_state and actions == 1
         states, branches = (steps + 1, 0) if on_path else (states, steps * actions)
     clean = options.sample_num_steps if "clean" in needs else 0  # what only a sample grid shows is on the CPU
-    return storage_bytes * (states + branches) + 4 * (clean + 1)
+    return storage_bytes * (states + branches + options.matches_final_state) + 4 * (clean + 1)
 
 
 def item_bytes(options: TrainingOptions, storage_bytes: int) -> int:
     """Return the bytes of one image's minibatch items, for each latent element.
 
-    An objective of your own is taken to make items like the package's.
+    An objective of your own is taken to make items like the package's. Estimates wait for the fake score's steps.
     """
+    matched = (1 if options.matches_final_state else options.num_replayed_rows) * options.matches_distribution
     if options.from_actions:
-        return options.rows_per_image * storage_bytes * (1 + options.num_perturbations)
-    return options.rows_per_image * (storage_bytes + 4 + 4)  # state, clean image, velocity of the old policy
+        return options.rows_per_image * storage_bytes * (1 + options.num_perturbations) + 4 * matched
+    # state, clean image, velocity of the old policy
+    return options.rows_per_image * (storage_bytes + 4 + 4) + 4 * matched
 
 
 def announce_plan(policy: Policy, conditioning: Conditioning, local_images: int, size: tuple[int, int]) -> MemoryPlan:
@@ -237,12 +245,13 @@ def measure_footprint(
     )
     encoders = list(pipeline.text_encoders().values())
     trained = [p.numel() for p in pipeline.denoiser.parameters() if p.requires_grad]
+    fake = sum(p.numel() for name, p in pipeline.denoiser.named_parameters() if f".{FAKE_ADAPTER}." in f"{name}.")
     small = _part_of(pipeline, height, width, 4)
     with decoding():  # where the VAE decodes, and tiles if it was asked to
         pixels = min(height * width, tile_pixels(pipeline.vae))
         decoded = measure_decoder(pipeline, *small) * pixels // (small[0] * small[1])
     return Footprint(
-        denoiser=weight_bytes([pipeline.denoiser], trained=False),
+        denoiser=weight_bytes([pipeline.denoiser], trained=False) - 4 * fake,
         text_encoders=weight_bytes(encoders),
         vae=weight_bytes([pipeline.vae]),
         trained_parameters=sum(trained),
@@ -250,6 +259,7 @@ def measure_footprint(
         decoded_image=decoded,
         latent_elements=torch.Size(pipeline.latent_shape(height, width)).numel(),
         storage_bytes=pipeline.storage_dtype.itemsize,
+        fake_parameters=fake,
     )
 
 

@@ -11,6 +11,7 @@ from trl_tafs.pipelines.few_step import few_step_sign
 from trl_tafs.policy.carried import active_adapters
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
+from trl_tafs.training.matching import has_own_guidance
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 
@@ -61,8 +62,15 @@ def setting_notes(
             "result depends on its batch, so that rounding alone moves the ratios, and takes a part of the clip range; "
             "with equal sizes they are 1 on policy"
         )
+    if options.matches_distribution and options.dm_guidance_scale is None and has_own_guidance(options, pipeline):
+        embedded = pipeline.embedded_guidance(options.sample_embedded_guidance_scale)
+        instead = "as it is, without" if embedded is None else f"given its embedded guidance of {embedded:g}, without"
+        yield (
+            f"distribution matching: guidance is distilled into this {type(pipeline.denoiser).__name__}, so that the "
+            f"teacher is the base {instead} classifier-free guidance"
+        )
     sign = few_step_sign(pipeline, active_adapters(pipeline.denoiser))
-    if sign is not None and not getattr(options, "dm_weight", 0.0):
+    if sign is not None and not options.matches_distribution:
         yield (
             f"the model draws in few steps already ({sign}): a reward says nothing of the distribution that it was "
             "distilled to, and images get less real and more alike while it rises; the preset tafs_dm adds "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trl_tafs.method.distribution_options import DistributionOptions
 from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.options import (
     MAX_STEPS,
@@ -110,6 +111,7 @@ class TrainingOptions(
     OptimizerOptions,
     UpdateOptions,
     OldPolicyOptions,
+    DistributionOptions,
     ObjectiveOptions,
     CreditOptions,
     RewardOptions,

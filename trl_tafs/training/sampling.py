@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trl_tafs.algorithm import Algorithm
 from trl_tafs.method.noise import SampleNoise
-from trl_tafs.method.rollout import rollout
+from trl_tafs.method.rollout import LAST, rollout
 from trl_tafs.method.types import PromptBatch, Rollout
 from trl_tafs.pipelines.finite import DenoiserWatch, NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
@@ -69,7 +69,7 @@ class RolloutSampler:
         """
         levels, shape = self.algorithm.levels, self.algorithm.latent_shape
         needs, frequency = type(self.algorithm.objective).rollout_needs(self.config), self.config.sample_grid_freq
-        needs = needs | self.keep
+        needs = needs | self.keep | ({LAST} if self.config.matches_final_state else set())
         noise = SampleNoise(self.config.seed, epoch, tuple(prompts.sample_ids.tolist()), levels.device)
         groups = SampleNoise(self.config.seed, epoch, tuple(prompts.group_ids.tolist()), levels.device)
         velocity = DenoiserWatch(self.policy.pipeline, self.policy.velocity)

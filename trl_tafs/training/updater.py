@@ -19,6 +19,7 @@ from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.training.divergence import check_advantages, check_skipped, check_weights
 from trl_tafs.training.experience import Experience, ScoredBatch
 from trl_tafs.training.logs import MeanMetrics, Stopwatch, warn_main
+from trl_tafs.training.matching import Matching
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 from trl_tafs.training.progress import Progress
@@ -46,6 +47,7 @@ class Updater:
     stopwatch: Stopwatch
     progress: Progress  # counts the optimizer steps that are left out
     stop: Callable[[], bool] = lambda: False  # whether to stop, on all processes alike: asked before each micro-batch
+    matching: Matching | None = None  # distribution matching beside the loss
 
     def update(self, experience: Experience, advantages: Tensor, epoch: int) -> Iterator[StepMetrics]:
         """Yield the metrics of each optimizer step, over all inner epochs; none where nothing can move the policy.
@@ -76,16 +78,19 @@ class Updater:
             if self.policy.old is not None or inner_epochs * plan.updates_per_inner_epoch > 1:
                 items = self._with_old_policy(items, prompts)
             metrics = MeanMetrics()
+            if self.matching is not None:
+                self.matching.begin(experience, epoch)
             # Without any advantage on any process, and any other pull, a step would be Adam's momentum alone.
-            idle = not advantages.any() and bool(self.objective.without_gradient(items).all())
+            idle = not advantages.any() and bool(self._still(items).all())
             for inner_epoch in range(0 if idle else inner_epochs):
                 for index, still in self.micro_batches(items, epoch, inner_epoch):
                     if self.stop():
                         raise Stopped
                     with accelerator.accumulate(self.policy.model):
                         if not still or accelerator.sync_gradients:
-                            micro = items[index.to(items.sample.device)]
-                            self._backward(micro, [prompts[i] for i in index.tolist()], metrics)
+                            output = self._output(items, prompts, index, inner_epoch)
+                            accelerator.backward(output.loss)
+                            metrics.add(output.metrics | {"loss": output.loss})
                         self._step(metrics, epoch)
                     bar.update()
                     if accelerator.sync_gradients:
@@ -126,12 +131,17 @@ class Updater:
         generator = torch.Generator().manual_seed(key)
         images = torch.randperm(self.plan.local_images, generator=generator)
         chosen = torch.rand(len(images), count, generator=generator).argsort(1)[:, : config.num_replayed_rows]
-        still = self.objective.without_gradient(items).cpu()
+        still = self._still(items).cpu()
         for update in images.split(self.plan.images_per_update):
             index = (update[:, None] * count + chosen[update]).flatten()
             index = index[still[index].int().argsort(descending=True, stable=True)]
             for micro in index.split(config.train_batch_size):
                 yield micro, bool(still[micro].all())
+
+    def _still(self, items: Any) -> Tensor:
+        """Return which items can't move the policy, (T,) bool; distribution matching pulls at all of them."""
+        still = self.objective.without_gradient(items)
+        return still if self.matching is None else torch.zeros_like(still)
 
     def _with_old_policy(self, items: Any, prompts: Sequence[str]) -> Any:
         """Add what the objective needs of the policy that sampled, before the first update moves the present one."""
@@ -145,10 +155,12 @@ class Updater:
             ]
         return type(items).cat(chunks)
 
-    def _backward(self, items: Any, prompts: Sequence[str], metrics: MeanMetrics) -> None:
-        output = self.loss(items, self.encode(prompts))
-        self.policy.accelerator.backward(output.loss)
-        metrics.add(output.metrics | {"loss": output.loss})
+    def _output(self, items: Any, prompts: Sequence[str], index: Tensor, inner_epoch: int) -> LossOutput:
+        """Return the loss of the micro-batch of the items at `index`, of all `items` with all `prompts`."""
+        micro = items[index.to(items.sample.device)]
+        if self.matching is not None:
+            return self.matching(self.loss, micro, index, inner_epoch, self.plan)
+        return self.loss(micro, self.encode([prompts[i] for i in index.tolist()]))
 
     def _step(self, metrics: MeanMetrics, epoch: int) -> None:
         """Take an optimizer step where gradients are complete and finite."""
@@ -164,6 +176,8 @@ class Updater:
         else:
             policy.step()
             skipped = accelerator.optimizer_step_was_skipped  # with fp16 the scaler sees to it
+        if self.matching is not None:
+            self.matching.teach(metrics, self.plan)
         self.progress.skipped_steps = self.progress.skipped_steps + 1 if skipped else 0
         if skipped:
             self._count_skipped(norm.item(), metrics, epoch)
