@@ -146,7 +146,11 @@ def test_the_card_s_code_loads_the_revision_that_was_trained_on(tmp_path):
         ({"objective": "clipped", "sample_kernel": "dance_sde", "step_credit": "trace"}, ["DanceGRPO"]),
         ({"objective": "clipped", "sample_kernel": "cps", "sample_window_size": 2}, ["Flow-CPS", "MixGRPO"]),
         ({"objective": "forward", "group_allocation": "variance"}, ["DiffusionNFT"]),
-        ({"group_allocation": "superflow", "scale_rewards": "batch"}, ["SuperFlow", "DiffusionNFT"]),
+        (
+            {"objective": "forward", "group_allocation": "superflow", "scale_rewards": "batch"},
+            ["SuperFlow", "DiffusionNFT"],
+        ),
+        ({}, []),
     ],
 )
 def test_a_card_cites_what_the_run_used(settings, names):

@@ -62,7 +62,7 @@ def loss_at_the_scheduler_s_levels(**changes):
         return scale * x
 
     x, noise = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), SampleNoise(0, 0, (0, 1, 2, 3))
-    taken = rollout(velocity, made.kernel, None, own.sigmas, x, noise, reduction=config.train_log_prob_reduction)
+    taken = rollout(velocity, made.kernel, None, own.sigmas, x, noise, reduction=config.log_prob_reduction)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None, None].expand(taken.log_probs.shape)
     rows = made.objective.items(taken, advantages, noise)
     output = made.objective(velocity, rows, None, lambda x, level, conditioning: 0.2 * x)
