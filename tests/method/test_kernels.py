@@ -18,7 +18,7 @@ from trl_tafs.method.kernels import (
     clean_estimate,
 )
 from trl_tafs.method.levels import uniform_levels, with_zero
-from trl_tafs.method.options import SamplingOptions
+from trl_tafs.method.sampling_options import SamplingOptions
 
 SHAPE = (3, 2, 4, 5)  # (B, *), D = 40
 D = 40

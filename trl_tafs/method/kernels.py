@@ -129,7 +129,7 @@ class Kernel(Part, ABC):
 
     @classmethod
     def from_options(cls, options: Any) -> Self:
-        """Return the kernel that `options.SamplingOptions` ask for; raise ValueError if they don't fit it."""
+        """Return the kernel that `sampling_options.SamplingOptions` ask for; raise ValueError if they don't fit it."""
         return cls._made(options, "sampler_kwargs")
 
     @property

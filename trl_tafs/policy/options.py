@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.distribution_options import DistributionOptions
-from trl_tafs.method.options import SamplingOptions
+from trl_tafs.method.sampling_options import SamplingOptions
 from trl_tafs.options import (
     Options,
     RunOptions,

@@ -7,14 +7,8 @@ from typing import ClassVar
 
 from trl_tafs.method.distribution_options import DistributionOptions
 from trl_tafs.method.guidance import is_guided
-from trl_tafs.method.options import (
-    MAX_STEPS,
-    CreditOptions,
-    LossOptions,
-    MethodOptions,
-    ObjectiveOptions,
-    SamplingOptions,
-)
+from trl_tafs.method.options import CreditOptions, LossOptions, MethodOptions, ObjectiveOptions
+from trl_tafs.method.sampling_options import MAX_STEPS, SamplingOptions
 from trl_tafs.options import Options, RunOptions, check_at_least, check_at_least_1_or_none, check_not_empty, option
 from trl_tafs.output.errors import shown
 from trl_tafs.pipelines.options import PipelineOptions
