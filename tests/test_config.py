@@ -81,7 +81,7 @@ def test_every_field_has_help_and_a_default():
 
 def test_defaults_are_the_papers_with_the_matched_reading_of_its_equation_10():
     config = TAFSGRPOConfig()
-    assert (config.objective, config.beta, config.level_weighting) == ("matched", 0.02, "clean")
+    assert (config.objective, config.beta, config.level_weighting) == ("matched", 0.01, "clean")
     forward = TAFSGRPOConfig(objective="forward")
     assert (forward.forward_levels, forward.forward_images) == ("trajectory", "final")
     assert (forward.beta, forward.level_weighting) == (0.2, "adaptive")

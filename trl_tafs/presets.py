@@ -24,7 +24,7 @@ _MATCHED = {
     "objective": "matched",
     "sample_kernel": "annealed",
     "step_credit": "step",  # Eq. 10 credits step n with A^n
-    "beta": 0.02,  # docs/learning.md
+    "beta": 0.01,  # docs/learning.md
 }
 # GRPO on the SDE of Flow-GRPO: Liu et al. 2025, arXiv 2505.05470; flow_grpo, config/grpo.py, general_ocr_sd3.
 _FLOW_GRPO = {

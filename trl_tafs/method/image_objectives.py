@@ -258,7 +258,7 @@ class MatchedObjective(MatchingLoss):
     reduction: str = field(default="mean", kw_only=True)
     default_weighting: ClassVar[str | None] = "clean"
     default_reduction: ClassVar[str] = "mean"
-    default_beta: ClassVar[float] = 0.02
+    default_beta: ClassVar[float] = 0.01
     description: ClassVar[str] = (
         "each step's prediction is moved to the next clean image or away from it, by how that compares (a clipped "
         "policy gradient)"

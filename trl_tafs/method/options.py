@@ -156,7 +156,7 @@ class LossOptions(Options):
         None,
         "Weight of the KL to the base without the adapter; of forward, awm and matched: half the squared distance of "
         "the velocities. A mean over latent elements: beside a policy term in sqrt units (train_log_prob_reduction) it "
-        "weighs sqrt(D) times less than beside public code's mean. None: .02 for matched and .2 for forward, which "
+        "weighs sqrt(D) times less than beside public code's mean. None: .01 for matched and .2 for forward, which "
         "costs a reference evaluation a trained row and keeps what the reward doesn't see (docs/learning.md); 0 for "
         "the others (paper: none).",
     )
@@ -274,7 +274,7 @@ class MethodOptions(LossOptions, DistributionOptions, ObjectiveOptions, CreditOp
         if self.objective_class.warns_without_beta and self.beta == 0:
             warnings.warn(
                 f"beta is 0: objective={self.objective!r} pushes away from images that compare badly without an end, "
-                "and long runs leave what the base draws; use beta=0.2",
+                f"and long runs leave what the base draws; use beta={self.objective_class.default_beta or 0.2:g}",
                 stacklevel=4,  # where the configuration is made
             )
 
