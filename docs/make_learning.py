@@ -110,6 +110,8 @@ def main() -> None:
     parts = {"size": size_table, "brake": brake_table, "updates": updates_table}
     parts |= {"ablation": ablation_table, "gradients": gradient_table}
     for name, make in parts.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         made = make()
         before, _, rest = text.partition(f"<!-- {name} -->")
         text = f"{before}<!-- {name} -->\n{made}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
