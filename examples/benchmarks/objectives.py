@@ -1,4 +1,4 @@
-"""Which objective learns, holds and keeps at which size: the runs behind docs/learning.md and the default.
+"""Which objective learns, holds and keeps at which size: the runs behind docs/learning.md.
 
     python examples/benchmarks/objectives.py --jobs 2               # the table: each setting at its best rate
     python examples/benchmarks/objectives.py --part brake           # the default over rates and four times as long

@@ -86,10 +86,10 @@ class ObjectiveOptions(Options):
     title: ClassVar[str] = "Objective"
 
     objective: str = option(
-        "matched",
-        "matched: the paper's Eq. 10 with the next clean image as the action of the state before it; clipped: Eq. 10 "
-        "on the sampler's own actions, GRPO's surrogate; forward: DiffusionNFT's, which needs no likelihood; awm: "
-        "advantage-weighted matching, forward's simpler sibling.",
+        "forward",
+        "forward: DiffusionNFT's, which needs clean images and no likelihood, and holds in long runs; matched: the "
+        "paper's Eq. 10 with the next clean image as the action of the state before it; clipped: Eq. 10 on the "
+        "sampler's own actions, GRPO's surrogate; awm: advantage-weighted matching, forward's simpler sibling.",
     )
     forward_levels: str = option(
         "trajectory",
