@@ -353,7 +353,7 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
             {"objective": "clipped", "train_clip_weighting": "ratio", "train_level_weighting": "gaussian"},
             "'ratio' has no effect with train_level_weighting='gaussian', whose weights are 1",
         ),
-        ({"train_clip_weighting": "ratio"}, "train_clip_weighting=ratio has no effect with objective='matched'"),
+        ({"train_clip_weighting": "ratio"}, "train_clip_weighting=ratio has no effect with objective='forward'"),
         ({"train_updates_per_epoch": 0}, "train_updates_per_epoch is 0; it must be at least 1, or None"),
         ({"group_memory": 0.0}, "group_memory is 0.0"),
         ({"credit_trace": -1.0}, "credit_trace is -1.0; it must be at least 0"),
