@@ -50,7 +50,7 @@ METHOD = {
 METHOD["distribution"] = {"levels", "noise", "papers", "kernels"}
 METHOD["distribution_options"] = set()
 METHOD["superflow"] = {"noise", "papers", "advantages", "allocation"}
-METHOD["sampling_options"] = {"kernels"}
+METHOD["sampling_options"] = {"kernels", "levels"}
 METHOD["options"] = set(METHOD)
 
 HEAVY = {"diffusers", "transformers", "open_clip", "accelerate", "peft", "trl", "datasets", "huggingface_hub"}

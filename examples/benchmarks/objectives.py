@@ -1,8 +1,9 @@
 """Which objective learns, holds and keeps at which size: the runs behind docs/learning.md.
 
     python examples/benchmarks/objectives.py --jobs 2               # the table: each setting at its best rate
-    python examples/benchmarks/objectives.py --part brake           # the default over rates and four times as long
+    python examples/benchmarks/objectives.py --part brake --settings tafs   # over rates, and four times as long
     python examples/benchmarks/objectives.py --part updates         # 4 and 16 optimizer steps an epoch, and what holds
+    python examples/benchmarks/objectives.py --part spread          # how the log-ratio is spread, by D
     python examples/benchmarks/objectives.py --part seconds         # what an epoch of each setting takes
 
 Three sizes: digits (D = 64), words (1,536), large words (4,320). The budget is a number of epochs that take about
@@ -27,10 +28,14 @@ from typing import Any
 import torch
 from bench_run import epoch_seconds, make_trainer, train_epoch
 from tasks import TASKS, Task
+from torch import Tensor
+
+from trl_tafs import TAFSGRPOTrainer
+from trl_tafs.method.kernels import clean_estimate
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "objectives.json"
 SIZES = {"digits": 64, "words": 1536, "large": 4320}  # D
-RATES = {"digits": (1e-3, 3e-3, 1e-2), "words": (1e-3, 3e-3), "large": (1e-3, 3e-3)}
+RATES = {"digits": (1e-3, 3e-3, 1e-2), "words": (1e-3, 3e-3), "large": (1e-3, 2e-3, 3e-3)}
 BRAKE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 STEPS = (2, 4, 8)
 CHOICE_SEED, CHOICE_NOISE = 100, 2000
@@ -38,6 +43,8 @@ NOISE = 1000
 AVERAGE = {"train_use_ema": True, "train_ema_decay": 0.9}
 SETTINGS: dict[str, dict[str, Any]] = {
     "tafs": {"preset": "tafs", "options": {}},
+    "tafs, beta .02": {"preset": "tafs", "options": {"beta": 0.02}},
+    "tafs, beta .05": {"preset": "tafs", "options": {"beta": 0.05}},
     "tafs, no KL": {"preset": "tafs", "options": {"beta": 0.0}},
     "annealed": {"preset": "tafs_annealed", "options": {}},
     "annealed, KL": {"preset": "tafs_annealed", "options": {"beta": 0.2}},
@@ -57,6 +64,8 @@ HOLDS: dict[str, dict[str, Any]] = {  # what holds the ratio, with several optim
 UPDATE_EPOCHS = {"digits": 12, "words": 8, "large": 6}
 UPDATE_RATE = 1e-3
 TUNED_AS = {  # whose best rate a setting has, where it isn't tried itself
+    "tafs, beta .02": "tafs",
+    "tafs, beta .05": "tafs",
     "tafs, no KL": "tafs",
     "forward, final, no KL": "forward, final",
     "forward, every": "forward, final",
@@ -64,11 +73,14 @@ TUNED_AS = {  # whose best rate a setting has, where it isn't tried itself
 }
 # Epochs of about equal CPU time, by `--part seconds`: a reference costs a quarter, an OCR of every step more than that
 EPOCHS: dict[str, dict[str, int]] = {
-    "digits": {"tafs": 16, "tafs, no KL": 19, "annealed": 18, "annealed, KL": 16, "forward, final": 17}
+    "digits": dict.fromkeys(("tafs", "tafs, beta .02", "tafs, beta .05"), 16)
+    | {"tafs, no KL": 19, "annealed": 18, "annealed, KL": 16, "forward, final": 17}
     | {"forward, final, no KL": 20, "forward, every": 15, "forward, every, no KL": 17},
-    "words": {"tafs": 16, "tafs, no KL": 18, "annealed": 18, "annealed, KL": 16, "forward, final": 26}
+    "words": dict.fromkeys(("tafs", "tafs, beta .02", "tafs, beta .05"), 16)
+    | {"tafs, no KL": 18, "annealed": 18, "annealed, KL": 16, "forward, final": 26}
     | {"forward, final, no KL": 29, "forward, every": 16, "forward, every, no KL": 18},
-    "large": {"tafs": 14, "tafs, no KL": 16, "annealed": 16, "annealed, KL": 14, "forward, final": 20}
+    "large": dict.fromkeys(("tafs", "tafs, beta .02", "tafs, beta .05"), 14)
+    | {"tafs, no KL": 16, "annealed": 16, "annealed, KL": 14, "forward, final": 20}
     | {"forward, final, no KL": 23, "forward, every": 14, "forward, every, no KL": 16},
 }
 
@@ -208,21 +220,21 @@ def table(runs: Runs, tasks: list[str], names: list[str], seeds: list[int]) -> d
     return told
 
 
-def brake(runs: Runs, tasks: list[str], rates: list[float], seeds: list[int]) -> dict[str, Any]:
-    """The default over rates, at the usual number of epochs and four times it."""
+def brake(runs: Runs, tasks: list[str], names: list[str], rates: list[float], seeds: list[int]) -> dict[str, Any]:
+    """Settings over rates, at the number of epochs that `tafs` has and at four times it."""
     told: dict[str, Any] = {}
     for task in tasks:
-        count, setting = EPOCHS[task]["tafs"], SETTINGS["tafs"]
-        calls = [(run, task, setting, rate, s, (count, 4 * count), True) for rate in rates for s in seeds]
+        count, tried = EPOCHS[task]["tafs"], [(name, rate) for name in names for rate in rates]
+        calls = [(run, task, SETTINGS[n], rate, s, (count, 4 * count), True) for n, rate in tried for s in seeds]
         found = iter(runs(calls))
         told[task] = {"base": runs([(base, task)])[0]}
-        for rate in rates:
-            mine = [next(found)["at"] for _ in seeds]
-            told[task][f"{rate:g}"] = {
+        for name, rate in tried:
+            mine, row = [next(found)["at"] for _ in seeds], f"{name}, {rate:g}"
+            told[task][row] = {
                 f"{times} x": {str(n): summary([item[str(times * count)][str(n)] for item in mine]) for n in STEPS}
                 for times in (1, 4)
             }
-            print(task, rate, {k: v["4"] for k, v in told[task][f"{rate:g}"].items()}, flush=True)
+            print(task, row, {k: v["4"] for k, v in told[task][row].items()}, flush=True)
     return told
 
 
@@ -248,10 +260,62 @@ def updates(runs: Runs, tasks: list[str], counts: tuple[int, ...], seeds: list[i
     return told
 
 
+@torch.no_grad()
+def estimates(trainer: TAFSGRPOTrainer, items: Any, prompts: list[str]) -> Tensor:
+    """The policy's clean estimates at all items, (T, D)."""
+    found = []
+    for rows in torch.arange(len(items)).split(96):
+        part, conditioning = items[rows], trainer.encode([prompts[row] for row in rows])
+        v = trainer.policy.velocity(part.state, part.level, conditioning).float()
+        found.append(clean_estimate(part.state.float(), v, part.level).flatten(1))
+    return torch.cat(found)
+
+
+def spread(task_name: str, preset: str, updates: int = 4) -> dict[str, float]:
+    """How the log-ratio is spread after so many optimizer steps on one epoch's images, at a rate of 1e-3.
+
+    The change of an action's mean is `dm`, the action's distance from the old mean `d`, both in deviations: the
+    log-ratio is `<d, dm> - |dm|^2 / 2`. Returned: the deviation of the cosine of the two over actions, that of
+    `<d, dm> / D`, and the mean of `|dm|^2 / (2 D)`, its drift.
+    """
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(TASKS[task_name](), {"preset": preset, "options": {}, "rate": 1e-3}, 0, folder)
+        for _ in range(3):
+            train_epoch(trainer)
+        experience = trainer.collector.collect(3, 3)
+        advantages = trainer.algorithm.credit(experience.rewards, experience.prompts, 3).advantages
+        items = trainer.updater.minibatch_items(experience.batches, experience.local(advantages), 3)
+        drawn = [prompt for batch in experience.batches for prompt in batch.prompts.prompts]
+        prompts = [drawn[image] for image in items.sample.tolist()]
+        old = estimates(trainer, items, prompts)
+        for _ in range(updates):
+            list(trainer.updater.update(experience, advantages, 3))
+        change = estimates(trainer, items, prompts) - old
+    if preset == "tafs":
+        distance = items.clean.flatten(1) - old
+    else:  # the action is (1 - s') xhat + s' eps
+        after = items.next_level[:, None]
+        distance = (items.action.flatten(1).float() - (1 - after) * old) / after
+        change = change * (1 - after) / after
+    product = (distance * change).mean(1)
+    lengths = distance.square().mean(1).sqrt() * change.square().mean(1).sqrt()
+    told = {"cosine": (product / lengths).std(), "log_ratio": product.std(), "drift": change.square().mean() / 2}
+    return {name: round(value.item(), 5) for name, value in told.items()}
+
+
+def spreads(runs: Runs, tasks: list[str]) -> dict[str, Any]:
+    """`spread` of the action that has structure and of the one that is noise."""
+    told = {task: {name: runs([(spread, task, name)])[0] for name in ("tafs", "tafs_annealed")} for task in tasks}
+    print(json.dumps(told, indent=1), flush=True)
+    return told
+
+
 def main() -> None:
     """Run what is missing; write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["table", "brake", "updates", "seconds"], default="table")
+    parser.add_argument("--part", choices=["table", "brake", "updates", "spread", "seconds"], default="table")
     parser.add_argument("--tasks", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(BRAKE_RATES), help="of the brake's table")
@@ -264,9 +328,11 @@ def main() -> None:
     if args.part == "table":
         told = table(runs, args.tasks, args.settings, args.seeds)
     elif args.part == "brake":
-        told = brake(runs, args.tasks, args.rates, args.seeds)
+        told = brake(runs, args.tasks, args.settings, args.rates, args.seeds)
     elif args.part == "updates":
         told = updates(runs, args.tasks, (4, 16), args.seeds)
+    elif args.part == "spread":
+        told = spreads(runs, args.tasks)
     else:
         told = seconds(runs, args.tasks, {name: SETTINGS[name] for name in args.settings})
     kept = json.loads(args.results.read_text()) if args.results.exists() else {}

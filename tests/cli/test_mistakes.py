@@ -1,12 +1,16 @@
 """A user's mistakes: each is one line that names the mistake and the remedy, before a model is loaded; no traceback."""
 
+import argparse
 import json
 import os
 import sys
 
 import pytest
 
+from trl_tafs.cli.arguments import add_prompt_options
 from trl_tafs.cli.main import main
+from trl_tafs.method.levels import LEVELS
+from trl_tafs.method.options import MethodOptions
 
 PROMPTS = "--prompts {folder}/prompts.txt"
 MODEL = "--pretrained_model {model} --dtype float32"
@@ -287,3 +291,10 @@ def test_one_command_reads_what_python_reads(tmp_path):
     assert config.eval_num_steps == [4, 8] and all(type(w) is float for w in config.reward_weights)
     file.write_text(json.dumps({"env": {"A_TEST": 7}, "seed": 3}))
     assert parse_arguments(["--config", str(file)])[1].seed == 3 and os.environ.pop("A_TEST") == "7"
+
+
+def test_the_command_line_offers_the_levels_that_there_are():
+    parser = argparse.ArgumentParser()
+    add_prompt_options(parser)
+    (action,) = [action for action in parser._actions if action.dest == "levels"]
+    assert tuple(action.choices) == LEVELS and action.default == MethodOptions().sample_levels

@@ -43,9 +43,9 @@ def test_the_brake_reports_each_rate_at_both_lengths(tmp_path):
     for rate in (1e-3, 1e-2):
         rows = {str(e): {str(n): FULL | {"reward": 100 * rate + e / 1000} for n in (2, 4, 8)} for e in (16, 64)}
         kept(runs, (objectives.run, "words", setting, rate, 0, (16, 64), True), {"at": rows, "updates": 64})
-    told = objectives.brake(runs, ["words"], [1e-3, 1e-2], [0])["words"]
-    assert told["0.001"]["1 x"]["4"]["reward"] == pytest.approx(0.116)
-    assert told["0.01"]["4 x"]["8"]["reward"] == pytest.approx(1.064)
+    told = objectives.brake(runs, ["words"], ["tafs"], [1e-3, 1e-2], [0])["words"]
+    assert told["tafs, 0.001"]["1 x"]["4"]["reward"] == pytest.approx(0.116)
+    assert told["tafs, 0.01"]["4 x"]["8"]["reward"] == pytest.approx(1.064)
 
 
 def test_shares_of_clipped_actions_are_the_log_s_means(tmp_path):
@@ -78,3 +78,10 @@ def test_a_run_is_judged_at_2_4_and_8_steps_or_for_the_choice_by_other_noise():
     choice = objectives.run("digits", setting, 1e-3, 0, (1,), False)["at"]["1"]
     assert set(choice) == {"choice"}
     assert choice["choice"] != told["at"]["1"]["4"]["reward"], "other noise"
+
+
+def test_an_action_of_noise_is_spread_as_noise_is_and_one_with_structure_wider():
+    noise, structure = (objectives.spread("digits", preset, updates=1) for preset in ("tafs_annealed", "tafs"))
+    assert noise["cosine"] == pytest.approx(64**-0.5, rel=0.2)
+    assert structure["cosine"] > 1.5 * noise["cosine"]
+    assert structure["log_ratio"] > 0 and structure["drift"] > 0

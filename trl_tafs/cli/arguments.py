@@ -289,7 +289,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedded_guidance_scale", type=float, help="of a distilled model (default: the pipeline's)")
     parser.add_argument(
         "--levels",
-        choices=["uniform", "scheduler"],
+        choices=["uniform", "scheduler"],  # levels.LEVELS, which would import torch
         default="uniform",
         help="of the steps, as sample_levels in training",
     )

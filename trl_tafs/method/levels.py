@@ -14,6 +14,8 @@ from torch import Tensor
 
 from trl_tafs.method.papers import MIX_GRPO, Paper
 
+LEVELS = ("uniform", "scheduler")  # what the steps' levels can be: `uniform_levels`, `scheduler_levels`
+
 
 def uniform_levels(num_steps: int) -> Tensor:
     r"""Return the paper's uniform division of the trajectory, `tau = T / N` (section 3.3).

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_tafs.method.kernels import KERNELS, Kernel
+from trl_tafs.method.levels import LEVELS
 from trl_tafs.options import (
     Options,
     check_at_least,
@@ -134,7 +135,7 @@ class SamplingOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
-        check_choice(self, "sample_levels", ("uniform", "scheduler"))
+        check_choice(self, "sample_levels", LEVELS)
         check_choice(self, "clean_baseline", ("state", "group"))
         check_choice(self, "group_allocation", ("fixed", "variance", "streaming", "superflow"))
         check_choice(self, "group_averaging", ("images", "prompts"))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.kernels import Annealed, Kernel
-from trl_tafs.method.levels import level_to_timestep, scheduler_levels, uniform_levels
+from trl_tafs.method.levels import LEVELS, level_to_timestep, scheduler_levels, uniform_levels
 from trl_tafs.method.noise import Noise, SequentialNoise
 from trl_tafs.method.rollout import replay, rollout
 from trl_tafs.method.types import Conditioning, Embeddings, Rollout, Transitions
@@ -296,8 +296,8 @@ class TAFSPipelineMixin(ABC):
         """
         if levels == "uniform":
             return uniform_levels(num_steps)
-        if levels != "scheduler":
-            raise ValueError(f"the levels are to be {levels!r}; use uniform or scheduler")
+        if levels not in LEVELS:
+            raise ValueError(f"the levels are to be {levels!r}; use {' or '.join(LEVELS)}")
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(flow_match_config(self.scheduler))
         return scheduler_levels(num_steps, scheduler.sigma_min)
 

@@ -99,6 +99,12 @@ def choose_adapter(denoiser: nn.Module, config: PolicyOptions, lora_config: Any 
     return TrainedAdapter(name, name not in attached, beneath)
 
 
+def fake_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of a denoiser's fake score by their names; none where it has no fake score."""
+    part = f".{FAKE_ADAPTER}."
+    return {name: parameter for name, parameter in denoiser.named_parameters() if part in f"{name}."}
+
+
 def drop_fake(denoiser: nn.Module) -> None:
     """Take off the fake score that an earlier trainer left on a denoiser: the next one begins anew."""
     if FAKE_ADAPTER in getattr(denoiser, "peft_config", {}):

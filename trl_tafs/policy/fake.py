@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trl_tafs.policy.carried import FAKE_ADAPTER, TrainedAdapter, activate
+from trl_tafs.policy.carried import FAKE_ADAPTER, TrainedAdapter, activate, fake_parameters
 from trl_tafs.policy.lora import seeded
 from trl_tafs.policy.optimizer import make_optimizer, set_options
 from trl_tafs.policy.options import PolicyOptions
@@ -40,8 +40,7 @@ class FakeScore:
         with seeded(config.seed, FAKE_ADAPTER), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that there are two is meant
             denoiser.add_adapter(own, FAKE_ADAPTER)
-        part = f".{FAKE_ADAPTER}."
-        self.named = {name: p for name, p in denoiser.named_parameters() if part in f"{name}."}
+        self.named = fake_parameters(denoiser)
         self.parameters = list(self.named.values())
         for parameter in self.parameters:
             parameter.data = parameter.data.float()

@@ -31,6 +31,7 @@ class Estimates:
     """Clean estimates of the policy, and whose they are."""
 
     clean: Tensor  # (T, *) float32, without gradient
+    images: list[int]  # T, places among this process's images of the epoch
     prompts: list[str]  # T
     keys: list[Key]  # T, of their noise
 
@@ -111,10 +112,10 @@ class Matching:
         rows = self._final_rows(places) if self.config.dm_rows == "final" else places
         if not rows:
             return output
-        prompts = [self.images[image][1] for image, _ in rows]
+        images, prompts = [image for image, _ in rows], [self.images[image][1] for image, _ in rows]
         keys = [(self.config.seed, self.epoch, self.images[i][0], "matching", row, inner_epoch) for i, row in rows]
-        estimate = self._estimate([image for image, _ in rows], prompts, seen)
-        self.waiting.append(Estimates(estimate.detach(), prompts, keys))
+        estimate = self._estimate(images, prompts, seen)
+        self.waiting.append(Estimates(estimate.detach(), images, prompts, keys))
         first = [(*key, 0) for key in keys]
         term, metrics = self.formula(estimate, first, self._teacher(prompts), self._fake(prompts))
         share = len(rows) * plan.micro_batches_per_update / self._rows_per_update(plan)
@@ -123,8 +124,8 @@ class Matching:
 
     def _final_rows(self, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return those of the images that no earlier micro-batch of the optimizer step had, with the last step."""
-        before = {key[2] for rows in self.waiting for key in rows.keys}
-        found = dict.fromkeys(image for image, _ in places if self.images[image][0] not in before)
+        before = {image for rows in self.waiting for image in rows.images}
+        found = dict.fromkeys(image for image, _ in places if image not in before)
         return [(image, self.config.sample_num_steps - 1) for image in found]
 
     def _rows_per_update(self, plan: EpochPlan) -> int:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
-from trl_tafs.policy.carried import FAKE_ADAPTER
+from trl_tafs.policy.carried import fake_parameters
 from trl_tafs.policy.policy import Policy
 from trl_tafs.training.options import TrainingOptions
 
@@ -245,7 +245,7 @@ def measure_footprint(
     )
     encoders = list(pipeline.text_encoders().values())
     trained = [p.numel() for p in pipeline.denoiser.parameters() if p.requires_grad]
-    fake = sum(p.numel() for name, p in pipeline.denoiser.named_parameters() if f".{FAKE_ADAPTER}." in f"{name}.")
+    fake = sum(parameter.numel() for parameter in fake_parameters(pipeline.denoiser).values())
     small = _part_of(pipeline, height, width, 4)
     with decoding():  # where the VAE decodes, and tiles if it was asked to
         pixels = min(height * width, tile_pixels(pipeline.vae))

@@ -74,7 +74,7 @@ def setting_notes(
         yield (
             f"the model draws in few steps already ({sign}): a reward says nothing of the distribution that it was "
             "distilled to, and images get less real and more alike while it rises; the preset tafs_dm adds "
-            "distribution matching, which holds the model there"
+            "distribution matching, a pull towards what the base draws"
         )
     if options.vae_tiling and not vae_tiles(pipeline.vae, *size):
         yield f"vae_tiling has no effect at {size[0]} x {size[1]}: this VAE decodes that size as one tile"
