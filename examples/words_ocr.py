@@ -146,7 +146,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(LAYOUTS), default="small")
-    parser.add_argument("--setting", choices=list(SETTINGS), default="forward")
+    parser.add_argument("--setting", choices=list(SETTINGS), default="tafs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default the setting's")
     parser.add_argument("--seconds", type=float, help="of CPU time to train for, instead of a number of epochs")

@@ -79,12 +79,12 @@ def test_every_field_has_help_and_a_default():
     assert not [name for name, field in FIELDS.items() if field.default is missing and field.default_factory is missing]
 
 
-def test_defaults_are_the_papers_but_for_the_objective():
+def test_defaults_are_the_papers_with_the_matched_reading_of_its_equation_10():
     config = TAFSGRPOConfig()
-    assert (config.objective, config.forward_levels, config.forward_images) == ("forward", "trajectory", "final")
-    assert (config.beta, config.level_weighting) == (0.2, "adaptive")
-    matched = TAFSGRPOConfig(objective="matched")
-    assert (matched.beta, matched.level_weighting, matched.log_prob_reduction) == (0.01, "clean", "mean")
+    assert (config.objective, config.beta, config.level_weighting) == ("matched", 0.1, "adaptive")
+    forward = TAFSGRPOConfig(objective="forward")
+    assert (forward.forward_levels, forward.forward_images) == ("trajectory", "final")
+    assert (forward.beta, forward.level_weighting) == (0.2, "adaptive")
     assert (config.sample_num_steps, config.num_generations) == (4, None)
     assert (config.lora_rank, config.lora_alpha) == (32, 64)
     assert (config.train_learning_rate, config.train_adam_weight_decay) == (3e-4, 1e-4)
@@ -353,7 +353,7 @@ def test_a_choice_that_does_not_exist_is_an_error_that_names_those_that_do(name)
             {"objective": "clipped", "train_clip_weighting": "ratio", "train_level_weighting": "gaussian"},
             "'ratio' has no effect with train_level_weighting='gaussian', whose weights are 1",
         ),
-        ({"train_clip_weighting": "ratio"}, "train_clip_weighting=ratio has no effect with objective='forward'"),
+        ({"train_clip_weighting": "ratio"}, "train_clip_weighting=ratio has no effect with objective='matched'"),
         ({"train_updates_per_epoch": 0}, "train_updates_per_epoch is 0; it must be at least 1, or None"),
         ({"group_memory": 0.0}, "group_memory is 0.0"),
         ({"credit_trace": -1.0}, "credit_trace is -1.0; it must be at least 0"),

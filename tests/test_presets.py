@@ -79,4 +79,4 @@ def test_presets_are_told_apart_by_what_their_papers_tell_them_apart():
         *("sample_window_size", "sample_window_range", "sample_window_order", "sample_window_interval"),
         *("sample_eta", "beta", "train_kl_weighting", "train_log_prob_reduction", "train_clip_range"),
     }
-    assert dataclasses.asdict(TAFSGRPOConfig()) == dataclasses.asdict(TAFSGRPOConfig.from_preset("tafs_nft"))
+    assert dataclasses.asdict(TAFSGRPOConfig()) == dataclasses.asdict(TAFSGRPOConfig.from_preset("tafs"))

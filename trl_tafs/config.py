@@ -28,9 +28,8 @@ class TAFSGRPOConfig(PublishingOptions):
 
     Each group of fields is a dataclass beside what it configures, with its own checks; here are the rules between
     groups. Defaults are the paper's where it gives them (N = 4 steps, groups of 48, AdamW 3e-4 / 1e-4, LoRA 32 / 64,
-    512 px), but for the objective: with the next clean image as the action its Eq. 10 is `from_preset("tafs")`, on the
-    sampler's own actions `from_preset("paper")`, and what holds best is the default (docs/learning.md). See
-    `docs/configuration.md` for the whole list with the reasons.
+    512 px), its Eq. 10 with the next clean image as the action (docs/algorithm.md); on the sampler's own actions it is
+    `from_preset("paper")`. See `docs/configuration.md` for the whole list with the reasons.
     """
 
     @classmethod

@@ -24,7 +24,7 @@ _MATCHED = {
     "objective": "matched",
     "sample_kernel": "annealed",
     "step_credit": "step",  # Eq. 10 credits step n with A^n
-    "beta": 0.01,  # docs/learning.md
+    "beta": 0.1,  # docs/learning.md
 }
 # GRPO on the SDE of Flow-GRPO: Liu et al. 2025, arXiv 2505.05470; flow_grpo, config/grpo.py, general_ocr_sd3.
 _FLOW_GRPO = {
@@ -51,7 +51,7 @@ _SD3_GUIDANCE = {"sample_guidance_scale": 4.5, "train_cfg": True}  # general_ocr
 PRESETS: dict[str, dict[str, Any]] = {
     # Eq. 10 to the letter
     "paper": {**_TAFS, "train_level_weighting": "gaussian", "num_perturbations": 1},
-    # Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
+    # the defaults: Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
     "tafs": _MATCHED,
     # the same with distribution matching beside the reward (docs/distribution_matching.md)
     "tafs_dm": {**_MATCHED, "dm_weight": 0.25, "dm_rows": "final", "train_updates_per_epoch": 4},
@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_perturbations": 4,  # explorations of one mean cost no evaluation of the denoiser
         "train_level_weighting": "gaussian",
     },
-    # DiffusionNFT's objective on annealed few-step rollouts, from the final image's reward: the defaults
+    # DiffusionNFT's objective on annealed few-step rollouts, from the final image's reward
     "tafs_nft": {"objective": "forward", "forward_levels": "trajectory", "forward_images": "final", "beta": 0.2},
     # the same with every step's clean image and its own reward
     "tafs_nft_stepwise": {

@@ -1,4 +1,4 @@
-"""Which objective learns, holds and keeps at which size: the runs behind docs/learning.md.
+"""Which objective learns, holds and keeps at which size: the runs behind docs/learning.md and the default.
 
     python examples/benchmarks/objectives.py --jobs 2               # the table: each setting at its best rate
     python examples/benchmarks/objectives.py --part brake --settings tafs   # over rates, and four times as long
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from trl_tafs import TAFSGRPOTrainer
 from trl_tafs.method.kernels import clean_estimate
+from trl_tafs.method.losses import matching_weight
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "objectives.json"
 SIZES = {"digits": 64, "words": 1536, "large": 4320}  # D
@@ -41,11 +43,14 @@ STEPS = (2, 4, 8)
 CHOICE_SEED, CHOICE_NOISE = 100, 2000
 NOISE = 1000
 AVERAGE = {"train_use_ema": True, "train_ema_decay": 0.9}
+CLEAN = {"train_level_weighting": "clean", "train_clip_range": 0.01}
 SETTINGS: dict[str, dict[str, Any]] = {
     "tafs": {"preset": "tafs", "options": {}},
-    "tafs, beta .02": {"preset": "tafs", "options": {"beta": 0.02}},
-    "tafs, beta .05": {"preset": "tafs", "options": {"beta": 0.05}},
     "tafs, no KL": {"preset": "tafs", "options": {"beta": 0.0}},
+    "clean weights, beta .01": {"preset": "tafs", "options": {**CLEAN, "beta": 0.01}},
+    "clean weights, beta .02": {"preset": "tafs", "options": {**CLEAN, "beta": 0.02}},
+    "clean weights, beta .05": {"preset": "tafs", "options": {**CLEAN, "beta": 0.05}},
+    "clean weights, no KL": {"preset": "tafs", "options": {**CLEAN, "beta": 0.0}},
     "annealed": {"preset": "tafs_annealed", "options": {}},
     "annealed, KL": {"preset": "tafs_annealed", "options": {"beta": 0.2}},
     "forward, final": {"preset": "tafs_nft", "options": {}},
@@ -64,24 +69,30 @@ HOLDS: dict[str, dict[str, Any]] = {  # what holds the ratio, with several optim
 UPDATE_EPOCHS = {"digits": 12, "words": 8, "large": 6}
 UPDATE_RATE = 1e-3
 TUNED_AS = {  # whose best rate a setting has, where it isn't tried itself
-    "tafs, beta .02": "tafs",
-    "tafs, beta .05": "tafs",
     "tafs, no KL": "tafs",
+    "clean weights, beta .02": "clean weights, beta .01",
+    "clean weights, beta .05": "clean weights, beta .01",
+    "clean weights, no KL": "clean weights, beta .01",
     "forward, final, no KL": "forward, final",
     "forward, every": "forward, final",
     "forward, every, no KL": "forward, final",
 }
 # Epochs of about equal CPU time, by `--part seconds`: a reference costs a quarter, an OCR of every step more than that
+WITH_KL = ("tafs", "clean weights, beta .01", "clean weights, beta .02", "clean weights, beta .05", "annealed, KL")
+WITHOUT_KL = ("tafs, no KL", "clean weights, no KL")
 EPOCHS: dict[str, dict[str, int]] = {
-    "digits": dict.fromkeys(("tafs", "tafs, beta .02", "tafs, beta .05"), 16)
-    | {"tafs, no KL": 19, "annealed": 18, "annealed, KL": 16, "forward, final": 17}
-    | {"forward, final, no KL": 20, "forward, every": 15, "forward, every, no KL": 17},
-    "words": dict.fromkeys(("tafs", "tafs, beta .02", "tafs, beta .05"), 16)
-    | {"tafs, no KL": 18, "annealed": 18, "annealed, KL": 16, "forward, final": 26}
-    | {"forward, final, no KL": 29, "forward, every": 16, "forward, every, no KL": 18},
-    "large": dict.fromkeys(("tafs", "tafs, beta .02", "tafs, beta .05"), 14)
-    | {"tafs, no KL": 16, "annealed": 16, "annealed, KL": 14, "forward, final": 20}
-    | {"forward, final, no KL": 23, "forward, every": 14, "forward, every, no KL": 16},
+    "digits": dict.fromkeys(WITH_KL, 16)
+    | dict.fromkeys(WITHOUT_KL, 19)
+    | {"annealed": 18, "forward, final": 17, "forward, final, no KL": 20}
+    | {"forward, every": 15, "forward, every, no KL": 17},
+    "words": dict.fromkeys(WITH_KL, 16)
+    | dict.fromkeys(WITHOUT_KL, 18)
+    | {"annealed": 18, "forward, final": 26, "forward, final, no KL": 29}
+    | {"forward, every": 16, "forward, every, no KL": 18},
+    "large": dict.fromkeys(WITH_KL, 14)
+    | dict.fromkeys(WITHOUT_KL, 16)
+    | {"annealed": 16, "forward, final": 20, "forward, final, no KL": 23}
+    | {"forward, every": 14, "forward, every, no KL": 16},
 }
 
 
@@ -274,9 +285,9 @@ def estimates(trainer: TAFSGRPOTrainer, items: Any, prompts: list[str]) -> Tenso
 def spread(task_name: str, preset: str, updates: int = 4) -> dict[str, float]:
     """How the log-ratio is spread after so many optimizer steps on one epoch's images, at a rate of 1e-3.
 
-    The change of an action's mean is `dm`, the action's distance from the old mean `d`, both in deviations: the
-    log-ratio is `<d, dm> - |dm|^2 / 2`. Returned: the deviation of the cosine of the two over actions, that of
-    `<d, dm> / D`, and the mean of `|dm|^2 / (2 D)`, its drift.
+    The change of an action's mean is `dm`, the action's distance from the old mean `d`, both in the density's
+    deviations: the log-ratio is `<d, dm> - |dm|^2 / 2`. Returned: the deviation of the cosine of the two over actions,
+    that of `<d, dm> / D`, and the mean of `|dm|^2 / (2 D)`, its drift.
     """
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -294,7 +305,8 @@ def spread(task_name: str, preset: str, updates: int = 4) -> dict[str, float]:
             list(trainer.updater.update(experience, advantages, 3))
         change = estimates(trainer, items, prompts) - old
     if preset == "tafs":
-        distance = items.clean.flatten(1) - old
+        weight = matching_weight(old, items.clean.flatten(1), items.level, trainer.config.level_weighting).sqrt()
+        distance, change = weight * (items.clean.flatten(1) - old), weight * change
     else:  # the action is (1 - s') xhat + s' eps
         after = items.next_level[:, None]
         distance = (items.action.flatten(1).float() - (1 - after) * old) / after
@@ -336,7 +348,7 @@ def main() -> None:
     else:
         told = seconds(runs, args.tasks, {name: SETTINGS[name] for name in args.settings})
     kept = json.loads(args.results.read_text()) if args.results.exists() else {}
-    command = "python examples/benchmarks/objectives.py " + " ".join(sys.argv[1:])
+    command = "python examples/benchmarks/objectives.py " + shlex.join(sys.argv[1:])
     part = kept.setdefault(args.part, {"commands": [], "tasks": {}})
     part["commands"].append(command.strip())
     for task, rows in told.items():

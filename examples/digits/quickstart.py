@@ -160,7 +160,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--objective", default="forward", choices=["matched", "clipped", "forward", "awm"])
+    parser.add_argument("--objective", default="matched", choices=["matched", "clipped", "forward", "awm"])
     parser.add_argument("--level_weighting", help="see TAFSGRPOConfig.train_level_weighting")
     parser.add_argument("--step_credit", default="step")
     parser.add_argument("--images_per_digit", type=int, default=50, help="images of each digit that are judged")

@@ -150,8 +150,7 @@ def test_the_card_s_code_loads_the_revision_that_was_trained_on(tmp_path):
             {"objective": "forward", "group_allocation": "superflow", "scale_rewards": "batch"},
             ["SuperFlow", "DiffusionNFT"],
         ),
-        ({}, ["DiffusionNFT"]),
-        ({"objective": "matched"}, []),
+        ({}, []),
     ],
 )
 def test_a_card_cites_what_the_run_used(settings, names):

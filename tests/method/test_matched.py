@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import LEVELS, Linear, condition, no_reference, rolled_out
 
-from trl_tafs.method.image_objectives import MatchedObjective, MatchingObjective
+from trl_tafs.method.image_objectives import ForwardObjective, MatchedObjective, MatchingObjective
 from trl_tafs.method.kernels import Annealed, FlowSde, Ode, Windowed, clean_estimate
 from trl_tafs.method.options import MethodOptions
 from trl_tafs.method.types import ForwardItems
@@ -111,6 +111,39 @@ def test_on_policy_it_is_matching_of_every_steps_image_on_the_trajectory(weighti
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
+def test_on_policy_it_is_half_of_diffusion_nft_on_every_steps_image():
+    velocity, result, advantages = Linear(), rolled_out(Annealed()), torch.randn(5, 3, 1)
+    gradients = []
+    for objective in (MatchedObjective(), ForwardObjective(levels="trajectory", images="every", adv_clip=20.0)):
+        rows = objective.items(result, advantages, None)
+        loss = objective(velocity, rows, condition(5)[rows.sample]).loss
+        gradients.append(torch.autograd.grad(loss, velocity.parameters()))
+    for one, twice in zip(*gradients, strict=True):
+        torch.testing.assert_close(2 * one, twice)
+
+
+def pushed_away(weighting, beta, steps=200):
+    """Where a prediction, 0 at the base, is driven by an advantage of -1 for an image at 1; on policy at s = .5."""
+    objective = MatchedObjective(weighting=weighting, beta=beta)
+    policy, state = Estimates(torch.zeros(1, 1)), torch.zeros(1, 1)
+    level, advantage = torch.tensor([0.5]), torch.tensor([[-1.0]])
+    rows = ForwardItems(state, torch.ones(1, 1), level, advantage, torch.zeros(1, dtype=torch.long))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        objective(policy, rows, condition(1), lambda x, s, c: torch.zeros_like(x)).loss.backward()
+        optimizer.step()
+    return policy.estimate.item()
+
+
+def test_a_distance_to_the_base_ends_a_pull_that_does_not_grow():
+    # d = xhat - base: the push is 1, the base's pull beta |d| / s^2
+    for beta in (0.05, 0.1, 1.0):
+        assert pushed_away("adaptive", beta) == pytest.approx(-(0.25 / beta), rel=0.05)
+    # the push is 1 + |d|: stronger than the base's pull at every d where beta < s^2
+    assert pushed_away("clean", 0.2) < -1e2 and math.isfinite(pushed_away("clean", 0.3))
+
+
 def test_off_policy_the_adaptive_weight_is_the_old_policys_in_both_densities():
     objective, old, new = MatchedObjective(weighting="adaptive", reduction="sum"), Linear(), Linear(1)
     rows = rows_of(objective)
@@ -167,7 +200,7 @@ def test_by_default_the_ratio_its_clip_and_the_pull_to_the_base_are_the_same_at_
         times = items.state.shape[-1] // rows.state.shape[-1]
         with torch.no_grad():
             velocity, base = (v(rows.state, rows.level, text).repeat_interleave(times, -1) for v in (new, old))
-        policy = torch.nn.Parameter(0.98 * items.old_velocity + 0.02 * velocity)
+        policy = torch.nn.Parameter(0.9 * items.old_velocity + 0.1 * velocity)
         output = objective(lambda x, s, c, p=policy: p, items, text, lambda x, s, c, b=base: b)
         output.loss.backward()
         outputs.append(output)
@@ -190,7 +223,7 @@ def test_the_default_clip_range_clips_the_same_actions_in_every_reduction(reduct
         rows = objective.with_old_policy(old, rows, text)
 
         def between(x, level, c):
-            return 0.97 * old(x, level, c) + 0.03 * new(x, level, c)
+            return 0.9 * old(x, level, c) + 0.1 * new(x, level, c)
 
         shares.append(objective(between, rows, text).metrics["clipfrac"])
     assert shares[0] == shares[1] and 0 < shares[0] < 1

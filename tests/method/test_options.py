@@ -7,9 +7,9 @@ import pytest
 from trl_tafs.method.options import MethodOptions
 
 
-def test_matched_by_default_has_clean_weights_and_a_kl():
+def test_matched_by_default_has_a_bounded_pull_and_a_kl():
     options = MethodOptions(objective="matched")
-    assert (options.level_weighting, options.beta, options.rows_per_image) == ("clean", 0.01, 3)
+    assert (options.level_weighting, options.beta, options.rows_per_image) == ("adaptive", 0.1, 3)
     assert options.log_prob_reduction == "mean", "whose spread doesn't depend on D"
     assert not options.credits_final_image and not options.from_actions
 
@@ -43,7 +43,7 @@ def test_what_has_no_effect_or_no_sense_is_an_error(options, said):
         MethodOptions(**options)
 
 
-@pytest.mark.parametrize(("objective", "least"), [("forward", 0.2), ("awm", 0.2), ("matched", 0.01)])
+@pytest.mark.parametrize(("objective", "least"), [("forward", 0.2), ("awm", 0.2), ("matched", 0.1)])
 def test_image_objectives_without_a_kl_warn(objective, least):
     with pytest.warns(UserWarning, match=f"beta is 0: objective='{objective}' pushes away .* use beta={least}"):
         MethodOptions(objective=objective, beta=0.0)

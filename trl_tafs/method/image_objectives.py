@@ -19,8 +19,8 @@ from trl_tafs.method.papers import AWM, DIFFUSION_NFT, Paper
 from trl_tafs.method.rollout import Velocity
 from trl_tafs.method.types import Conditioning, ForwardItems, LossOutput, Rollout
 
-MATCHED_CLIP_RANGE = 0.01
-"""Default clip range of `MatchedObjective`, of the log-ratio as a mean over elements."""
+MATCHED_CLIP_RANGE = 0.05
+"""Default clip range of `MatchedObjective`, of the log-ratio as a mean over elements, with adaptive weights."""
 
 MIN_LEVEL = 0.02  # of random levels: below, a state is its own clean image
 
@@ -250,15 +250,17 @@ class MatchedObjective(MatchingLoss):
     policy predicts at `x_n` stands in for it. On policy the gradient by `xhat_n` is
     `-A (x_0^{n+1} - xhat_n) / sigma_n^2`: towards the next image where that compares well, away where it doesn't.
 
-    `weighting` says sigma_n: "clean" 1, "velocity" `s_n`; "adaptive" divides by the old policy's mean error instead,
-    the same in numerator and denominator of the ratio.
+    `weighting` says sigma_n^2. "adaptive": the old policy's mean absolute error at this row, the same in numerator and
+    denominator of the ratio. The pull is then of size |A| however far the next image lies, so that the distance to the
+    base, whose pull grows with the distance, ends every push away (docs/algorithm.md). "clean": 1; "velocity":
+    `s_n^2`. With these the push grows with the distance as well, and nothing ends it where it is the stronger one.
     """
 
-    weighting: str = field(default="clean", kw_only=True)
+    weighting: str = field(default="adaptive", kw_only=True)
     reduction: str = field(default="mean", kw_only=True)
-    default_weighting: ClassVar[str | None] = "clean"
+    default_weighting: ClassVar[str | None] = "adaptive"
     default_reduction: ClassVar[str] = "mean"
-    default_beta: ClassVar[float] = 0.01
+    default_beta: ClassVar[float] = 0.1
     description: ClassVar[str] = (
         "each step's prediction is moved to the next clean image or away from it, by how that compares (a clipped "
         "policy gradient)"
@@ -267,7 +269,7 @@ class MatchedObjective(MatchingLoss):
 
     @classmethod
     def default_clip_range(cls, reduction: str, num_elements: int) -> float:
-        """Return .01 in the units of "mean", and as much in those of another reduction.
+        """Return .05 in the units of "mean", and as much in those of another reduction.
 
         The action is no independent noise: it has the structure that the change has, so that their product, which
         "sqrt" units would let grow with D, spreads as widely at every D in "mean" units (docs/algorithm.md).

@@ -86,10 +86,10 @@ class ObjectiveOptions(Options):
     title: ClassVar[str] = "Objective"
 
     objective: str = option(
-        "forward",
-        "forward: DiffusionNFT's, which needs clean images and no likelihood, and holds in long runs; matched: the "
-        "paper's Eq. 10 with the next clean image as the action of the state before it; clipped: Eq. 10 on the "
-        "sampler's own actions, GRPO's surrogate; awm: advantage-weighted matching, forward's simpler sibling.",
+        "matched",
+        "matched: the paper's Eq. 10 with the next clean image as the action of the state before it; clipped: Eq. 10 "
+        "on the sampler's own actions, GRPO's surrogate; forward: DiffusionNFT's, which needs no likelihood; awm: "
+        "advantage-weighted matching, forward's simpler sibling.",
     )
     forward_levels: str = option(
         "trajectory",
@@ -132,7 +132,7 @@ class LossOptions(Options):
     train_clip_range: float | None = option(
         None,
         "Clip range of the ratio, in the units of train_log_prob_reduction. None: .025 in sqrt units at any "
-        "resolution (.2 in sum units at D = 64); for matched .01 in mean units.",
+        "resolution (.2 in sum units at D = 64); for matched .05 in mean units (with clean weights .01 is as much).",
     )
     train_log_prob_reduction: str | None = option(
         None,
@@ -143,8 +143,8 @@ class LossOptions(Options):
         None,
         "clipped: balanced (default), every level moves the velocity equally; gaussian, the density as it is (Eq. 10); "
         "uniform, without its 1/(2 sigma^2); std, times the action's (TempFlow-GRPO); diffusion, times the g of the "
-        "SDE whose step it is (SuperFlow). forward, awm, matched: adaptive (forward's default), velocity (awm's), or "
-        "clean (matched's), the error of the clean image.",
+        "SDE whose step it is (SuperFlow). forward, awm, matched: adaptive (default of forward and matched), whose pull "
+        "doesn't grow with the distance; velocity (awm's); or clean, the error of the clean image.",
     )
     train_clip_weighting: str = option(
         "loss",
@@ -156,7 +156,7 @@ class LossOptions(Options):
         None,
         "Weight of the KL to the base without the adapter; of forward, awm and matched: half the squared distance of "
         "the velocities. A mean over latent elements: beside a policy term in sqrt units (train_log_prob_reduction) it "
-        "weighs sqrt(D) times less than beside public code's mean. None: .01 for matched and .2 for forward, which "
+        "weighs sqrt(D) times less than beside public code's mean. None: .1 for matched and .2 for forward, which "
         "costs a reference evaluation a trained row and keeps what the reward doesn't see (docs/learning.md); 0 for "
         "the others (paper: none).",
     )
