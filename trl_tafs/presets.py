@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the defaults: Eq. 10 with the next clean image as the action of the state before it (docs/algorithm.md, "Matched")
     "tafs": _MATCHED,
     # the same with distribution matching beside the reward (docs/distribution_matching.md)
-    "tafs_dm": {**_MATCHED, "dm_weight": 0.25, "dm_rows": "final", "train_updates_per_epoch": 4},
+    "tafs_dm": {**_MATCHED, "dm_weight": 1.0, "dm_rows": "final", "train_updates_per_epoch": 4},
     # Eq. 10 on the next noisy state, with the level weights that learn where D is large (docs/learning.md)
     "tafs_annealed": {**_TAFS, "train_level_weighting": "balanced"},
     # the clean image itself is the action, explored explicitly (docs/algorithm.md)

@@ -48,12 +48,18 @@ BESIDE = {"dm_weight": 1.0, "dm_rows": "final", "dm_guidance_scale": 2.0}
 TWICE = {"train_batch_size": 96, "train_updates_per_epoch": 2}
 WON = {"train_batch_size": 48, "dm_fake_learning_rate": 1e-2}  # of `SETTINGS`: the preset's four updates an epoch
 METHODS = {"tafs": method("tafs", 3e-3, 0.80), "tafs_dm": method("tafs_dm", 3e-3, 1.2, **WON)}
+ADAPTIVE = method("tafs_dm", 3e-3, 1.2)
 START = method("tafs_dm", 3e-3, 1.1, **WON | {"beta": 0.0})
 
 
 def one(preset: str, rate: float, seconds: float, **options: Any) -> dict[str, Any]:
-    """A method with one optimizer step an epoch, and the fake score at the policy's rate, unless told otherwise."""
-    return method(preset, rate, seconds, **{"train_updates_per_epoch": 1, "dm_fake_learning_rate": rate} | options)
+    """A method with one optimizer step an epoch, and the fake score at the policy's rate, unless told otherwise.
+
+    `tafs_dm` is as it was when these rows were run, with clean weights.
+    """
+    clean = {"train_level_weighting": "clean", "train_clip_range": 0.01, "beta": 0.02, "dm_weight": 0.25}
+    first = {"train_updates_per_epoch": 1, "dm_fake_learning_rate": rate} | (clean if preset == "tafs_dm" else {})
+    return method(preset, rate, seconds, **first | options)
 
 
 # One seed each; a later one differs from the first in what its name says.
@@ -63,7 +69,12 @@ SETTINGS = {
     "two optimizer steps an epoch, fake rate 1e-2, weight .125": one(
         "tafs_dm", 3e-3, 1.2, dm_fake_learning_rate=1e-2, dm_weight=0.125, **TWICE
     ),
-    "four optimizer steps an epoch, fake rate 1e-2": METHODS["tafs_dm"],
+    "four optimizer steps an epoch, fake rate 1e-2": one(
+        "tafs_dm", 3e-3, 1.2, **WON | {"train_updates_per_epoch": 4}
+    ),
+    "adaptive weights, weight .5": ADAPTIVE | {"options": WON | {"dm_weight": 0.5}},
+    "adaptive weights, weight 1": ADAPTIVE | {"options": WON | {"dm_weight": 1.0}},
+    "adaptive weights, weight 2": ADAPTIVE | {"options": WON | {"dm_weight": 2.0}},
     "weight .125, fake rate 1e-2": one("tafs_dm", 3e-3, 1.11, dm_weight=0.125, dm_fake_learning_rate=1e-2),
     "two optimizer steps an epoch": one("tafs_dm", 3e-3, 1.2, **TWICE),
     "fake rate 1e-2": one("tafs_dm", 3e-3, 1.11, dm_fake_learning_rate=1e-2),

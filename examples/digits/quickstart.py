@@ -122,7 +122,8 @@ def check_adapter(trainer, folder: Path) -> str:
     torch.manual_seed(1)
     plain = pipe(prompt, height=8, width=8, latents=noise, max_sequence_length=8, **call).images
     torch.manual_seed(1)
-    policy = trainer.sd_pipeline.annealed_rollout(prompt, latents=noise)
+    with trainer.policy.averaged():
+        policy = trainer.sd_pipeline.annealed_rollout(prompt, latents=noise)
     if not torch.equal(plain, trainer.sd_pipeline.decode_latents(policy.final)):
         raise RuntimeError("the adapter in plain diffusers doesn't draw what the trained policy draws")
     return code
@@ -143,6 +144,8 @@ def settings(args: argparse.Namespace) -> TAFSGRPOConfig:
         num_generations=32,
         train_batch_size=192,
         train_learning_rate=args.learning_rate,
+        train_use_ema=True,  # the noise of the last updates isn't saved
+        train_ema_decay=0.9,
         objective=args.objective,
         train_level_weighting=args.level_weighting,
         step_credit=args.step_credit,
@@ -159,7 +162,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--objective", default="matched", choices=["matched", "clipped", "forward", "awm"])
     parser.add_argument("--level_weighting", help="see TAFSGRPOConfig.train_level_weighting")
     parser.add_argument("--step_credit", default="step")
@@ -205,8 +208,9 @@ def main() -> None:
     trainer.train()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     print(f"trained {args.epochs} epochs in {seconds:.0f} s; judging ...", flush=True)
-    after = panel.table(pipeline)
-    save_grid(pipeline, args.output_dir / "grid_after.png", "after: 4 annealed steps, no guidance")
+    with trainer.policy.averaged():  # the average is what is saved
+        after = panel.table(pipeline)
+        save_grid(pipeline, args.output_dir / "grid_after.png", "after: 4 annealed steps, no guidance")
     save_curve(trainer, args.output_dir / "curve.png")
 
     further = load()
