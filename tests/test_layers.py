@@ -33,7 +33,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 METHOD = {
     "types": set(),
     "levels": {"papers"},
-    "noise": set(),
+    "noise": {"types"},
     "guidance": set(),
     "papers": set(),
     "parts": {"papers"},

@@ -283,7 +283,11 @@ class RunOptions(Options):
     tracker_project_name: str = option("trl", "Project name that the tracker shows.")
     logdir: str = option("logs", "Folder below which a run's folder lies, unless project_kwargs names a project_dir.")
     num_epochs: int = option(100, "Epochs; one is one iteration of Algorithm 1. The paper trains 1500.")
-    save_freq: int = option(1, "Epochs between checkpoints; 0: only at the end.")
+    save_freq: int | None = option(
+        None,
+        "Epochs between checkpoints; 0: only at the end. None: one when the last is older than 20 times what it took "
+        "to write, so that they are at most 5 percent of the time.",
+    )
     num_checkpoint_limit: int = option(5, "Checkpoints kept; the oldest goes first. The best one is kept apart.")
     mixed_precision: str = option("bf16", "no, fp16 or bf16. Trained LoRA weights are float32 always.")
     allow_tf32: bool = option(True, "TF32 matrix products on Ampere and later.")

@@ -16,6 +16,7 @@ from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import Velocity, sample_steps
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.components import casting_once
 from trl_tafs.pipelines.finite import DenoiserWatch, check_images
 from trl_tafs.policy.policy import Policy
 from trl_tafs.rewards.scoring import RewardSet
@@ -121,11 +122,12 @@ class Drawer:
             noise = SampleNoise(self.seed, EVAL_EPOCH, tuple(sample_ids[i] for i in padded), self.device)
             conditioning, initial = self.encode([prompts[i] for i in padded]), noise("initial", 0, shape)
             kept, velocity = [], DenoiserWatch(self.pipeline, self.velocity)
-            for step in sample_steps(velocity, kernel, conditioning, levels, initial, noise, self.storage_dtype):
-                if step.index == spec.num_steps - 1:
-                    kept.append(step.next_state.cpu())
-                elif steps:
-                    kept.append(step.clean.cpu())
+            with casting_once(self.device):
+                for step in sample_steps(velocity, kernel, conditioning, levels, initial, noise, self.storage_dtype):
+                    if step.index == spec.num_steps - 1:
+                        kept.append(step.next_state.cpu())
+                    elif steps:
+                        kept.append(step.clean.cpu())
             velocity.check()
             drawn.append(Drawn(kept, len(rows)))
         return drawn

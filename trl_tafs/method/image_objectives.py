@@ -54,19 +54,27 @@ class ImageObjective(Objective):
         self, velocity: Velocity, items: ForwardItems, conditioning: Conditioning, reference: Velocity | None = None
     ) -> LossOutput:
         """The loss of T items with their T conditionings; `reference` is needed where `beta` > 0."""
+        base = self._base_velocity(items, conditioning, reference)  # before the policy's graph is held
         v = velocity(items.state, items.level, conditioning).float()
         old_v = v.detach() if items.old_velocity is None else items.old_velocity
         state = items.state.float()
         estimate, old_estimate = (clean_estimate(state, item, items.level) for item in (v, old_v))
         output = self._loss(estimate, old_estimate, items)
-        if self.beta == 0.0:
+        if base is None:
             return output
+        kl = 0.5 * (v - base).square().mean()  # the KL of unit Gaussians around the velocities
+        return LossOutput(output.loss + self.beta * kl, output.metrics | {"kl": kl.detach()})
+
+    def _base_velocity(
+        self, items: ForwardItems, conditioning: Conditioning, reference: Velocity | None
+    ) -> Tensor | None:
+        """Return the base's velocities, (T, *) float32; None without a distance to it."""
+        if self.beta == 0.0:
+            return None
         if reference is None:
             raise ValueError(f"beta is {self.beta}: the distance to the base needs its velocity as `reference`")
         with torch.no_grad():
-            base = reference(items.state, items.level, conditioning).float()
-        kl = 0.5 * (v - base).square().mean()  # the KL of unit Gaussians around the velocities
-        return LossOutput(output.loss + self.beta * kl, output.metrics | {"kl": kl.detach()})
+            return reference(items.state, items.level, conditioning).float()
 
     @abstractmethod
     def _loss(self, estimate: Tensor, old_estimate: Tensor, items: ForwardItems) -> LossOutput:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trl_tafs.method.types import onto
+
 Noise = Callable[[str, int, tuple[int, ...]], Tensor]
 
 
@@ -29,7 +31,8 @@ def keyed_normal(keys: Sequence[tuple[int | str, ...]], shape: tuple[int, ...]) 
 class SampleNoise:
     """Noise that belongs to a sample: every draw has a generator keyed by (seed, epoch, sample, stream, step).
 
-    It is drawn on the CPU, so that it is the same for any device, batch size and number of processes.
+    It is drawn on the CPU, so that it is the same for any device, batch size and number of processes; while a GPU
+    still evaluates the step before, since that was asked for first and the copy waits for nothing.
     """
 
     seed: int
@@ -40,7 +43,7 @@ class SampleNoise:
     def __call__(self, stream: str, step: int, shape: tuple[int, ...]) -> Tensor:
         """Standard normal (B, *shape), float32, B the number of sample ids."""
         keys = [(self.seed, self.epoch, sample, stream, step) for sample in self.sample_ids]
-        return keyed_normal(keys, shape).to(self.device)
+        return onto(keyed_normal(keys, shape), self.device)
 
 
 class SequentialNoise:

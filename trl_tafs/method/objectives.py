@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trl_tafs.method.image_objectives import ForwardObjective, MatchedObjective, MatchingObjective
-from trl_tafs.method.kernels import Kernel, expand
+from trl_tafs.method.kernels import Kernel, Transition, expand
 from trl_tafs.method.losses import LEVEL_WEIGHTINGS, Surrogate
 from trl_tafs.method.noise import Noise
 from trl_tafs.method.objective import Objective, RatioObjective, check_advantages, check_delta, nats_per_element
@@ -115,6 +115,7 @@ class ClippedObjective(RatioObjective):
 
         `surrogate` is another formula than Eq. 10's, see `losses.clipped_surrogate`.
         """
+        base = self._base(items, conditioning, reference)  # before the policy's graph is held
         policy = replay(velocity, self.kernel, items, conditioning)
         sensitivity = expand(self.kernel.sensitivity(items.level, items.next_level), items.state)
         gap = expand(items.level - items.next_level, items.state)
@@ -128,15 +129,20 @@ class ClippedObjective(RatioObjective):
         unit = nats_per_element(items.state[0].numel(), self.reduction)
         log_probs, weighted = (log_prob, items.old_log_prob), self.clip_weighting == "ratio"
         output = self._surrogate(log_probs, items.advantage, self.clip_range, unit, kl, weight, surrogate, weighted)
-        if self.beta == 0.0:
+        if base is None:
             return output
-        if reference is None:
-            raise ValueError(f"beta is {self.beta}: the KL term needs the base policy's velocity as `reference`")
-        with torch.no_grad():
-            base = replay(reference, self.kernel, items, conditioning)
         kl = policy.kl(base, "mean")
         kl = (kl if self.kl_weighting == "gaussian" else kl * gap.flatten()).mean()
         return LossOutput(output.loss + self.beta * kl, output.metrics | {"kl": kl.detach()})
+
+    def _base(self, items: Transitions, conditioning: Conditioning, reference: Velocity | None) -> Transition | None:
+        """Return what the base gives to the actions; None without a KL."""
+        if self.beta == 0.0:
+            return None
+        if reference is None:
+            raise ValueError(f"beta is {self.beta}: the KL term needs the base policy's velocity as `reference`")
+        with torch.no_grad():
+            return replay(reference, self.kernel, items, conditioning)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

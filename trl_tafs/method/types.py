@@ -26,6 +26,17 @@ def map_tensors(item: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return item
 
 
+def onto(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor of the host on a device; to a GPU from pinned memory, so that the host goes on at once.
+
+    A copy from ordinary memory would wait until the GPU has done all that it was given before.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class TensorRecord:
     """A dataclass whose tensors share their first axis: it can be indexed, repeated and moved as one."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,17 @@ def base_dtype(denoiser: nn.Module) -> torch.dtype:
     """Return the dtype in which a denoiser computes: that of its base weights, whatever the LoRA's."""
     names = ((name, p) for name, p in denoiser.named_parameters() if "lora_" not in name)
     return next(p.dtype for _, p in names if p.dtype.is_floating_point)
+
+
+@contextmanager
+def casting_once(device: torch.device) -> Iterator[None]:
+    """Inside, autocast casts each trained weight once, however often the denoiser is evaluated: they mustn't change.
+
+    Autocast keeps its casts until its outermost context ends, and each evaluation enters its own. This one, which casts
+    nothing itself, lies around them all. Not for evaluations with a gradient, whose casts belong to their graph.
+    """
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 def vae_tiles(vae: nn.Module, height: int, width: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
@@ -51,6 +52,10 @@ class TAFSFluxPipeline(PackedLatents, TAFSPipelineMixin, FluxPipeline):
         """X (B, rows, columns, 4C), timestep (B,) to v."""
         batch, rows, columns, _ = x.shape
         text = embeddings.text
+
+        def positions() -> Tensor:
+            return self._prepare_latent_image_ids(batch, rows, columns, torch.device("cpu"), text.dtype)
+
         return model(
             hidden_states=x.flatten(1, 2),
             timestep=timestep.to(x.dtype) / 1000,
@@ -58,7 +63,7 @@ class TAFSFluxPipeline(PackedLatents, TAFSPipelineMixin, FluxPipeline):
             pooled_projections=embeddings.pooled,
             encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
-            img_ids=self._prepare_latent_image_ids(batch, rows, columns, x.device, text.dtype),
+            img_ids=self.positions("image", text, (rows, columns), positions),
             return_dict=False,
         )[0].unflatten(1, (rows, columns))
 

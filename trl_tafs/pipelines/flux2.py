@@ -48,15 +48,18 @@ class Flux2Mixin(PackedLatents, TAFSPipelineMixin):
     def denoise(self, model: nn.Module, x: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
         """X (B, rows, columns, 4C), timestep (B,) to v."""
         batch, rows, columns, _ = x.shape
-        text_ids = self._prepare_text_ids(embeddings.text[:1])
-        image_ids = self._prepare_latent_ids(x[:1].permute(0, 3, 1, 2))
+        text = embeddings.text
+        text_ids = self.positions("text", x, text.shape[1:2], lambda: self._prepare_text_ids(text[:1]))
+        image_ids = self.positions(
+            "image", x, (rows, columns), lambda: self._prepare_latent_ids(x[:1].permute(0, 3, 1, 2))
+        )
         return model(
             hidden_states=x.flatten(1, 2).to(self.model_dtype),
             timestep=timestep.to(x.dtype) / 1000,
             guidance=embeddings.guidance,
-            encoder_hidden_states=embeddings.text,
-            txt_ids=text_ids.to(x.device).expand(batch, -1, -1),
-            img_ids=image_ids.to(x.device).expand(batch, -1, -1),
+            encoder_hidden_states=text,
+            txt_ids=text_ids.expand(batch, -1, -1),
+            img_ids=image_ids.expand(batch, -1, -1),
             return_dict=False,
         )[0].unflatten(1, (rows, columns))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -151,6 +151,15 @@ def normal_mode() -> Iterator[None]:
     """Inside, gradients can be taken, whatever mode the process is in; a decorator, too."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def leave_casting_to_autocast(layers: Sequence[Any], mixed_precision: str) -> None:
+    """Say to PEFT's layers that autocast casts their inputs, where it does: theirs would be a way to float32 and back.
+
+    Without autocast they cast, to the dtype of their weights.
+    """
+    for layer in layers:
+        layer.cast_input_dtype_enabled = mixed_precision == "no"
 
 
 def take_off_autocast(denoiser: nn.Module) -> None:

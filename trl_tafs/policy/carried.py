@@ -56,6 +56,11 @@ def lora_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from ((name, layer) for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
 
 
+def adapter_layers(module: nn.Module) -> list[Any]:
+    """Return PEFT's layers, in their order: what is switched often is found once."""
+    return [layer for _, layer in lora_layers(module)]
+
+
 def active_adapters(module: nn.Module) -> list[str]:
     """Return the names of the adapters that act in a module, in their order; none where they are disabled."""
     names = [name for _, layer in lora_layers(module) if not layer.disable_adapters for name in layer.active_adapters]
@@ -116,7 +121,7 @@ def check_attached(denoiser: nn.Module) -> None:
     from peft import LoraConfig
 
     attached = dict(getattr(denoiser, "peft_config", {}))
-    layers = [layer for _, layer in lora_layers(denoiser)]
+    layers = adapter_layers(denoiser)
     if fused := sorted({name for layer in layers for name in layer.merged_adapters}):
         raise ValueError(
             f"the adapters {', '.join(fused)} are fused into the denoiser and still attached; call "
@@ -132,9 +137,9 @@ def check_attached(denoiser: nn.Module) -> None:
             raise ValueError(f"the adapter {name!r} is no LoRA ({type(found).__name__}); fuse it and unload it")
 
 
-def activate(denoiser: nn.Module, names: tuple[str, ...], trained: str | None = None) -> None:
-    """Make these adapters act, in this order; gradients are for `trained` alone."""
-    for _, layer in lora_layers(denoiser):
+def activate(layers: Sequence[Any], names: tuple[str, ...], trained: str | None = None) -> None:
+    """Make these adapters act in PEFT's layers, in this order; gradients are for `trained` alone."""
+    for layer in layers:
         layer.set_adapter(list(names), inference_mode=True)
         if trained is not None:
             layer.set_requires_grad(trained, True)

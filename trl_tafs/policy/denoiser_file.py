@@ -16,7 +16,7 @@ from trl_tafs.output.files import write_folder_whole
 from trl_tafs.pipelines.components import denoiser_name, denoiser_of
 from trl_tafs.pipelines.quantized import is_quantized
 from trl_tafs.policy.adapter_file import AdapterFormatError, incomplete, read_adapter, write_scheduler
-from trl_tafs.policy.carried import activate, active_adapters, check_attached
+from trl_tafs.policy.carried import activate, active_adapters, adapter_layers, check_attached
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -89,13 +89,13 @@ def _applied_lora(pipeline: DiffusionPipeline, source: str | os.PathLike) -> Ite
         pipeline.load_lora_weights(source, adapter_name=name)
     except Exception as error:  # files, the network, and what libraries make of what they find there
         raise ValueError(f"the adapter {source} can't be loaded: {first_line(error)}") from error
-    activate(denoiser, (*carried, name))
+    activate(adapter_layers(denoiser), (*carried, name))
     try:
         yield
     finally:
         if carried:
             pipeline.delete_adapters(name)
-            activate(denoiser, carried)
+            activate(adapter_layers(denoiser), carried)
         else:
             pipeline.unload_lora_weights()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trl_tafs.policy.carried import FAKE_ADAPTER, TrainedAdapter, activate, fake_parameters
+from trl_tafs.policy.carried import FAKE_ADAPTER, TrainedAdapter, activate, adapter_layers, fake_parameters
 from trl_tafs.policy.lora import seeded
 from trl_tafs.policy.optimizer import make_optimizer, set_options
 from trl_tafs.policy.options import PolicyOptions
@@ -40,6 +40,7 @@ class FakeScore:
         with seeded(config.seed, FAKE_ADAPTER), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that there are two is meant
             denoiser.add_adapter(own, FAKE_ADAPTER)
+        self.layers = adapter_layers(denoiser)
         self.named = fake_parameters(denoiser)
         self.parameters = list(self.named.values())
         for parameter in self.parameters:
@@ -52,14 +53,14 @@ class FakeScore:
     def acting(self, *, learning: bool = False) -> Iterator[None]:
         """Inside, the denoiser is the fake score, with what is frozen beneath; `learning`: with gradients."""
         names = (*self.adapter.beneath, FAKE_ADAPTER)
-        activate(self.denoiser, names, FAKE_ADAPTER if learning else None)
+        activate(self.layers, names, FAKE_ADAPTER if learning else None)
         try:
             yield
         finally:
             self._activate_policy()
 
     def _activate_policy(self) -> None:
-        activate(self.denoiser, (*self.adapter.beneath, self.adapter.name), self.adapter.name)
+        activate(self.layers, (*self.adapter.beneath, self.adapter.name), self.adapter.name)
 
     def step(self, accelerator: Accelerator, scale: float = 1.0) -> Tensor:
         """Take an optimizer step with the mean of all processes' gradients; return its norm before it is clipped, ().

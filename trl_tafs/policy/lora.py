@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from trl_tafs.method.noise import noise_seed
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.quantized import is_quantized
 from trl_tafs.policy.adapter_file import check_adapter_fits, lora_metadata, read_adapter
-from trl_tafs.policy.carried import TrainedAdapter, activate, carried_config, choose_adapter
+from trl_tafs.policy.carried import TrainedAdapter, activate, adapter_layers, carried_config, choose_adapter
 from trl_tafs.policy.options import PolicyOptions
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def attach_lora(
     lora_metadata(lora_config)  # refuses what diffusers' format can't hold, while nothing is trained yet
     denoiser.eval()
     denoiser.requires_grad_(False)
-    activate(denoiser, (*chosen.beneath, chosen.name), chosen.name)
+    activate(adapter_layers(denoiser), (*chosen.beneath, chosen.name), chosen.name)
     for parameter in trainable_parameters(denoiser):
         parameter.data = parameter.data.float()
     return chosen, lora_config
@@ -110,18 +110,29 @@ def _check_dropout(lora_config: Any) -> None:
 
 
 @contextmanager
-def without_trained(denoiser: nn.Module, adapter: TrainedAdapter) -> Iterator[None]:
-    """Inside, the denoiser is the base policy with what is frozen: the reference of the KL, at no memory of its own."""
+def without_trained(layers: Sequence[Any], adapter: TrainedAdapter) -> Iterator[None]:
+    """Inside, the denoiser is the base policy with what is frozen: the reference of the KL, at no memory of its own.
+
+    `layers` are all that PEFT has in the denoiser (`adapter_layers`): a walk over its modules, thousands of them, would
+    cost more than the switch.
+    """
     if adapter.beneath:
-        activate(denoiser, adapter.beneath)
+        activate(layers, adapter.beneath)
     else:
-        denoiser.disable_adapters()
+        switch(layers, on=False)
     try:
         yield
     finally:
-        if not adapter.beneath:
-            denoiser.enable_adapters()
-        activate(denoiser, (*adapter.beneath, adapter.name), adapter.name)
+        if adapter.beneath:
+            activate(layers, (*adapter.beneath, adapter.name), adapter.name)
+        else:
+            switch(layers, on=True)
+
+
+def switch(layers: Sequence[Any], *, on: bool) -> None:
+    """Switch the active adapters of these layers on or off."""
+    for layer in layers:
+        layer.enable_adapters(on)
 
 
 def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:

@@ -15,12 +15,13 @@ from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.finite import is_finite
 from trl_tafs.policy.adapter_file import check_adapter_fits, read_adapter, save_adapter
-from trl_tafs.policy.base import compiled_as, normal_mode, prepare_base, take_off_autocast
-from trl_tafs.policy.carried import FrozenAdapter, TrainedAdapter, frozen_adapter
+from trl_tafs.policy.base import compiled_as, leave_casting_to_autocast, normal_mode, prepare_base, take_off_autocast
+from trl_tafs.policy.carried import FrozenAdapter, TrainedAdapter, adapter_layers, frozen_adapter
 from trl_tafs.policy.copies import AdapterAverage, HeldWeights, OldPolicy
 from trl_tafs.policy.denoiser_file import load_denoiser, save_denoiser
 from trl_tafs.policy.fake import FakeScore
 from trl_tafs.policy.lora import attach_lora, free_denoiser, trainable_parameters, without_trained
+from trl_tafs.policy.lora_sum import add_in_one
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.optimizer import apply_settings, make_lr_scheduler, make_optimizer
 from trl_tafs.policy.options import PolicyOptions
@@ -50,6 +51,7 @@ class Policy:
 
     Attributes:
         model: the prepared denoiser, through which every evaluation goes.
+        layers: PEFT's, all of them.
         parameters: the trained ones, in order.
         adapter: which LoRA is trained, and which ones act beneath it; None with full_finetuning.
         frozen: those beneath it.
@@ -82,11 +84,14 @@ class Policy:
         self.fake: FakeScore | None = None
         if config.matches_distribution:
             self.fake = FakeScore(pipeline.denoiser, self.adapter, self.lora_config, config)
+        self.layers = adapter_layers(pipeline.denoiser)
+        add_in_one(self.layers)
         self.parameters = trainable_parameters(pipeline.denoiser)
         optimizer = make_optimizer(self.parameters, config)
         take_off_autocast(pipeline.denoiser)
         self.lr_scheduler = make_lr_scheduler(optimizer, config, total_updates)
         prepared, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
+        leave_casting_to_autocast(self.layers, config.mixed_precision)
         self.model = compiled_as(getattr(pipeline, pipeline.denoiser_name), prepared)
         self.base = HeldWeights(self.parameters) if config.full_finetuning else None
         self.average = AdapterAverage(self.parameters, config.train_ema_decay) if config.train_use_ema else None
@@ -119,7 +124,7 @@ class Policy:
 
     def reference(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of the base without what is trained, with what is frozen beneath it, (B, *) float32."""
-        with self.base.applied() if self.base else without_trained(self.pipeline.denoiser, self.adapter):
+        with self.base.applied() if self.base else without_trained(self.layers, self.adapter):
             return self.pipeline.velocity(x, level, conditioning)
 
     def averaged(self) -> AbstractContextManager[None]:

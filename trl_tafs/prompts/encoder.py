@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from trl_tafs.method.types import Conditioning, Embeddings
+from trl_tafs.method.types import Conditioning, Embeddings, map_tensors, onto
 from trl_tafs.output.files import write_whole
 from trl_tafs.output.writable import check_writable
 from trl_tafs.pipelines.base import TAFSPipelineMixin
@@ -29,6 +29,7 @@ from trl_tafs.pipelines.identity import base_identity
 from trl_tafs.pipelines.quantized import is_bitsandbytes
 
 GIB = 2**30
+DEVICE_BYTES = GIB // 2  # of encoded prompts that stay on the device: those of an epoch, in most runs
 REMEMBERED = 100_000  # prompts that were encoded and dropped
 
 
@@ -79,6 +80,8 @@ class PromptEncoder:
         self.companions: list[PromptEncoder] = []  # of the same prompts, for another guidance
         self.cache: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0  # of all in the cache
+        self.resident: OrderedDict[str, Conditioning] = OrderedDict()  # on the device, where that isn't the CPU
+        self._resident_bytes = 0
         self._dropped: set[str] = set()  # prompts that had to leave it
         self._told = False
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -109,10 +112,23 @@ class PromptEncoder:
         self._find([prompt for prompt in unique if prompt not in self.cache])
         for prompt in unique:
             self.cache.move_to_end(prompt)
-        rows = Conditioning.cat([self.cache[prompt] for prompt in unique]).to(self.device)
+        rows = Conditioning.cat([self._on_device(prompt) for prompt in unique])
         self._shrink()
         index = {prompt: i for i, prompt in enumerate(unique)}
-        return rows[torch.tensor([index[prompt] for prompt in prompts], device=self.device)]
+        return rows[onto(torch.tensor([index[prompt] for prompt in prompts]), self.device)]
+
+    def _on_device(self, prompt: str) -> Conditioning:
+        """Return a prompt's conditioning on the device; what was used last stays there, up to `DEVICE_BYTES`."""
+        if self.device.type == "cpu":
+            return self.cache[prompt]
+        if prompt not in self.resident:
+            self.resident[prompt] = map_tensors(self.cache[prompt], lambda tensor: onto(tensor, self.device))
+            self._resident_bytes += _weight(self.cache[prompt])
+        self.resident.move_to_end(prompt)
+        found = self.resident[prompt]
+        while self._resident_bytes > DEVICE_BYTES:
+            self._resident_bytes -= _weight(self.resident.popitem(last=False)[1])
+        return found
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode a fixed set of prompts into `cache_dir`, each process its share; without a folder do nothing.
@@ -234,6 +250,7 @@ def encoder_for(encoder: PromptEncoder, guidance_scale: float) -> PromptEncoder:
     other = copy.copy(encoder)
     other.arguments = encoder.arguments | {"guidance_scale": guidance_scale}
     other.cache, other._bytes, other._dropped, other.companions = OrderedDict(), 0, set(), []
+    other.resident, other._resident_bytes = OrderedDict(), 0
     encoder.companions.append(other)
     return other
 

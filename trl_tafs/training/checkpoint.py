@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from trl_tafs.training.settings import changes
 from trl_tafs.training.stopping import Stopped, Stopper
 from trl_tafs.training.trackers import LocalTracker
 
+WORTH = 20  # times the seconds of writing a checkpoint lie between two: at most 5% of a run is spent on them
+
 
 @dataclass
 class Checkpoints:
@@ -44,6 +47,8 @@ class Checkpoints:
     stopper: Stopper
     newest: Path | None = None  # the one that this run wrote or resumed from last
     failed: bool = False  # the last one could not be written
+    written: float = 0.0  # when it was, by the monotonic clock
+    took: float = 0.0  # seconds
 
     @property
     def folder(self) -> Path:
@@ -71,8 +76,11 @@ class Checkpoints:
                 files.write_state(path, {"progress": self.progress.state_dict(), "settings": self.settings})
 
         limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
+        start = time.monotonic()
         with self.stopwatch("save"):
             path = files.write_checkpoint(self.folder, self.progress.epoch, self.accelerator, write, limit)
+        self.written = time.monotonic()
+        self.took = self.written - start
         self.newest, self.failed = path or self.newest, path is None
         return path
 
@@ -85,10 +93,14 @@ class Checkpoints:
         """Return whether to save when `epoch` epochs are done; not while the last optimizer steps were left out.
 
         Those checkpoints would have the weights of an earlier one, and push those out that a diverged run goes back to.
-        One that could not be written is due again at the next epoch's end.
+        One that could not be written is due again at the next epoch's end. Without a `save_freq` it is due once the
+        last one is older than `WORTH` times what it took to write: by the main process's clock, on all alike.
         """
-        frequency = self.config.save_freq
-        return bool(frequency) and (epoch % frequency == 0 or self.failed) and not self.progress.skipped_steps
+        if self.progress.skipped_steps or self.config.save_freq == 0:
+            return False
+        if self.config.save_freq is not None:
+            return epoch % self.config.save_freq == 0 or self.failed
+        return same_everywhere(self.accelerator, time.monotonic() - self.written >= WORTH * self.took)
 
     def save_last(self) -> None:
         """Save, unless the newest checkpoint is of this epoch; go no further if a signal came."""

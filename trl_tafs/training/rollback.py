@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+from torch import Tensor
 
 from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.checkpoint_files import generators, set_generators
@@ -22,7 +23,7 @@ class Rollback:
     """
 
     checkpoints: Checkpoints
-    copy: bytes | None = None  # the state at the epoch's start, where no checkpoint has it
+    copy: dict[str, Any] | None = None  # the state at the epoch's start, where no checkpoint has it
 
     def may_stop(self) -> bool:
         """Whether to stop now, on all processes alike: a signal came, and there is a state to go back to."""
@@ -49,20 +50,19 @@ class Rollback:
         finally:
             self.copy = None
 
-    def _copied(self) -> bytes:
-        """Return the trained weights and all states in memory, as a checkpoint has them on disk."""
-        buffer, run = io.BytesIO(), self.checkpoints
+    def _copied(self) -> dict[str, Any]:
+        """Return the trained weights and all states, copied to the host, as a checkpoint has them on disk."""
+        run = self.checkpoints
         states = {name: item.state_dict() for name, item in run.states.items()}
         weights = [parameter.detach() for parameter in run.policy.parameters]
-        torch.save({"weights": weights, "states": states, "progress": run.progress.state_dict()}, buffer)
-        return buffer.getvalue()
+        return on_host({"weights": weights, "states": states, "progress": run.progress.state_dict()})
 
     def _go_back(self) -> None:
         run = self.checkpoints
         if self.copy is None:
             run.load(run.newest)
         else:
-            held = torch.load(io.BytesIO(self.copy), map_location="cpu", weights_only=True)
+            held, self.copy = self.copy, None
             for parameter, weight in zip(run.policy.parameters, held["weights"], strict=True):
                 parameter.data.copy_(weight)
             for name, item in run.states.items():
@@ -70,3 +70,14 @@ class Rollback:
             run.progress.load_state_dict(held["progress"])
         if run.accelerator.is_main_process:
             run.local_tracker.rewind(run.progress.epoch)
+
+
+def on_host(value: Any) -> Any:
+    """Return a copy of a nested state with its tensors on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value) is dict:
+        return {key: on_host(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(on_host(item) for item in value)
+    return copy.deepcopy(value)

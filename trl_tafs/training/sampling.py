@@ -16,6 +16,7 @@ from trl_tafs.algorithm import Algorithm
 from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import LAST, rollout
 from trl_tafs.method.types import PromptBatch, Rollout
+from trl_tafs.pipelines.components import casting_once
 from trl_tafs.pipelines.finite import DenoiserWatch, NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
 from trl_tafs.prompts.encoder import PromptEncoder
@@ -73,19 +74,21 @@ class RolloutSampler:
         noise = SampleNoise(self.config.seed, epoch, tuple(prompts.sample_ids.tolist()), levels.device)
         groups = SampleNoise(self.config.seed, epoch, tuple(prompts.group_ids.tolist()), levels.device)
         velocity = DenoiserWatch(self.policy.pipeline, self.policy.velocity)
-        trajectories = rollout(
-            velocity,
-            self.algorithm.kernel_at(epoch),
-            self.encode(prompts.prompts),
-            levels,
-            groups("shared", 0, shape) if self.config.share_initial_noise else noise("initial", 0, shape),
-            noise,
-            storage_dtype=self.policy.storage_dtype,
-            reduction=self.config.log_prob_reduction,
-            scored_steps=self.algorithm.scored_steps_at(epoch),
-            on_scored=on_scored,
-            keep=needs | {"clean"} if frequency and epoch % frequency == 0 else needs,
-        )
+        conditioning = self.encode(prompts.prompts)
+        with casting_once(levels.device):
+            trajectories = rollout(
+                velocity,
+                self.algorithm.kernel_at(epoch),
+                conditioning,
+                levels,
+                groups("shared", 0, shape) if self.config.share_initial_noise else noise("initial", 0, shape),
+                noise,
+                storage_dtype=self.policy.storage_dtype,
+                reduction=self.config.log_prob_reduction,
+                scored_steps=self.algorithm.scored_steps_at(epoch),
+                on_scored=on_scored,
+                keep=needs | {"clean"} if frequency and epoch % frequency == 0 else needs,
+            )
         velocity.check()
         if "clean" not in needs:  # a grid shows it, and no update reads it
             trajectories = dataclasses.replace(trajectories, clean=trajectories.clean.cpu())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trl_tafs.method.noise import SampleNoise, noise_seed
 from trl_tafs.method.objective import Objective
-from trl_tafs.method.types import Conditioning, LossOutput
+from trl_tafs.method.types import Conditioning, LossOutput, onto
 from trl_tafs.policy.policy import Policy
 from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
@@ -24,6 +24,8 @@ from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 from trl_tafs.training.progress import Progress
 from trl_tafs.training.stopping import Stopped
+
+ASKED_TOGETHER = 8  # micro-batches: each time several processes ask whether to stop, the host waits for the GPU
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Updater:
     loss: Callable[[Any, Conditioning], LossOutput]  # of one micro-batch
     stopwatch: Stopwatch
     progress: Progress  # counts the optimizer steps that are left out
-    stop: Callable[[], bool] = lambda: False  # whether to stop, on all processes alike: asked before each micro-batch
+    stop: Callable[[], bool] = lambda: False  # whether to stop, on all processes alike
     matching: Matching | None = None  # distribution matching beside the loss
 
     def update(self, experience: Experience, advantages: Tensor, epoch: int) -> Iterator[StepMetrics]:
@@ -83,8 +85,8 @@ class Updater:
             # Without any advantage on any process, and any other pull, a step would be Adam's momentum alone.
             idle = not advantages.any() and bool(self._still(items).all())
             for inner_epoch in range(0 if idle else inner_epochs):
-                for index, still in self.micro_batches(items, epoch, inner_epoch):
-                    if self.stop():
+                for number, (index, still) in enumerate(self.micro_batches(items, epoch, inner_epoch)):
+                    if number % self._asks_every == 0 and self.stop():
                         raise Stopped
                     with accelerator.accumulate(self.policy.model):
                         if not still or accelerator.sync_gradients:
@@ -96,6 +98,11 @@ class Updater:
                     if accelerator.sync_gradients:
                         yield StepMetrics(inner_epoch, metrics.pop())
         check_weights(self.policy, self.config, f"epoch {epoch}")
+
+    @property
+    def _asks_every(self) -> int:
+        """Micro-batches between two questions whether to stop, which several processes answer together."""
+        return 1 if self.policy.accelerator.num_processes == 1 else ASKED_TOGETHER
 
     def minibatch_items(self, batches: Sequence[ScoredBatch], advantages: Tensor, epoch: int) -> Any:
         """Return the objective's items of all batches; advantages (b, S, M).
@@ -157,7 +164,7 @@ class Updater:
 
     def _output(self, items: Any, prompts: Sequence[str], index: Tensor, inner_epoch: int) -> LossOutput:
         """Return the loss of the micro-batch of the items at `index`, of all `items` with all `prompts`."""
-        micro = items[index.to(items.sample.device)]
+        micro = items[onto(index, items.sample.device)]
         if self.matching is not None:
             return self.matching(self.loss, micro, index, inner_epoch, self.plan)
         return self.loss(micro, self.encode([prompts[i] for i in index.tolist()]))
