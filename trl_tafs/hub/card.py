@@ -78,16 +78,19 @@ image.save("image.png")"""
 
 def _load_lora(facts: CardFacts, adapter: str) -> str:
     """Return the lines that load the LoRA, and those that were frozen beneath it, which act in this order."""
+    pipe, load, options = "pipe", "load_lora_weights", ""
+    if not facts.loads_lora:
+        pipe, load, options = f"pipe.{facts.denoiser_name}", "load_lora_adapter", ", use_safetensors=True"
     if not facts.frozen:
-        return f"\npipe.load_lora_weights({_quoted(adapter)})"
+        return f"\n{pipe}.{load}({_quoted(adapter)}{options})"
     lines = [
-        f"pipe.load_lora_weights({_quoted(a.name)}, adapter_name={_quoted(a.name)})  # from where you have it"
+        f"{pipe}.{load}({_quoted(a.name)}, adapter_name={_quoted(a.name)}{options})  # from where you have it"
         for a in facts.frozen
     ]
-    lines.append(f"pipe.load_lora_weights({_quoted(adapter)}, adapter_name={_quoted(facts.adapter_name)})")
+    lines.append(f"{pipe}.{load}({_quoted(adapter)}, adapter_name={_quoted(facts.adapter_name)}{options})")
     names = ", ".join(_quoted(name) for name in (*(a.name for a in facts.frozen), facts.adapter_name))
     weights = [1.0 if a.weight is None else round(a.weight, 6) for a in facts.frozen]
-    lines.append(f"pipe.set_adapters([{names}], {[*weights, 1.0]})")
+    lines.append(f"{pipe}.set_adapters([{names}], {[*weights, 1.0]})")
     return "".join(f"\n{line}" for line in lines)
 
 

@@ -49,6 +49,7 @@ class CardFacts:
     call: Mapping[str, Any] | None = None  # steps, levels and guidance as the stock pipeline's call takes them
     whole_denoiser: str | None = None  # the class of the denoiser, where all of it was trained instead of a LoRA
     denoiser_name: str = "transformer"  # the pipeline's component that was trained
+    loads_lora: bool = True  # whether the stock pipeline has `load_lora_weights`; else its denoiser loads the LoRA
     adapter_name: str = "default"  # the trained LoRA's, where others are beneath it
     frozen: Sequence[FrozenAdapter] = ()  # LoRAs that were active and frozen beneath it
     comfyui_shift: float | None = None  # by which ComfyUI shifts this family's levels; None: no recipe for it

@@ -195,6 +195,7 @@ class Publisher:
             epochs=progress.epoch,
             card_tags=pipeline.card_tags,
             denoiser_name=pipeline.denoiser_name,
+            loads_lora=hasattr(pipeline.stock_class(), "load_lora_weights"),
             renoises_from_generator=pipeline.renoises_from_generator,
             whole_denoiser=type(pipeline.denoiser).__name__ if config.full_finetuning else None,
             scheduler_class=type(pipeline.annealed_scheduler()).__name__,

@@ -172,10 +172,9 @@ class TAFSPipelineMixin(ABC):
         """Tokens of a prompt where none are given."""
         return self.stock_max_sequence_length()
 
-    @classmethod
-    def stock_max_sequence_length(cls) -> int:
+    def stock_max_sequence_length(self) -> int:
         """Tokens of a prompt in the stock pipeline where none are given."""
-        return inspect.signature(cls.stock_class().__call__).parameters["max_sequence_length"].default
+        return inspect.signature(self.stock_class().__call__).parameters["max_sequence_length"].default
 
     def templated(self, prompt: str) -> str:
         """Return what the tokenizer is given of a prompt: within a chat's template, where the family has one."""

@@ -33,7 +33,10 @@ class Flux2Mixin(PackedLatents, TAFSPipelineMixin):
     guidance_batch = None
     card_tags = ("flux2", "flux2-diffusers")
     comfyui_shift = math.exp(2.02)
-    lora_key_marks, lora_family = ("to_qkv_mlp_proj", "single_transformer_blocks."), "FLUX.2"
+    lora_key_marks, lora_family = (
+        ("single_transformer_blocks.0.attn.to_qkv_mlp_proj", "single_transformer_blocks."),
+        "FLUX.2",
+    )
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by three layers of a language model: text (B, L, 3C)."""

@@ -33,7 +33,7 @@ class TAFSQwenImagePipeline(PackedLatents, TAFSPipelineMixin, QwenImagePipeline)
     text_multiple = 64
     stock_sequence_limit = 1024
     card_tags = ("qwen-image", "qwen-image-diffusers")
-    lora_key_marks, lora_family = ("img_mlp.", "attn.add_q_proj"), "Qwen-Image"
+    lora_key_marks, lora_family = ("transformer_blocks.0.img_mlp.", "attn.add_q_proj"), "Qwen-Image"
 
     @property
     def lora_excluded_modules(self) -> list[str]:
