@@ -18,6 +18,7 @@ from trl_tafs.rewards.web import WebError, fetch, parse_address, printable
 
 SET_FILES = {  # files on GitHub: OWNER/REPOSITORY/BRANCH/PATH
     "geneval": "djghosh13/geneval/main/prompts/evaluation_metadata.jsonl",
+    "geneval2": "facebookresearch/GenEval2/main/geneval2_data.jsonl",
     "flow_grpo/geneval_train": "yifan123/flow_grpo/main/dataset/geneval/train_metadata.jsonl",
     "flow_grpo/geneval_test": "yifan123/flow_grpo/main/dataset/geneval/test_metadata.jsonl",
     "flow_grpo/ocr_train": "yifan123/flow_grpo/main/dataset/ocr/train.txt",
