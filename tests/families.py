@@ -170,6 +170,11 @@ def flux(guidance_embeds: bool = True, dynamic: bool = True):
     )
 
 
+def flux_kontext():
+    """FLUX.1-Kontext."""
+    return diffusers.FluxKontextPipeline(**flux().components)
+
+
 def dc_vae():
     """Sana's deep-compression VAE, with a factor of 8."""
     blocks = {"attention_head_dim": 2, "encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
@@ -511,6 +516,7 @@ FAMILIES = {
     "sd3": Family("TAFSStableDiffusion3Pipeline", sd3, size=8, wide=(8, 16)),
     "flux-dev": Family("TAFSFluxPipeline", flux),
     "flux-schnell": Family("TAFSFluxPipeline", flux, options={"guidance_embeds": False, "dynamic": False}),
+    "flux-kontext": Family("TAFSFluxKontextPipeline", flux_kontext),
     "sana": Family("TAFSSanaPipeline", sana, size=32, wide=(32, 64)),
     "sana-sprint": Family(
         "TAFSSanaSprintPipeline",

@@ -78,6 +78,7 @@ def sampled(pipe, mine, x, height, width, num_steps=4, guidance=1.0, seed=3, lev
 
     torch.manual_seed(seed)
     own = inspect.signature(pipe.__call__).parameters
+    arguments |= mine.size_arguments(height, width)
     length = {"max_sequence_length": families.LENGTH} if "max_sequence_length" in own else {}
     with mock.patch.object(pipe.scheduler, "step", step):
         images = pipe(

@@ -83,6 +83,7 @@ class CardFacts:
     reward_curve: Sequence[tuple[int, float]] = ()  # (epoch, mean reward)
     metrics: Mapping[str, Any] = field(default_factory=dict)  # name to a number, or to numbers by column
     pictures: Sequence[tuple[str, str | None, str]] = ()  # (prompt, before, after), "images/<name>.png"
+    sources: Sequence[Sequence[str]] = ()  # of each of `pictures`, the source pictures of its prompt, where it has some
     versions: Mapping[str, str] = field(default_factory=library_versions)
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 FAMILIES = {  # class: its module
     "TAFSStableDiffusion3Pipeline": "trl_tafs.pipelines.stable_diffusion_3",
     "TAFSFluxPipeline": "trl_tafs.pipelines.flux",
+    "TAFSFluxKontextPipeline": "trl_tafs.pipelines.flux",
     "TAFSFlux2Pipeline": "trl_tafs.pipelines.flux2",
     "TAFSFlux2KleinPipeline": "trl_tafs.pipelines.flux2",
     "TAFSQwenImagePipeline": "trl_tafs.pipelines.qwen_image",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # the same list, for editors and type checkers
     from trl_tafs.pipelines.aura_flow import TAFSAuraFlowPipeline as TAFSAuraFlowPipeline
     from trl_tafs.pipelines.chroma import TAFSChromaPipeline as TAFSChromaPipeline
     from trl_tafs.pipelines.cogview4 import TAFSCogView4Pipeline as TAFSCogView4Pipeline
+    from trl_tafs.pipelines.flux import TAFSFluxKontextPipeline as TAFSFluxKontextPipeline
     from trl_tafs.pipelines.flux import TAFSFluxPipeline as TAFSFluxPipeline
     from trl_tafs.pipelines.flux2 import TAFSFlux2KleinPipeline as TAFSFlux2KleinPipeline
     from trl_tafs.pipelines.flux2 import TAFSFlux2Pipeline as TAFSFlux2Pipeline

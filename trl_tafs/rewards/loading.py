@@ -31,6 +31,7 @@ REWARDS = {
     "jpeg_incompressibility": "trl_tafs.rewards.jpeg:jpeg_incompressibility",
     "ocr": "trl_tafs.rewards.ocr:OCR",
     "pickscore": "trl_tafs.rewards.pickscore:PickScore",
+    "pixel_faithfulness": "trl_tafs.rewards.pixel_faithfulness:PixelFaithfulness",
     "remote": "trl_tafs.rewards.remote:RemoteReward",
     "unified_reward": "trl_tafs.rewards.unified_reward:UnifiedReward",
     "vqa_score": "trl_tafs.rewards.vqa_score:VQAScore",
