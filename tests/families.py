@@ -548,6 +548,9 @@ FAMILIES = {
 }
 
 
+EDITORS = {"TAFSQwenImageEditPipeline", "TAFSQwenImageEditPlusPipeline"}  # which draw nothing without a source picture
+
+
 def stock(name: str, seed: int = 0):
     """The stock pipeline, with weights that say something: zero-initialised layers would hide what isn't passed on."""
     family = FAMILIES[name]

@@ -13,8 +13,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from families import FAMILIES
 from PIL import Image
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLVideoProcessor
 
 import trl_tafs
 from trl_tafs.method.kernels import Annealed
@@ -24,6 +27,10 @@ from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.sets import load_prompts
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.pixel_faithfulness import PixelFaithfulness
+
+sys.path.insert(0, str(tiny.ROOT / "tests" / "rewards" / "parity"))
+
+import cases_qwen  # noqa: E402
 
 PROMPTS = ["a photo of red cat", "two blue dog"]
 
@@ -97,6 +104,90 @@ def test_an_edit_s_ratio_is_exactly_one_on_policy(name):
     for step in range(3):
         part = rows[step::3]
         assert torch.equal(mine.log_prob(part, conditioning[part.sample]), part.old_log_prob)
+
+
+# Qwen-Image-Edit -------------------------------------------------------------------------------------------------
+
+
+def qwen_edit(kind, monkeypatch):
+    """A tiny Qwen-Image-Edit, stock, with a text encoder that sees; its megapixel is 32 x 32."""
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        real = module.calculate_dimensions
+        small = lambda area, ratio, real=real: real(max(area // 1024, 1024), ratio)  # noqa: E731
+        monkeypatch.setattr(module, "calculate_dimensions", small)
+    torch.manual_seed(0)
+    base = families.stock("qwen-image")
+    ids = cases_qwen.token_ids()
+    vocabulary = {name: ids.pop(name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
+    text = cases_qwen.TEXT | vocabulary
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=cases_qwen.VISION_2_5, **ids)
+    processor = cases_qwen.processor(video_processor=Qwen2VLVideoProcessor())
+    transformer = type(base.transformer).from_config(dict(base.transformer.config) | {"joint_attention_dim": 32})
+    for parameter in transformer.parameters():
+        if parameter.abs().sum() == 0:
+            torch.nn.init.normal_(parameter, std=0.1)
+    pipe = kind(
+        scheduler=base.scheduler,
+        vae=base.vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=processor.tokenizer,
+        processor=processor,
+        transformer=transformer.eval().requires_grad_(False),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+@pytest.mark.parametrize(
+    ("kind", "several"),
+    [
+        (QwenImageEditPipeline, [picture(0)]),
+        (QwenImageEditPlusPipeline, [picture(0), picture(1, (40, 20))]),
+    ],
+    ids=["edit", "plus"],
+)
+def test_qwen_image_edits_as_the_stock_pipeline_does(kind, several, guidance, monkeypatch):
+    pipe = qwen_edit(kind, monkeypatch)
+    mine = trl_tafs.AutoTAFSPipeline.from_pipe(pipe)
+    prompts = [PicturedPrompt(PROMPTS[0], map(Picture, several))]
+    x = torch.randn(1, *mine.latent_shape(16, 24), generator=torch.Generator().manual_seed(1))
+    options = {"height": 16, "width": 24, "guidance_scale": guidance, "latents": x}
+    torch.manual_seed(3)
+    ours = mine.annealed_rollout(prompts, **options).final
+    pipe.scheduler = mine.annealed_scheduler()
+    arguments = mine.call_arguments(4, guidance) | {"height": 16, "width": 24, "output_type": "pt"}
+    images = several[0] if kind is QwenImageEditPipeline else several  # a list would reach Edit's text encoder as it is
+    torch.manual_seed(3)
+    theirs = pipe(image=images, prompt=PROMPTS[0], latents=x.flatten(1, 2), **arguments).images
+    assert torch.equal(mine.decode_latents(ours), theirs)
+    swapped = [PicturedPrompt(str(p), [Picture(picture(9))] * len(p.pictures)) for p in prompts]
+    torch.manual_seed(3)
+    assert (mine.annealed_rollout(swapped, **options).final - ours).abs().max() > 1e-3, "the picture says nothing"
+    with pytest.raises(ValueError, match=f"the prompt 'a' has no source_image, and {kind.__name__} edits pictures"):
+        mine.encode_conditioning(["a"])
+
+
+@pytest.mark.parametrize("kind", [QwenImageEditPipeline, QwenImageEditPlusPipeline])
+def test_qwen_image_s_edits_are_trained(kind, tmp_path, monkeypatch):
+    pipe = qwen_edit(kind, monkeypatch)
+    several = kind is QwenImageEditPlusPipeline
+    rows = [
+        {"prompt": text, "source_images": [picture(i), picture(i + 2)]}
+        if several
+        else (text, {"source_image": picture(i)})
+        for i, text in enumerate(PROMPTS)
+    ]
+    settings = {"height": 16, "width": 16, "num_generations": 4, "sample_batch_size": 4, "train_batch_size": 4}
+    mine = trl_tafs.AutoTAFSPipeline.from_pipe(pipe)
+    trainer = tiny.trainer(mine, tmp_path, PixelFaithfulness(), rows, num_epochs=1, **settings)
+    trainer.train()
+    lora = {n: p for n, p in mine.transformer.named_parameters() if "lora_B" in n}
+    assert any(weight.abs().sum() > 0 for weight in lora.values())
+    mine.transformer.delete_adapters("default")
+    qwen_edit(kind, monkeypatch).load_lora_weights(tmp_path / "adapter")
+    told = "image=[load_image(" if several else "image=load_image("
+    assert told in (tmp_path / "adapter" / "README.md").read_text()
 
 
 # Training --------------------------------------------------------------------------------------------------------

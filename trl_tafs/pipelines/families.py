@@ -9,6 +9,8 @@ FAMILIES = {  # class: its module
     "TAFSFlux2Pipeline": "trl_tafs.pipelines.flux2",
     "TAFSFlux2KleinPipeline": "trl_tafs.pipelines.flux2",
     "TAFSQwenImagePipeline": "trl_tafs.pipelines.qwen_image",
+    "TAFSQwenImageEditPipeline": "trl_tafs.pipelines.qwen_image",
+    "TAFSQwenImageEditPlusPipeline": "trl_tafs.pipelines.qwen_image",
     "TAFSZImagePipeline": "trl_tafs.pipelines.z_image",
     "TAFSSanaPipeline": "trl_tafs.pipelines.sana",
     "TAFSSanaSprintPipeline": "trl_tafs.pipelines.sana",
@@ -33,6 +35,8 @@ if TYPE_CHECKING:  # the same list, for editors and type checkers
     from trl_tafs.pipelines.longcat_image import TAFSLongCatImagePipeline as TAFSLongCatImagePipeline
     from trl_tafs.pipelines.lumina2 import TAFSLumina2Pipeline as TAFSLumina2Pipeline
     from trl_tafs.pipelines.ovis_image import TAFSOvisImagePipeline as TAFSOvisImagePipeline
+    from trl_tafs.pipelines.qwen_image import TAFSQwenImageEditPipeline as TAFSQwenImageEditPipeline
+    from trl_tafs.pipelines.qwen_image import TAFSQwenImageEditPlusPipeline as TAFSQwenImageEditPlusPipeline
     from trl_tafs.pipelines.qwen_image import TAFSQwenImagePipeline as TAFSQwenImagePipeline
     from trl_tafs.pipelines.sana import TAFSSanaPipeline as TAFSSanaPipeline
     from trl_tafs.pipelines.sana import TAFSSanaSprintPipeline as TAFSSanaSprintPipeline
