@@ -20,13 +20,15 @@ from diffusers import (
 )
 from digits_components import build_pipeline as build_digits
 from digits_components import clip_tokenizer, t5_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    GlmConfig,
+    GlmModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -39,6 +41,8 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 import trl_tafs
@@ -52,11 +56,13 @@ CHAT = (
 )
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words by whitespace, with a chat template that says them alone."""
+def word_tokenizer(begins: bool = False) -> PreTrainedTokenizerFast:
+    """Words by whitespace, with a chat template that says them alone; `begins`: after a token of the beginning."""
     vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", "<end>", *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing("<end> $A", special_tokens=[("<end>", 2)])
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>", "bos_token": "<end>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, model_max_length=1024, **special)
 
@@ -113,15 +119,15 @@ def t5(tokenizer) -> T5EncoderModel:
     ).eval()
 
 
-def kl_vae(vae_class: type = AutoencoderKL, channels: int = 4, **changes):
-    """A VAE with a factor of 2."""
+def kl_vae(vae_class: type = AutoencoderKL, channels: int = 4, levels: int = 2, **changes):
+    """A VAE with a factor of 2, or of 2^(levels - 1)."""
     return vae_class(
         in_channels=3,
         out_channels=3,
         latent_channels=channels,
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=2,
         use_quant_conv=False,
@@ -162,6 +168,11 @@ def flux(guidance_embeds: bool = True, dynamic: bool = True):
             axes_dims_rope=(2, 2, 4),
         ),
     )
+
+
+def flux_kontext():
+    """FLUX.1-Kontext."""
+    return diffusers.FluxKontextPipeline(**flux().components)
 
 
 def dc_vae():
@@ -346,6 +357,146 @@ def hidream():
     )
 
 
+def lumina2():
+    """Lumina-Image 2.0, whose pipeline takes any VAE's factor for 8."""
+    return diffusers.Lumina2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4),
+        vae=kl_vae(levels=4, **SCALES),
+        text_encoder=language_model(Gemma2Config, Gemma2Model),
+        tokenizer=word_tokenizer(),
+        transformer=diffusers.Lumina2Transformer2DModel(
+            sample_size=4,
+            in_channels=4,
+            hidden_size=16,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=2,
+            multiple_of=8,
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(64, 16, 16),
+            cap_feat_dim=WIDTH,
+        ),
+    )
+
+
+def chroma():
+    """Chroma."""
+    tokenizer = t5_tokenizer(WORDS)
+    return diffusers.ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4),
+        vae=kl_vae(**SCALES),
+        text_encoder=t5(tokenizer),
+        tokenizer=tokenizer,
+        transformer=diffusers.ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(2, 2, 4),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+    )
+
+
+def cogview4(dynamic: bool = True):
+    """CogView4; with the scheduler of the repositories, or one whose shift is fixed."""
+    scheduler = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
+    scheduler["base_image_seq_len"] = 4
+    return diffusers.CogView4Pipeline(
+        tokenizer=word_tokenizer(begins=True),
+        text_encoder=language_model(GlmConfig, GlmModel),
+        vae=kl_vae(scaling_factor=0.36),
+        transformer=diffusers.CogView4Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=WIDTH,
+            time_embed_dim=8,
+            condition_dim=4,
+            pos_embed_max_size=16,
+            sample_size=8,
+            rope_axes_dim=(16, 16),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(**(scheduler if dynamic else {"shift": 3.0})),
+    )
+
+
+def aura_flow():
+    """AuraFlow."""
+    tokenizer = t5_tokenizer(WORDS)
+    encoder = UMT5Config(
+        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=16,
+        num_mmdit_layers=2,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        pos_embed_max_size=256,
+    )
+    for name, parameter in transformer.named_parameters():
+        if ".norm" in name:  # gates that are nearly shut would hide a LoRA
+            parameter.data.mul_(20)
+    return diffusers.AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(encoder).eval(),
+        vae=kl_vae(scaling_factor=0.36),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+def ovis_image():
+    """Ovis-Image."""
+    return diffusers.OvisImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4),
+        vae=kl_vae(**SCALES),
+        text_encoder=language_model(Qwen3Config, Qwen3Model),
+        tokenizer=word_tokenizer(),
+        transformer=diffusers.OvisImageTransformer2DModel(
+            in_channels=16,
+            out_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(2, 2, 4),
+        ),
+    )
+
+
+def longcat_image():
+    """LongCat-Image; its stock pipeline draws 16 channels, and its text processor only rewrites prompts."""
+    return diffusers.LongCatImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4),
+        vae=kl_vae(channels=16, **SCALES),
+        text_encoder=language_model(Qwen2Config, Qwen2ForCausalLM),
+        tokenizer=word_tokenizer(),
+        text_processor=word_tokenizer(),
+        transformer=diffusers.LongCatImageTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            axes_dims_rope=[2, 2, 4],
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """A family as the tests see it."""
@@ -358,12 +509,14 @@ class Family:
     tolerance: float = 0.0  # of the parity with the stock pipeline
     has_ode: bool = True  # the stock pipeline can solve the ODE
     options: dict = field(default_factory=dict)  # of the builder
+    attributes: dict = field(default_factory=dict)  # of the pipeline, which its components don't say
 
 
 FAMILIES = {
     "sd3": Family("TAFSStableDiffusion3Pipeline", sd3, size=8, wide=(8, 16)),
     "flux-dev": Family("TAFSFluxPipeline", flux),
     "flux-schnell": Family("TAFSFluxPipeline", flux, options={"guidance_embeds": False, "dynamic": False}),
+    "flux-kontext": Family("TAFSFluxKontextPipeline", flux_kontext),
     "sana": Family("TAFSSanaPipeline", sana, size=32, wide=(32, 64)),
     "sana-sprint": Family(
         "TAFSSanaSprintPipeline",
@@ -381,8 +534,21 @@ FAMILIES = {
         "TAFSFlux2KleinPipeline", flux2_klein, guidance=None, options={"is_distilled": True}
     ),
     "z-image": Family("TAFSZImagePipeline", z_image),
-    "hidream": Family("TAFSHiDreamPipeline", hidream, wide=(8, 32), tolerance=1e-5),
+    # it draws at its own area alone
+    "hidream": Family(
+        "TAFSHiDreamPipeline", hidream, wide=(8, 32), tolerance=1e-5, attributes={"default_sample_size": 8}
+    ),
+    "lumina2": Family("TAFSLumina2Pipeline", lumina2, size=32, wide=(16, 32), attributes={"system_prompt": ""}),
+    "chroma": Family("TAFSChromaPipeline", chroma),
+    "cogview4": Family("TAFSCogView4Pipeline", cogview4),
+    "cogview4-static": Family("TAFSCogView4Pipeline", cogview4, options={"dynamic": False}),
+    "aura-flow": Family("TAFSAuraFlowPipeline", aura_flow),
+    "ovis-image": Family("TAFSOvisImagePipeline", ovis_image),
+    "longcat-image": Family("TAFSLongCatImagePipeline", longcat_image, attributes={"tokenizer_max_length": LENGTH}),
 }
+
+
+EDITORS = {"TAFSQwenImageEditPipeline", "TAFSQwenImageEditPlusPipeline"}  # which draw nothing without a source picture
 
 
 def stock(name: str, seed: int = 0):
@@ -396,8 +562,8 @@ def stock(name: str, seed: int = 0):
         for parameter in pipe.transformer.parameters():
             if parameter.abs().sum() == 0:
                 torch.nn.init.normal_(parameter, std=0.1)
-    if name == "hidream":
-        pipe.default_sample_size = 8  # it draws at this area alone
+    for attribute, value in family.attributes.items():
+        setattr(pipe, attribute, value)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -405,7 +571,7 @@ def stock(name: str, seed: int = 0):
 def ours(pipe, name: str):
     """Our pipeline over the stock one's components, the very same modules."""
     mine = trl_tafs.AutoTAFSPipeline.from_pipe(pipe)
-    if name == "hidream":
-        mine.default_sample_size = pipe.default_sample_size
+    for attribute in FAMILIES[name].attributes:
+        setattr(mine, attribute, getattr(pipe, attribute))
     assert type(mine) is getattr(trl_tafs, FAMILIES[name].pipeline)
     return mine

@@ -14,6 +14,7 @@ from tiny import ROOT
 NEEDED_BY = re.compile(r"(?:needed|loaded|run) by (?:make (?P<target>[\w-]+)|(?P<file>\S+\.py)|(?P<module>\w+))")
 BY_CHANCE = {
     "tests/rewards/parity/freeze.py",  # a script that installs what it compares with
+    "tests/rewards/parity/freeze_hps_v3.py: hpsv3",  # another
     "tests/training/test_memory.py: torchao",  # by importorskip
 }
 

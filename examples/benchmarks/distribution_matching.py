@@ -69,9 +69,7 @@ SETTINGS = {
     "two optimizer steps an epoch, fake rate 1e-2, weight .125": one(
         "tafs_dm", 3e-3, 1.2, dm_fake_learning_rate=1e-2, dm_weight=0.125, **TWICE
     ),
-    "four optimizer steps an epoch, fake rate 1e-2": one(
-        "tafs_dm", 3e-3, 1.2, **WON | {"train_updates_per_epoch": 4}
-    ),
+    "four optimizer steps an epoch, fake rate 1e-2": one("tafs_dm", 3e-3, 1.2, **WON | {"train_updates_per_epoch": 4}),
     "adaptive weights, weight .5": ADAPTIVE | {"options": WON | {"dm_weight": 0.5}},
     "adaptive weights, weight 1": ADAPTIVE | {"options": WON | {"dm_weight": 1.0}},
     "adaptive weights, weight 2": ADAPTIVE | {"options": WON | {"dm_weight": 2.0}},

@@ -1,7 +1,9 @@
 """Every family: the rollout is what the stock, unmodified pipeline samples, and what is trained is what it loads."""
 
 import dataclasses
+import inspect
 import json
+from unittest import mock
 
 import families
 import pytest
@@ -44,6 +46,8 @@ def stock(name, mine=None, **scheduler):
     pipe = families.stock(name)
     if mine is not None:
         pipe = type(pipe)(**{**pipe.components, "transformer": mine.transformer}, **_options(pipe))
+        for attribute in FAMILIES[name].attributes:
+            setattr(pipe, attribute, getattr(mine, attribute))
         pipe.set_progress_bar_config(disable=True)
     if scheduler and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         scheduler = scheduler | {"shift_terminal": None}  # what is published leaves it out
@@ -67,21 +71,25 @@ def sampled(pipe, mine, x, height, width, num_steps=4, guidance=1.0, seed=3, lev
         latents = x
     last = {}
 
-    def keep(pipeline, step, timestep, tensors):
-        last["state"] = tensors["latents"]
-        return {}
+    def step(*args, do=pipe.scheduler.step, **kwargs):  # not every stock pipeline has callbacks
+        output = do(*args, **kwargs)
+        last["state"] = output[0]
+        return output
 
     torch.manual_seed(seed)
-    images = pipe(
-        prompt=list(PROMPTS),
-        height=height,
-        width=width,
-        latents=latents.clone(),
-        output_type="pt",
-        max_sequence_length=families.LENGTH,
-        callback_on_step_end=keep,
-        **arguments,
-    ).images
+    own = inspect.signature(pipe.__call__).parameters
+    arguments |= mine.size_arguments(height, width)
+    length = {"max_sequence_length": families.LENGTH} if "max_sequence_length" in own else {}
+    with mock.patch.object(pipe.scheduler, "step", step):
+        images = pipe(
+            prompt=list(PROMPTS),
+            height=height,
+            width=width,
+            latents=latents.clone(),
+            output_type="pt",
+            **length,
+            **arguments,
+        ).images
     return last["state"].reshape(x.shape), images
 
 
@@ -290,7 +298,10 @@ def test_a_saved_lora_draws_bit_equal_images_in_the_stock_pipeline(name, lora, t
     save_adapter(mine, tmp_path, lora_config=config)
 
     pipe = stock(name)
-    pipe.load_lora_weights(tmp_path)
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(tmp_path)
+    else:
+        pipe.transformer.load_lora_adapter(tmp_path, use_safetensors=True)
     if family.has_ode:
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
         assert pipe.scheduler.config.stochastic_sampling
@@ -365,7 +376,8 @@ def test_from_pipe_neither_copies_nor_casts():
 
 
 def test_every_family_is_exported():
-    assert {family.__name__ for family in pipelines.FAMILIES.values()} == {f.pipeline for f in FAMILIES.values()}
+    drawn = {f.pipeline for f in FAMILIES.values()}
+    assert {family.__name__ for family in pipelines.FAMILIES.values()} == drawn | families.EDITORS
     assert {family.__name__ for family in pipelines.FAMILIES.values()} <= set(trl_tafs.__all__)
 
 
@@ -379,7 +391,6 @@ def test_hidream_dev_s_lcm_scheduler_is_the_annealed_sampler_and_published_as_eu
     x = torch.randn(len(PROMPTS), *mine.latent_shape(16, 16), generator=torch.Generator().manual_seed(1))
     ours = rolled_out(mine, x, 16, 16)
     theirs = stock("hidream", mine)
-    theirs.default_sample_size = mine.default_sample_size
     theirs.scheduler = lcm
     compare(ours.final, sampled(theirs, mine, x, 16, 16)[0], FAMILIES["hidream"].tolerance)
     assert torch.equal(mine.rollout_levels(4, 16, 16), lcm.sigmas), "the levels of its last set_timesteps"
@@ -471,6 +482,33 @@ def test_more_tokens_than_the_stock_pipeline_takes_are_refused(name, limit, tmp_
         tiny.trainer(mine, tmp_path, height=size, width=size, max_sequence_length=limit + 1)
     with pytest.raises(ValueError, match=message):
         trl_tafs.evaluate({"m": mine}, ["a"], tiny.brightness, tmp_path / "out", max_sequence_length=limit + 1)
+
+
+def test_a_length_in_which_no_prompt_fits_is_refused(tmp_path):
+    lumina = families.ours(families.stock("lumina2"), "lumina2")
+    lumina.system_prompt = "a photo of"
+    assert lumina.prompt_tokens(["two red dog"]) == [3 + 4 + 3]  # "<", "Prompt", "Start", ">"
+    with pytest.raises(ValueError, match=r"max_sequence_length is 7, and .* system prompt alone has 7 tokens"):
+        tiny.trainer(lumina, tmp_path, height=32, width=32, max_sequence_length=7)
+    lumina.check_sequence_length(8)
+    longcat = families.ours(families.stock("longcat-image"), "longcat-image")
+    with pytest.raises(ValueError, match="max_sequence_length is 4, and LongCatImagePipeline takes no other than its"):
+        tiny.trainer(longcat, tmp_path, height=16, width=16, max_sequence_length=4)
+
+
+def test_cogview4_is_told_the_levels_before_the_shift_and_others_than_whole_ones_are_rounded():
+    mine = families.ours(families.stock("cogview4"), "cogview4")
+    levels = mine.rollout_levels(5, 16, 32)[:-1]
+    assert mine._told(levels * 1000, 16, 32).tolist() == mine.call_arguments(5)["timesteps"]
+    assert mine._told(levels * 1000, 16, 16).tolist() != mine.call_arguments(5)["timesteps"], "by the size"
+    mine.scheduler.register_to_config(time_shift_type="exponential")
+    mine.scheduler = FlowMatchEulerDiscreteScheduler.from_config(mine.scheduler.config)
+    assert mine._told(mine.rollout_levels(5, 16, 32)[:-1] * 1000, 16, 32).tolist() == [1000, 800, 600, 400, 200]
+
+
+def test_lumina2_s_shift_is_of_its_channels_not_of_its_tokens():
+    mine = families.ours(families.stock("lumina2"), "lumina2")
+    assert torch.equal(mine.rollout_levels(4, 16, 16), mine.rollout_levels(4, 64, 64))
 
 
 def test_what_a_family_cannot_do_is_said():
@@ -591,6 +629,24 @@ def test_hidream_s_card_loads_its_llama_too(tmp_path):
     assert all(torch.equal(weights[name], theirs[name]) for name in weights)
 
 
+@pytest.mark.parametrize("name", ["lumina2", "longcat-image"])
+def test_the_card_s_code_draws_what_was_trained_whether_or_not_the_stock_pipeline_loads_a_lora(name, tmp_path):
+    mine, size = families.ours(families.stock(name), name), FAMILIES[name].size
+    trainer = tiny.trainer(mine, tmp_path / "run", height=size, width=size)
+    attached = {n: p for n, p in mine.transformer.named_parameters() if "lora_B" in n}
+    for parameter in attached.values():
+        torch.nn.init.normal_(parameter.data, std=0.2)
+    trainer.save_pretrained(tmp_path / "adapter")
+    loads = "pipe.load_lora_weights(" if name == "lumina2" else "pipe.transformer.load_lora_adapter("
+    code = usage_code(trainer.publisher.facts(tmp_path / "adapter", None), adapter=str(tmp_path / "adapter"))
+    assert code.count(loads) == 1
+    line = next(line for line in code.splitlines() if line.startswith(loads))
+    pipe = stock(name)
+    exec(line, {"pipe": pipe})
+    theirs = {n: p for n, p in pipe.transformer.named_parameters() if "lora_B" in n}
+    assert attached and len(theirs) == len(attached) and all(weight.any() for weight in theirs.values())
+
+
 # Encoded prompts on disk --------------------------------------------------------------------------------------
 
 
@@ -661,7 +717,14 @@ TWINS = {
     "flux2_klein": "flux2-klein",
     "qwen_image": "qwen-image",
     "sana": "sana",
+    "lumina2": "lumina2",
+    "chroma": "chroma",
+    "cogview4": "cogview4",
+    "aura_flow": "aura-flow",
+    "ovis_image": "ovis-image",
+    "longcat_image": "longcat-image",
 }
+TWIN_LENGTHS = {"lumina2": 64, "longcat-image": None}  # what holds a system prompt; what takes no other length
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -683,7 +746,7 @@ def test_a_configuration_trains_its_tiny_twin(name, tmp_path, monkeypatch):
         "num_epochs": 1,
         "height": twin.size,
         "width": twin.size,
-        "max_sequence_length": families.LENGTH,
+        "max_sequence_length": TWIN_LENGTHS.get(TWINS[name], families.LENGTH),
         "sample_batch_size": 2,
         "sample_num_batches_per_epoch": 2,
         "num_generations": 4,
@@ -693,7 +756,7 @@ def test_a_configuration_trains_its_tiny_twin(name, tmp_path, monkeypatch):
         "logdir": tmp_path,
         "run_name": "run",
     }
-    options = [str(word) for key, value in small.items() for word in (f"--{key}", value)]
+    options = [str(word) for key, value in small.items() if value is not None for word in (f"--{key}", value)]
     file = tiny.ROOT / "examples" / "configs" / f"{name}.yaml"
     assert main(["train", "--config", str(file), *options]) == 0
     weights, lora = read_adapter(tmp_path / "run" / "adapter")

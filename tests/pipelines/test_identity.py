@@ -78,7 +78,9 @@ def test_a_family_is_recognised_by_its_own_lora(name):
 
 def test_loras_of_other_kinds_are_named():
     assert "kohya" in guess_family(["lora_unet_down_blocks_0.lora_down.weight"])
-    assert guess_family(["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"]) == "FLUX.1 or FLUX.2"
+    single = guess_family(["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"])
+    assert single == "FLUX.1 or FLUX.2 or Chroma or Ovis-Image or LongCat-Image"
+    assert guess_family(["transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight"]) == "Qwen-Image"
     assert guess_family(["transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight"]) == "SD3 or Qwen-Image"
     assert guess_family(["transformer.transformer_blocks.0.ff.lora_A.weight"]) == "a diffusers transformer"
     assert guess_family(["a.lora_A.weight"]) == "an unknown family"

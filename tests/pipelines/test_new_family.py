@@ -1,4 +1,4 @@
-"""A family that isn't in the package, as docs/new_family.md writes it, goes through what the package's go through."""
+"""A family of one's own, as docs/new_family.md writes it, goes through what the package's go through."""
 
 import inspect
 import re
@@ -7,7 +7,12 @@ import families
 import pytest
 import tiny
 import torch
-from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+)
 from digits_components import t5_tokenizer
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -107,5 +112,5 @@ def test_the_document_shows_this_class():
 
 
 def test_auto_says_which_families_there_are(components):
-    with pytest.raises(ValueError, match=r"this is a AuraFlowPipeline.*StableDiffusion3Pipeline, FluxPipeline, Flux2"):
-        AutoTAFSPipeline.from_pipe(AuraFlowPipeline(**components))
+    with pytest.raises(ValueError, match=r"this is a PixArtSigmaPipeline.*StableDiffusion3Pipeline, FluxPipeline"):
+        AutoTAFSPipeline.from_pipe(PixArtSigmaPipeline(**components))

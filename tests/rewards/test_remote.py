@@ -211,7 +211,7 @@ def test_a_busy_endpoint_is_asked_again_when_it_said_but_within_the_timeout(monk
 
 @pytest.mark.parametrize(("retry_after", "waited"), [("7", [7.0, 7.0]), ("0", [0.5, 1.0]), ("2000", [LIMIT, LIMIT])])
 def test_a_busy_judge_is_asked_again_when_it_said_but_within_the_timeout(monkeypatch, retry_after, waited):
-    monkeypatch.setattr("trl_tafs.rewards.unified_reward.time", waits := Waits())
+    monkeypatch.setattr("trl_tafs.rewards.judge.time", waits := Waits())
     with serving(busy(retry_after, 2, {"choices": [{"message": {"content": "Final Score: 4"}}]})) as url:
         assert UnifiedReward(f"{url}/v1", timeout=LIMIT)(IMAGES[:1], ["a"], [{}]).tolist() == [4.0]
     assert waits == waited

@@ -22,6 +22,7 @@ from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import is_text_encoder
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.pipelines.identity import base_identity
+from trl_tafs.pipelines.pictures import check_source_pictures
 from trl_tafs.pipelines.quantized import is_bitsandbytes
 from trl_tafs.policy.carried import active_adapters, frozen_adapter
 from trl_tafs.policy.denoiser_file import applied
@@ -103,6 +104,8 @@ def evaluate(
     items = tuple(row_to_prompt(prompts[i]) for i in range(len(prompts)))
     if not items:
         raise ValueError("there are no prompts to evaluate on; give at least one")
+    for pipeline, _ in named.values():
+        check_source_pictures(pipeline, items, "prompts")
     judges = rewards if isinstance(rewards, RewardSet) else RewardSet(rewards)
     encoding = {"guidance_scale": guidance_scale, "embedded_guidance_scale": embedded_guidance_scale}
     encoding |= {"negative_prompt": negative_prompt or "", "max_sequence_length": max_sequence_length}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trl_tafs.evaluation.statistics import IMAGE_STATISTICS, THUMBNAIL, thumbnails
+from trl_tafs.pipelines.pictures import Picture, prompt_key
 from trl_tafs.rewards.scoring import RewardSet
 
 
@@ -37,11 +38,17 @@ class Task:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must match for an evaluation to be resumed."""
-        digest = hashlib.sha256(json.dumps(self.prompts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        prompts = [(prompt_key(prompt), metadata) for prompt, metadata in self.prompts]
+        digest = hashlib.sha256(json.dumps(prompts, sort_keys=True, default=_told).encode()).hexdigest()[:16]
         settings = {"prompts": digest, "images_per_prompt": self.images_per_prompt, "seed": self.seed}
         settings |= {name: value for name, value in self.encoding.items() if name != "guidance_scale"}  # in each label
         settings |= {"rewards": list(self.rewards.names), "reward_options": self.reward_options}
         return settings | {"step_rewards": self.step_rewards}
+
+
+def _told(value: Any) -> str:
+    """What stands for a prompt's metadata that JSON doesn't know: a picture's content, else its text."""
+    return Picture(value).digest if hasattr(value, "tobytes") and hasattr(value, "getexif") else str(value)
 
 
 def score_lines(task: Task, sample_ids: Sequence[int], images: Tensor, values: Tensor) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from trl_tafs.evaluation.statistics import IMAGE_STATISTICS, Estimate
 from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.output.markdown import table
 from trl_tafs.output.pictures import sample_grid, save_png
+from trl_tafs.pipelines.pictures import pictures_of
 
 
 def shown(estimate: Estimate | None, sign: str = "") -> str:
@@ -95,7 +96,10 @@ def write(results: Results, folder: Path) -> None:
 
 
 def side_by_side(label: str, paths: Mapping[str, Path], prompts: Sequence[str]) -> Any:
-    """Return a picture of the saved images: a row a prompt, a column a model; None where there are no images."""
+    """Return a picture of the saved images: a row a prompt, a column a model; None where there are no images.
+
+    Where prompts have source pictures, the first of each stands in a column before the models.
+    """
     import numpy as np
     from PIL import Image
 
@@ -105,12 +109,16 @@ def side_by_side(label: str, paths: Mapping[str, Path], prompts: Sequence[str]) 
     if not names:
         return None
     tiles = [[np.array(Image.open(path / f"{name}.png").convert("RGB")) for path in paths.values()] for name in names]
+    sources = [pictures_of(prompts[int(name)]) for name in names]
+    if all(sources):
+        size = tiles[0][0].shape[1::-1]
+        tiles = [[np.array(s[0].image().resize(size)), *row] for s, row in zip(sources, tiles, strict=True)]
     images = torch.from_numpy(np.stack([np.stack(row) for row in tiles])).permute(0, 1, 4, 2, 3).float() / 255
     images = images.flatten(0, 1)
     columns = images.shape[0] // len(names)
     if min(images.shape[-2:]) < 96:  # tiny ones: large enough for their labels
         images = torch.nn.functional.interpolate(images, scale_factor=-(-96 // min(images.shape[-2:])))
-    models = [name if len(name) <= 16 else "..." + name[-13:] for name in paths]
+    models = ["source"] * all(sources) + [name if len(name) <= 16 else "..." + name[-13:] for name in paths]
     return sample_grid(images.unflatten(0, (-1, columns)), [prompts[int(name)] for name in names], models, label)
 
 

@@ -42,10 +42,13 @@ def usage_code(facts: CardFacts, *, base: str | None = None, adapter: str | None
         f"    {name}={_quoted(value) if isinstance(value, str) else value!r}," for name, value in arguments.items()
     )
     prompt = facts.prompts[0] if facts.prompts else "a photo of a cat"
+    sources = list(facts.sources[0]) if facts.sources else []
+    call = _source_argument(sources, facts.repo_id) + call if sources else call
     dtype = "" if facts.dtype == "float32" else f", dtype=torch.{facts.dtype}"
-    classes, imports, parts = {facts.scheduler_class, facts.pipeline_class}, "", ""
+    classes, parts = {facts.scheduler_class, facts.pipeline_class}, ""
+    imports = "\nfrom diffusers.utils import load_image" if sources else ""
     if facts.base_llama:
-        imports = "\nfrom transformers import AutoTokenizer, LlamaForCausalLM"
+        imports += "\nfrom transformers import AutoTokenizer, LlamaForCausalLM"
         outputs = "output_hidden_states=True, output_attentions=True"
         parts = f"""\
 tokenizer_4 = AutoTokenizer.from_pretrained({_quoted(facts.base_llama)})
@@ -78,17 +81,27 @@ image.save("image.png")"""
 
 def _load_lora(facts: CardFacts, adapter: str) -> str:
     """Return the lines that load the LoRA, and those that were frozen beneath it, which act in this order."""
+    pipe, load, options = "pipe", "load_lora_weights", ""
+    if not facts.loads_lora:
+        pipe, load, options = f"pipe.{facts.denoiser_name}", "load_lora_adapter", ", use_safetensors=True"
     if not facts.frozen:
-        return f"\npipe.load_lora_weights({_quoted(adapter)})"
+        return f"\n{pipe}.{load}({_quoted(adapter)}{options})"
     lines = [
-        f"pipe.load_lora_weights({_quoted(a.name)}, adapter_name={_quoted(a.name)})  # from where you have it"
+        f"{pipe}.{load}({_quoted(a.name)}, adapter_name={_quoted(a.name)}{options})  # from where you have it"
         for a in facts.frozen
     ]
-    lines.append(f"pipe.load_lora_weights({_quoted(adapter)}, adapter_name={_quoted(facts.adapter_name)})")
+    lines.append(f"{pipe}.{load}({_quoted(adapter)}, adapter_name={_quoted(facts.adapter_name)}{options})")
     names = ", ".join(_quoted(name) for name in (*(a.name for a in facts.frozen), facts.adapter_name))
     weights = [1.0 if a.weight is None else round(a.weight, 6) for a in facts.frozen]
-    lines.append(f"pipe.set_adapters([{names}], {[*weights, 1.0]})")
+    lines.append(f"{pipe}.set_adapters([{names}], {[*weights, 1.0]})")
     return "".join(f"\n{line}" for line in lines)
+
+
+def _source_argument(sources: Sequence[str], repo_id: str | None) -> str:
+    """Return the call's line of the first prompt's source pictures, in the repository or beside the card."""
+    root = f"https://huggingface.co/{repo_id}/resolve/main/" if repo_id else ""
+    loaded = [f"load_image({_quoted(root + path)})" for path in sources]
+    return f"    image={loaded[0] if len(loaded) == 1 else '[' + ', '.join(loaded) + ']'},\n"
 
 
 def _quoted(text: str) -> str:
@@ -109,9 +122,9 @@ def create_model_card(facts: CardFacts) -> ModelCard:
         license=facts.base_license,
         license_name=facts.base_license_name if other else None,
         license_link=facts.base_license_link if other else None,
-        pipeline_tag="text-to-image",
+        pipeline_tag=(task := "image-to-image" if any(facts.sources) else "text-to-image"),
         tags=[
-            *("text-to-image", "diffusers", "diffusers-training"),
+            *(task, "diffusers", "diffusers-training"),
             *(() if facts.whole_denoiser else ("lora", "template:sd-lora")),
             *("trl", "tafs-grpo", *facts.card_tags, *facts.tags),
         ],
@@ -158,15 +171,15 @@ def _tables(facts: CardFacts) -> dict[str, str]:
     metrics = [(k, row if isinstance(row, Mapping) else {"value": row}) for k, row in facts.metrics.items()]
     columns = list(dict.fromkeys(column for _, row in metrics for column in row))
     pictures = [
-        (prompt, f"![before]({before})" if before else "", f"![after]({after})")
-        for prompt, before, after in facts.pictures
+        (prompt, *shown, f"![before]({before})" if before else "", f"![after]({after})")
+        for (prompt, before, after), shown in zip(facts.pictures, _shown_sources(facts), strict=True)
     ]
     return {
         "levels": table(
             ["step", "passed", "seen by the model"],
             zip(range(1, facts.num_steps + 1), facts.levels_unshifted, facts.levels, strict=True),
         ),
-        "pictures": table(["prompt", "before", "after"], pictures),
+        "pictures": table(["prompt", *["source"] * any(facts.sources), "before", "after"], pictures),
         "metrics": table(
             ["", *columns], [[name, *(row.get(column, "") for column in columns)] for name, row in metrics]
         ),
@@ -174,6 +187,13 @@ def _tables(facts: CardFacts) -> dict[str, str]:
         "training": table(["setting", "value"], [(k, f"`{v}`") for k, v in facts.training.items() if v not in UNSET]),
         "curve": _curve(facts.reward_curve),
     }
+
+
+def _shown_sources(facts: CardFacts) -> list[tuple[str, ...]]:
+    """Return each row's cell of source pictures, of no row if there are none."""
+    if not any(facts.sources):
+        return [()] * len(facts.pictures)
+    return [(" ".join(f"![source]({path})" for path in paths),) for paths in facts.sources]
 
 
 def _curve(curve: Sequence[tuple[int, float]]) -> str:

@@ -49,6 +49,7 @@ class CardFacts:
     call: Mapping[str, Any] | None = None  # steps, levels and guidance as the stock pipeline's call takes them
     whole_denoiser: str | None = None  # the class of the denoiser, where all of it was trained instead of a LoRA
     denoiser_name: str = "transformer"  # the pipeline's component that was trained
+    loads_lora: bool = True  # whether the stock pipeline has `load_lora_weights`; else its denoiser loads the LoRA
     adapter_name: str = "default"  # the trained LoRA's, where others are beneath it
     frozen: Sequence[FrozenAdapter] = ()  # LoRAs that were active and frozen beneath it
     comfyui_shift: float | None = None  # by which ComfyUI shifts this family's levels; None: no recipe for it
@@ -82,6 +83,7 @@ class CardFacts:
     reward_curve: Sequence[tuple[int, float]] = ()  # (epoch, mean reward)
     metrics: Mapping[str, Any] = field(default_factory=dict)  # name to a number, or to numbers by column
     pictures: Sequence[tuple[str, str | None, str]] = ()  # (prompt, before, after), "images/<name>.png"
+    sources: Sequence[Sequence[str]] = ()  # of each of `pictures`, the source pictures of its prompt, where it has some
     versions: Mapping[str, str] = field(default_factory=library_versions)
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import is_disk_fault
 from trl_tafs.output.pictures import save_png, tensor_to_image
 from trl_tafs.pipelines.finite import NonFiniteError
+from trl_tafs.pipelines.pictures import pictures_of
 from trl_tafs.policy.policy import Policy
 from trl_tafs.processes import raise_everywhere
 from trl_tafs.rewards.scoring import RewardSet
@@ -165,12 +166,17 @@ class Publisher:
             images = replace(self.drawer, velocity=velocity).images(self.spec, prompts, range(len(prompts)))
             for i, image in enumerate(images):
                 save_png(tensor_to_image(image), folder / "images" / f"{name}_{i}.png")
+        for prompt, names in zip(prompts, source_names(prompts), strict=True):
+            for picture, path in zip(pictures_of(prompt), names, strict=True):
+                save_png(picture.image(), folder / path)
 
     def facts(self, folder: str | os.PathLike, repo_id: str | None) -> CardFacts:
         """Return everything that the model card says."""
         config, pipeline, progress = self.config, self.policy.pipeline, self.progress
         prompts = self.card_prompts()
-        pictures = [(p, f"images/before_{i}.png", f"images/after_{i}.png") for i, p in enumerate(prompts)]
+        pictures = [(str(p), f"images/before_{i}.png", f"images/after_{i}.png") for i, p in enumerate(prompts)]
+        shown = [i for i, picture in enumerate(pictures) if Path(folder, picture[2]).exists()]
+        sources = source_names(prompts)
         length = config.max_sequence_length or pipeline.default_max_sequence_length()
         return CardFacts(
             pipeline_class=type(pipeline).stock_class().__name__,
@@ -187,7 +193,8 @@ class Publisher:
                 config.negative_prompts,
                 config.sample_embedded_guidance_scale,
                 config.sample_levels,
-            ),
+            )
+            | pipeline.size_arguments(self.spec.height, self.spec.width),
             adapter_name=self.policy.adapter_name or "",
             frozen=self.policy.frozen,
             comfyui_shift=pipeline.comfyui_shift,
@@ -195,6 +202,7 @@ class Publisher:
             epochs=progress.epoch,
             card_tags=pipeline.card_tags,
             denoiser_name=pipeline.denoiser_name,
+            loads_lora=hasattr(pipeline.stock_class(), "load_lora_weights"),
             renoises_from_generator=pipeline.renoises_from_generator,
             whole_denoiser=type(pipeline.denoiser).__name__ if config.full_finetuning else None,
             scheduler_class=type(pipeline.annealed_scheduler()).__name__,
@@ -208,13 +216,22 @@ class Publisher:
             **base_model_facts(pipeline),
             **self.naming,
             repo_id=repo_id,
-            prompts=prompts,
+            prompts=[str(prompt) for prompt in prompts],
             training=self.settings,
             rewards=dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
             reward_curve=progress.reward_curve,
             metrics=evaluation_columns(progress.evaluations),
-            pictures=[picture for picture in pictures if Path(folder, picture[2]).exists()],
+            pictures=[pictures[i] for i in shown],
+            sources=[sources[i] for i in shown],
         )
+
+
+def source_names(prompts: Sequence[str]) -> list[list[str]]:
+    """Return the card's files of each prompt's source pictures: `images/source_0.png`, `images/source_0_1.png`, ..."""
+    return [
+        [f"images/source_{i}{f'_{k}' if k else ''}.png" for k in range(len(pictures_of(prompt)))]
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def evaluation_columns(evaluations: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:

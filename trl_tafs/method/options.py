@@ -143,8 +143,8 @@ class LossOptions(Options):
         None,
         "clipped: balanced (default), every level moves the velocity equally; gaussian, the density as it is (Eq. 10); "
         "uniform, without its 1/(2 sigma^2); std, times the action's (TempFlow-GRPO); diffusion, times the g of the "
-        "SDE whose step it is (SuperFlow). forward, awm, matched: adaptive (default of forward and matched), whose pull "
-        "doesn't grow with the distance; velocity (awm's); or clean, the error of the clean image.",
+        "SDE whose step it is (SuperFlow). forward, awm, matched: adaptive (default of forward and matched), whose "
+        "pull doesn't grow with the distance; velocity (awm's); or clean, the error of the clean image.",
     )
     train_clip_weighting: str = option(
         "loss",

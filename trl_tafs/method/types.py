@@ -100,6 +100,8 @@ class Embeddings(TensorRecord):
     mask: Tensor | None = None  # (B, L), 1 at a prompt's own tokens; None: all are
     layers: Tensor | None = None  # (B, K, L, C), of a second encoder of which every layer is used (HiDream)
     guidance: Tensor | None = None  # (B,) float32, the scale that a guidance-distilled model takes as an input
+    pictures: Tensor | None = None  # (B, P, C), the source pictures' tokens, one picture after the other
+    picture_grids: tuple[tuple[int, int], ...] | None = None  # their (rows, columns) of tokens, the same for all B
 
     def padded(self, length: int) -> Embeddings:
         """Return the text with zeros up to `length` tokens, and a mask that says so."""
@@ -112,6 +114,9 @@ class Embeddings(TensorRecord):
     @classmethod
     def cat(cls, items: list[Embeddings]) -> Embeddings:
         """Concatenate, shorter texts padded to the longest."""
+        grids = {item.picture_grids for item in items}
+        if len(grids) > 1:
+            raise ValueError(f"prompts with source pictures of other sizes ({grids}, in tokens) can't be one batch")
         longest = max(item.text.shape[1] for item in items)
         masked = any(item.mask is not None for item in items)
         if masked or any(item.text.shape[1] < longest for item in items):

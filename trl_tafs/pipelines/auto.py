@@ -74,7 +74,7 @@ class AutoTAFSPipeline:
 
 
 def guess_family(keys: Iterable[str]) -> str | None:
-    """Return the families that a LoRA's keys look like, in words, by the mark that fewest families have."""
+    """Return the families that a LoRA's keys look like, in words, by the longest mark that they have."""
     text = "\n".join(keys)
     found: dict[str, dict[str, None]] = {}
     for family in FAMILIES.values():
@@ -83,5 +83,4 @@ def guess_family(keys: Iterable[str]) -> str | None:
                 found.setdefault(mark, {})[family.lora_family] = None
     if not found:
         return None
-    mark = min(found, key=lambda mark: (len(found[mark]), -len(mark)))
-    return " or ".join(found[mark])
+    return " or ".join(found[max(found, key=len)])

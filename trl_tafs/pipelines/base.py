@@ -29,6 +29,7 @@ from trl_tafs.method.noise import Noise, SequentialNoise
 from trl_tafs.method.rollout import replay, rollout
 from trl_tafs.method.types import Conditioning, Embeddings, Rollout, Transitions
 from trl_tafs.pipelines.components import base_dtype, denoiser_of, is_text_encoder
+from trl_tafs.pipelines.pictures import check_pictures, like, pictures_of
 from trl_tafs.pipelines.schedulers import AnnealedFlowMatchScheduler, flow_match_config
 
 
@@ -51,6 +52,8 @@ class TAFSPipelineMixin(ABC):
     counting_tokenizers: tuple[str, ...] = ("tokenizer",)  # those whose tokens `max_sequence_length` limits
     uncounted_tokens = 0  # of the template that a prompt is put into, those that it leaves out of the count
     stock_sequence_limit: int | None = None  # tokens of a prompt that the stock pipeline takes at most; None: any
+    max_pictures = 0  # source pictures that a prompt may carry
+    needs_pictures = False  # whether it must
     comfyui_shift: float | None = None  # of this family's levels in ComfyUI; None: it isn't known to load its LoRAs
     card_tags: tuple[str, ...] = ()  # the Hub's tags of this family on an adapter's card
     # Parts of a LoRA's keys that this family has and few others have, and what such a LoRA is called in an error.
@@ -135,6 +138,18 @@ class TAFSPipelineMixin(ABC):
         """Classifier-free guidance: `u + w (c - u)`, which is off at w = 1."""
         return unconditional + scale * (conditional - unconditional)
 
+    def embed_pictures(self, pictures: Sequence[Sequence[Any]]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """Encode the source pictures of B prompts, RGB images of PIL, as the stock pipeline does.
+
+        Returns:
+            Their tokens (B, P, C), and (rows, columns) of each of a prompt's.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says max_pictures, and no embed_pictures")
+
+    def size_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """Return what else the stock `__call__` must be told to draw at a size, beside `height` and `width`."""
+        return {}
+
     @property
     def has_guidance(self) -> bool:
         """Whether the stock pipeline has classifier-free guidance: without it, what was trained couldn't be sampled."""
@@ -172,10 +187,9 @@ class TAFSPipelineMixin(ABC):
         """Tokens of a prompt where none are given."""
         return self.stock_max_sequence_length()
 
-    @classmethod
-    def stock_max_sequence_length(cls) -> int:
+    def stock_max_sequence_length(self) -> int:
         """Tokens of a prompt in the stock pipeline where none are given."""
-        return inspect.signature(cls.stock_class().__call__).parameters["max_sequence_length"].default
+        return inspect.signature(self.stock_class().__call__).parameters["max_sequence_length"].default
 
     def templated(self, prompt: str) -> str:
         """Return what the tokenizer is given of a prompt: within a chat's template, where the family has one."""
@@ -245,7 +259,7 @@ class TAFSPipelineMixin(ABC):
         """Encode all that the denoiser is told of B prompts.
 
         Args:
-            prompts: B of them.
+            prompts: B of them; one that is a `PicturedPrompt` has source pictures.
             negative_prompts: one for all or one each, where guidance is on; the empty one if None.
             guidance_scale: of classifier-free guidance, which is on above 1.
             embedded_guidance_scale: what a guidance-distilled denoiser takes as an input; None: the family's default.
@@ -255,11 +269,20 @@ class TAFSPipelineMixin(ABC):
         self.check_sequence_length(length)
         self.check_guidance(guidance_scale)
         scale = self.embedded_guidance(embedded_guidance_scale)
+        pictures = [pictures_of(prompt) for prompt in prompts]
+        for prompt, several in zip(prompts, pictures, strict=True):
+            check_pictures(self, several, f"the prompt {prompt!r:.80}")
         positive, negative = self.embed(list(prompts), length), None
         if is_guided(guidance_scale):
             one_for_all = negative_prompts is None or isinstance(negative_prompts, str)
             texts = [negative_prompts or ""] * len(prompts) if one_for_all else list(negative_prompts)
+            texts = [like(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
             negative = self.embed(texts, length, negative=True)
+        if any(pictures):
+            tokens, grids = self.embed_pictures([[picture.image() for picture in several] for several in pictures])
+            seen = {"pictures": tokens.to(positive.text.device), "picture_grids": grids}
+            positive = dataclasses.replace(positive, **seen)
+            negative = None if negative is None else dataclasses.replace(negative, **seen)
         if scale is not None:
             guidance = torch.full((len(prompts),), scale, device=positive.text.device)
             positive = dataclasses.replace(positive, guidance=guidance)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from trl_tafs.method.guidance import is_guided
 from trl_tafs.method.types import Embeddings
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.packed import PackedLatents
+
+AREA = 1024 * 1024  # of a source picture, at most
 
 
 class Flux2Mixin(PackedLatents, TAFSPipelineMixin):
@@ -31,9 +35,13 @@ class Flux2Mixin(PackedLatents, TAFSPipelineMixin):
         "attn.to_qkv_mlp_proj",  # of the single-stream blocks, attention and feed-forward in one
     )
     guidance_batch = None
+    max_pictures = 10
     card_tags = ("flux2", "flux2-diffusers")
     comfyui_shift = math.exp(2.02)
-    lora_key_marks, lora_family = ("to_qkv_mlp_proj", "single_transformer_blocks."), "FLUX.2"
+    lora_key_marks, lora_family = (
+        ("single_transformer_blocks.0.attn.to_qkv_mlp_proj", "single_transformer_blocks."),
+        "FLUX.2",
+    )
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by three layers of a language model: text (B, L, 3C)."""
@@ -48,20 +56,53 @@ class Flux2Mixin(PackedLatents, TAFSPipelineMixin):
     def denoise(self, model: nn.Module, x: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
         """X (B, rows, columns, 4C), timestep (B,) to v."""
         batch, rows, columns, _ = x.shape
-        text = embeddings.text
+        text, tokens = embeddings.text, x.flatten(1, 2)
         text_ids = self.positions("text", x, text.shape[1:2], lambda: self._prepare_text_ids(text[:1]))
         image_ids = self.positions(
             "image", x, (rows, columns), lambda: self._prepare_latent_ids(x[:1].permute(0, 3, 1, 2))
         )
+        if embeddings.pictures is not None:
+            tokens = torch.cat([tokens, embeddings.pictures], dim=1)
+            grids = embeddings.picture_grids or ()
+            picture_ids = self.positions(
+                "picture",
+                x,
+                tuple(itertools.chain(*grids)),
+                lambda: self._prepare_image_ids([torch.empty(1, 1, *grid) for grid in grids]),
+            )
+            image_ids = torch.cat([image_ids, picture_ids.to(image_ids)], dim=1)
         return model(
-            hidden_states=x.flatten(1, 2).to(self.model_dtype),
+            hidden_states=tokens.to(self.model_dtype),
             timestep=timestep.to(x.dtype) / 1000,
             guidance=embeddings.guidance,
             encoder_hidden_states=text,
             txt_ids=text_ids.expand(batch, -1, -1),
             img_ids=image_ids.expand(batch, -1, -1),
             return_dict=False,
-        )[0].unflatten(1, (rows, columns))
+        )[0][:, : rows * columns].unflatten(1, (rows, columns))
+
+    @torch.no_grad()
+    def embed_pictures(self, pictures: Sequence[Sequence[Any]]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """B times K pictures by the VAE: tokens (B, P, 4C), and K grids; one above a megapixel is made smaller."""
+        rows, grids, multiple = [], [], self.size_multiple
+        for several in pictures:
+            for picture in several:
+                self.image_processor.check_image_input(picture)  # as the stock pipeline refuses small and long ones
+            fitted = [
+                self.image_processor._resize_to_target_area(picture, AREA)
+                if picture.size[0] * picture.size[1] > AREA
+                else picture
+                for picture in several
+            ]
+            sizes = [[side // multiple * multiple for side in picture.size] for picture in fitted]
+            pixels = [
+                self.image_processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+                for picture, (width, height) in zip(fitted, sizes, strict=True)
+            ]
+            place = (self.vae.device, self.vae.dtype)
+            rows.append(self.prepare_image_latents(pixels, 1, None, *place)[0])
+            grids.append(tuple((height // multiple, width // multiple) for width, height in sizes))
+        return torch.cat(rows), grids[0]
 
     def vae_latents(self, latents: Tensor) -> Tensor:
         """(B, rows, columns, 4C) to (B, C, H / f, W / f), by the VAE's batch statistics."""

@@ -26,6 +26,7 @@ from trl_tafs.output.writable import check_writable
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.finite import check_embeddings
 from trl_tafs.pipelines.identity import base_identity
+from trl_tafs.pipelines.pictures import prompt_key
 from trl_tafs.pipelines.quantized import is_bitsandbytes
 
 GIB = 2**30
@@ -37,7 +38,8 @@ class PromptEncoder:
     """Encode prompts, each once, and return them as a `Conditioning` on the training device.
 
     Encoded prompts are kept in memory on the CPU, up to a limit, and without limit in `cache_dir`, if one is given.
-    Each prompt is encoded by itself, so that its embedding doesn't depend on its neighbours.
+    Each prompt is encoded by itself, so that its embedding doesn't depend on its neighbours. A prompt with source
+    pictures is known by its text and their content, whatever files they are in.
 
     Args:
         pipeline: whose text encoders encode.
@@ -239,7 +241,7 @@ class PromptEncoder:
         base = base_identity(self.pipeline)
         known = [base.pipeline_class, base.source, *([base.commit] if base.commit else []), f"torch.{base.dtype}"]
         known += [f"fused {name}" for name in base.fused]
-        key = json.dumps([*known, self.arguments, prompt], sort_keys=True)
+        key = json.dumps([*known, self.arguments, prompt_key(prompt)], sort_keys=True)
         return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 
 
@@ -294,6 +296,10 @@ def _save(conditioning: Conditioning, path: Path) -> None:
         if half is not None
         for field in dataclasses.fields(half)
         if isinstance(value := getattr(half, field.name), Tensor)
+    } | {
+        f"{name}.picture_grids": torch.tensor(half.picture_grids)
+        for name, half in halves.items()
+        if half is not None and half.picture_grids is not None
     }
     write_whole(path, lambda beside: save_file(tensors, beside))  # others may write it, too, on other machines
 
@@ -304,6 +310,7 @@ def _load(path: Path, guidance_scale: float) -> Conditioning:
     halves: dict[str, dict[str, Any]] = {}
     for key, tensor in load_file(path).items():
         half, _, name = key.partition(".")
-        halves.setdefault(half, {})[name] = tensor
+        grids = name == "picture_grids"
+        halves.setdefault(half, {})[name] = tuple(map(tuple, tensor.tolist())) if grids else tensor
     negative = Embeddings(**halves["negative"]) if "negative" in halves else None
     return Conditioning(Embeddings(**halves["positive"]), negative, float(guidance_scale))

@@ -13,11 +13,13 @@ from typing import Any
 
 from trl_tafs.output.errors import did_you_mean
 from trl_tafs.output.secrets import hide
+from trl_tafs.pipelines.pictures import SOURCES
 from trl_tafs.prompts.files import PARSERS, is_file, parse_prompts, read_prompt_file
 from trl_tafs.rewards.web import WebError, fetch, parse_address, printable
 
 SET_FILES = {  # files on GitHub: OWNER/REPOSITORY/BRANCH/PATH
     "geneval": "djghosh13/geneval/main/prompts/evaluation_metadata.jsonl",
+    "geneval2": "facebookresearch/GenEval2/main/geneval2_data.jsonl",
     "flow_grpo/geneval_train": "yifan123/flow_grpo/main/dataset/geneval/train_metadata.jsonl",
     "flow_grpo/geneval_test": "yifan123/flow_grpo/main/dataset/geneval/test_metadata.jsonl",
     "flow_grpo/ocr_train": "yifan123/flow_grpo/main/dataset/ocr/train.txt",
@@ -42,8 +44,9 @@ def load_prompts(source: str) -> Any:
 
     Args:
         source: a .txt file (one prompt a line); a .jsonl, .json, .csv or .tsv file with a `prompt` column, the other
-            columns being the prompts' metadata; a name of `PROMPT_SETS`; `geneval-style:NUMBER:SEED`; or a dataset on
-            the Hub, `user/name` or `user/name:split`.
+            columns being the prompts' metadata, paths in `source_image` and `source_images` from the file's folder; a
+            name of `PROMPT_SETS`; `geneval-style:NUMBER:SEED`; or a dataset on the Hub, `user/name` or
+            `user/name:split`.
 
     Raises:
         ValueError: there is no such file, set or dataset, it can't be fetched, or a row has no prompt.
@@ -54,7 +57,7 @@ def load_prompts(source: str) -> Any:
     if source in SET_FILES:
         return _fetched(source)
     if path.suffix.lower() in PARSERS or is_file(path):
-        return read_prompt_file(path)
+        return [_beside(row, path.parent) for row in read_prompt_file(path)]
     if source in SET_DATASETS:
         return _downloaded(source)
     if not HUB_NAME.fullmatch(source) and not (source and os.path.isdir(source)):
@@ -64,6 +67,20 @@ def load_prompts(source: str) -> Any:
         )
     name, _, split = source.partition(":")
     return _dataset(name, split or "train")
+
+
+def _beside(row: Any, folder: Path) -> Any:
+    """Return a row of a file with the paths of its source pictures seen from the file's folder."""
+    if not isinstance(row, dict):
+        return row
+    found = dict(row)
+    for name in SOURCES:
+        value = row.get(name)
+        if isinstance(value, str):
+            found[name] = str(folder / value) if value else None
+        elif isinstance(value, list):
+            found[name] = [str(folder / one) if isinstance(one, str) else one for one in value]
+    return found
 
 
 def _made(source: str) -> list[dict[str, Any]]:

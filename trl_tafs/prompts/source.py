@@ -14,6 +14,7 @@ import torch
 from trl_tafs.method.allocation import PromptWeights
 from trl_tafs.method.noise import noise_seed
 from trl_tafs.method.types import PromptBatch
+from trl_tafs.pipelines.pictures import SOURCES, PicturedPrompt, pictured, source_pictures
 from trl_tafs.rewards.scoring import check_signature, copy_metadata
 
 CHECKED_AT_ONCE = 10_000  # rows of a dataset
@@ -43,6 +44,9 @@ class PromptSource:
     through in a new order each pass; its other columns are the metadata. What is handed out is a copy: nothing that is
     done to it comes back to the source.
 
+    `source_image`, or `source_images`, a list, are the pictures that a prompt is to edit: paths or PIL images, which
+    the metadata holds in RGB then.
+
     Raises:
         ValueError: when made, if any row of a list or dataset has no prompt, which names the first such rows; when
             drawn, if the function's call gives none.
@@ -65,7 +69,7 @@ class PromptSource:
 
     def known(self) -> list[str]:
         """Return all prompts if they are a fixed set, and none if they come from a function."""
-        return [] if self.rows is None else [_prompt_of(row) for _, row in _scan(self.rows)]
+        return [] if self.rows is None else [_known(row) for _, row in _scan(self.rows, SOURCES)]
 
     def check_fixed(self) -> None:
         """Raise ValueError if the prompts come from a function, so that there is no set to draw from by weight."""
@@ -89,6 +93,17 @@ class PromptSource:
         while len(drawn) < num_groups:  # the first of P alarms, each of rate w, rings in proportion to w
             drawn += np.argsort(generator.standard_exponential(len(weights)) / weights, kind="stable").tolist()
         return [row_to_prompt(self.rows[row]) for row in drawn[:num_groups]]
+
+    @property
+    def names_pictures(self) -> bool:
+        """Whether rows of a fixed set may have source pictures; a dataset's columns say so."""
+        if self.rows is None:
+            return False
+        columns = getattr(self.rows, "column_names", None)
+        if columns is not None:
+            return any(name in columns for name in SOURCES)
+        rows = (row[1] if isinstance(row, tuple) else row for row in self.rows)
+        return any(isinstance(row, Mapping) and any(name in row for name in SOURCES) for row in rows)
 
     def all(self) -> list[tuple[str, dict[str, Any]]]:
         """Return (prompt, metadata) of every row, a copy; none if they come from a function."""
@@ -156,8 +171,16 @@ def _as_rows(source: Any) -> Sequence[Any]:
     return list(source) if isinstance(source, (list, tuple)) else source
 
 
-def _scan(rows: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """Every row with its number; of a dataset the prompt alone, in batches, as other columns may be slow to decode."""
+def _scan(rows: Sequence[Any], beside: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
+    """Every row with its number; of a dataset the prompt alone, in batches, as other columns may be slow to decode.
+
+    Where it has a column of `beside`, whole rows.
+    """
+    if any(name in (getattr(rows, "column_names", None) or ()) for name in beside):
+        names = [name for name in ("prompt", *beside) if name in rows.column_names]
+        chosen = rows.select_columns(names) if hasattr(rows, "select_columns") else rows
+        yield from ((i, chosen[i]) for i in range(len(chosen)))
+        return
     if not hasattr(rows, "select_columns"):
         yield from enumerate(rows if isinstance(rows, list) else map(rows.__getitem__, range(len(rows))))
         return
@@ -175,6 +198,13 @@ def _prompt_of(row: Any) -> Any:
     if isinstance(row, Mapping):
         return row.get("prompt")
     return row[0] if isinstance(row, tuple) and len(row) == 2 else row
+
+
+def _known(row: Any) -> Any:
+    """A row's prompt, with the pictures that it names; they aren't read."""
+    metadata = row if isinstance(row, Mapping) else row[1] if isinstance(row, tuple) else None
+    pictures = source_pictures(metadata or {})
+    return PicturedPrompt(_prompt_of(row), pictures) if pictures else _prompt_of(row)
 
 
 def prompt_fault(row: Any) -> str | None:
@@ -210,6 +240,9 @@ def check_prompt(item: Any, origin: str, where: str = "") -> tuple[str, dict[str
     """Return (prompt, metadata), a copy; raise ValueError, showing what came instead, if it is none."""
     fault = prompt_fault(item)
     if fault is None and isinstance(item, tuple):
-        return str(item[0]), copy_metadata(item[1] or {})
+        try:
+            return pictured(str(item[0]), copy_metadata(item[1] or {}))
+        except ValueError as error:
+            raise ValueError(f"{origin}, {item[0]!r:.80}{where}: {error}") from error
     told = f" ({fault})" if fault else ""
     raise ValueError(f"{origin} gave {item!r}{where}; it must give (prompt: str, metadata: dict){told}")

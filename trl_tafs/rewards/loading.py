@@ -23,14 +23,18 @@ REWARDS = {
     "aesthetic": "trl_tafs.rewards.aesthetic:Aesthetic",
     "clip_score": "trl_tafs.rewards.clip_score:ClipScore",
     "geneval": "trl_tafs.rewards.geneval:GenEval",
+    "geneval2": "trl_tafs.rewards.geneval2:GenEval2",
     "hps_v2": "trl_tafs.rewards.hps_v2:HPSv2",
+    "hps_v3": "trl_tafs.rewards.hps_v3:HPSv3",
     "image_reward": "trl_tafs.rewards.image_reward:ImageReward",
     "jpeg_compressibility": "trl_tafs.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "trl_tafs.rewards.jpeg:jpeg_incompressibility",
     "ocr": "trl_tafs.rewards.ocr:OCR",
     "pickscore": "trl_tafs.rewards.pickscore:PickScore",
+    "pixel_faithfulness": "trl_tafs.rewards.pixel_faithfulness:PixelFaithfulness",
     "remote": "trl_tafs.rewards.remote:RemoteReward",
     "unified_reward": "trl_tafs.rewards.unified_reward:UnifiedReward",
+    "vqa_score": "trl_tafs.rewards.vqa_score:VQAScore",
 }
 WEB = ("http://", "https://")
 

@@ -166,6 +166,7 @@ class RewardSet:
             RewardError: a reward raised `max_retries` + 1 times, or returned the wrong number of values.
         """
         columns, extra = [], {}
+        prompts = [str(prompt) for prompt in prompts]  # without source pictures, which are in the metadata
         for name, function in zip(self.names, self.functions, strict=True):
             result = self._call(name, function, images, prompts, metadata)
             values, extra[name] = result if _is_pair(result) else (result, {})

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from trl_tafs.method.advantages import combine_rewards
 from trl_tafs.method.types import PromptBatch, RewardTable
 from trl_tafs.pipelines.finite import NonFiniteError
+from trl_tafs.pipelines.pictures import prompt_key
 from trl_tafs.processes import any_process, gather_rows, progress_bar, raise_everywhere, same_everywhere, share
 from trl_tafs.prompts.source import PromptSource, expand_groups
 from trl_tafs.rewards.scoring import RewardError
@@ -131,7 +132,7 @@ class Collector:
         return {
             "epoch": epoch,
             "global_step": global_step,
-            "prompts": list(prompts.prompts),
+            "prompts": [prompt_key(prompt) for prompt in prompts.prompts],
             "settings": self.settings,
             "rewards": len(self.sampler.rewards.names),
         }

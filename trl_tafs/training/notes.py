@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import vae_tiles
 from trl_tafs.pipelines.few_step import few_step_sign
+from trl_tafs.pipelines.pictures import check_source_pictures
 from trl_tafs.policy.carried import active_adapters
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
@@ -39,7 +40,8 @@ def run_notes(
         held_out: those of evaluations, if there are any.
 
     Raises:
-        ValueError: a row that a reward can't score, or a reward that scores none.
+        ValueError: a row whose source pictures the family can't edit; or one that a reward can't score, or a reward
+            that scores none.
     """
     yield from setting_notes(options, plan, pipeline, size)
     if held_out is not None and held_out[1] is not drawn[1] and any(weight != 1.0 for weight in held_out[1].weights):
@@ -47,6 +49,8 @@ def run_notes(
     for name, (prompts, rewards), epochs in (("prompts", drawn, plan), ("eval_prompts", held_out or drawn, None)):
         if epochs is None and held_out is None:
             return
+        if prompts.names_pictures or pipeline.needs_pictures:
+            check_source_pictures(pipeline, prompts.scanned(), name)
         yield from rewards.check_rows(prompts.scanned(), name)
         yield from prompt_notes(prompts, epochs, pipeline, options.max_sequence_length, name)
 
