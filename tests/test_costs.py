@@ -8,8 +8,8 @@ from trl_tafs.presets import PRESETS, preset
 IMAGES = 8
 
 # For each image of an epoch: evaluations in the rollout, evaluations with a gradient and without one in the update, and
-# decoded images. Guidance doubles evaluations. Without a gradient are the base's (beta) and the old policy's, where there
-# are several updates and the objective needs them, and what distribution matching takes (teacher, fake score).
+# decoded images. Guidance doubles evaluations. Without a gradient are the base's (beta), the old policy's (where there
+# are several updates and the objective needs them), and what distribution matching takes (teacher, fake score).
 COSTS = {
     "paper": (4, 3, 0, 3),
     "tafs": (4, 3, 3, 3),
@@ -28,7 +28,7 @@ COSTS = {
     "awm": (14, 6, 6, 1),
     "tafs_without_annealing": (4, 3, 3, 3),
     "tafs_without_step_advantage": (4, 3, 3, 1),
-    # the final image's state again, and the fake score's own step; the base and the old policy at 3, a guided teacher, the fake
+    # the final image's state again, the fake score's own step; the base and the old policy at 3, guided teacher, fake
     "tafs_dm": (4, 3 + 1 + 1, 3 + 3 + 2 + 1, 3),
 }
 
