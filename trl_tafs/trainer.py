@@ -181,6 +181,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         Returns:
             The number of optimizer steps done so far.
         """
+        self._evaluated = self.policy.evaluations
         with self.checkpoints.saved_on_failure():
             experience = self.collector.collect(epoch, global_step)
         with self.rollback.on_stop(partial(self.collector.keep, epoch)):
@@ -199,7 +200,8 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
             self.logs.update(metrics.values, metrics.inner_epoch, rate, epoch, global_step)
             global_step += 1
         self.policy.after_epoch()
-        self.logs.timing(self.stopwatch, epoch, global_step)
+        evaluations = self.policy.evaluations - self._evaluated
+        self.logs.timing(self.stopwatch, len(prompts), evaluations, epoch, global_step)
         self.collector.forget()
         return global_step
 

@@ -116,6 +116,7 @@ CASES: dict[str, dict[str, Any]] = {
         "mixed_precision": "bf16",
     },
 }
+TIMED = ("time", "images_per_second")  # of the log, what depends on the machine
 # Settings of where a run lies, and the order in which trees before named states registered what a checkpoint holds.
 NOT_COMPARED = ("project_kwargs", "exp_name", "run_name")
 REGISTERED = (
@@ -181,7 +182,7 @@ def run(case: str, changes: dict[str, Any], base: Path, folder: Path) -> dict[st
     return {
         "weights": weights,
         "states": states(sorted((folder / "checkpoints").iterdir())[-1], trainer.config),
-        "log": [{k: v for k, v in line.items() if k != "time" and not k.startswith("time/")} for line in lines],
+        "log": [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines],
         "files": {str(path.relative_to(folder)): path.read_bytes() for path in files if "earlier" not in str(path)},
         "settings": {name: value for name, value in settings.items() if name not in NOT_COMPARED},
         "generator": torch.get_rng_state(),

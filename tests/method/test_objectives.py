@@ -14,7 +14,7 @@ from trl_tafs.method.objectives import (
 )
 from trl_tafs.method.options import MethodOptions
 from trl_tafs.method.rollout import KEPT, replay
-from trl_tafs.method.types import TensorRecord
+from trl_tafs.method.types import KLRows, TensorRecord
 
 
 @pytest.mark.parametrize("kernel", [Annealed(), Clean(num_actions=3), Clean(baseline="group")], ids=str)
@@ -352,3 +352,35 @@ def test_the_bytes_of_one_rollout(kind, kept):
     stored = (result.path, result.branches, result.log_probs, result.clean, result.final)
     ratios = 3 * 4 if kind is ClippedObjective else 0
     assert sum(tensor.untyped_storage().nbytes() for tensor in stored) == 12 * kept + ratios
+
+
+@pytest.mark.parametrize("name", ["matched", "forward", "awm", "clipped"])
+def test_the_distance_to_the_base_at_one_row_is_that_at_all_on_average(name):
+    """Over the S choices of an image's row, loss and gradient are those of all rows."""
+    kernel, velocity, base, steps = Annealed(), Linear(), Linear(seed=1), 3
+    make = {"clipped": lambda: ClippedObjective(kernel, clip_range=0.1, beta=0.3)}
+    make |= {key: lambda key=key: OBJECTIVES[key](beta=0.3) for key in ("matched", "forward")}
+    make["awm"] = lambda: OBJECTIVES["awm"](beta=0.3, clip_range=0.1)
+    objective, rollout = make[name](), rolled_out(kernel)
+    items = objective.items(rollout, torch.randn(5, steps, 1, generator=torch.Generator().manual_seed(0)), noise_of())
+    conditioning, evaluated = condition(5)[items.sample], []
+
+    def reference(x, level, c):
+        assert len(c) == len(x)
+        evaluated.append(len(x))
+        return base(x, level, c)
+
+    def result(some):
+        velocity.zero_grad()
+        output = objective(velocity, some, conditioning, reference)
+        output.loss.backward()
+        return torch.cat([output.loss.detach()[None], *(p.grad.flatten() for p in velocity.parameters())])
+
+    whole = result(items)
+    chosen = [tuple(range(k, len(items), steps)) for k in range(steps)]
+    parts = [result(dataclasses.replace(items, kl_rows=KLRows(rows, float(steps)))) for rows in chosen]
+    assert torch.allclose(torch.stack(parts).mean(0), whole, atol=1e-5)
+    assert not torch.allclose(parts[0], whole, atol=1e-4)
+    assert evaluated == [15, 5, 5, 5]
+    nowhere = dataclasses.replace(items, kl_rows=KLRows((), 3.0))
+    assert objective(velocity, nowhere, conditioning, no_reference).metrics["kl"] == 0

@@ -27,7 +27,7 @@ VIEWS |= {"split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "as
 def _sd35_medium():
     pipe = families.stock("sd3")
     pipe.transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
+        sample_size=16,
         patch_size=2,
         in_channels=1,
         out_channels=1,
@@ -37,7 +37,7 @@ def _sd35_medium():
         joint_attention_dim=16,
         caption_projection_dim=16,
         pooled_projection_dim=16,
-        pos_embed_max_size=8,
+        pos_embed_max_size=16,
         dual_attention_layers=tuple(range(13)),
         qk_norm="rms_norm",
     )
@@ -85,7 +85,7 @@ def counting():
 def trainer(request, tmp_path_factory):
     pipeline = AutoTAFSPipeline.from_pipe(MODELS[request.param]())
     folder, sizes = tmp_path_factory.mktemp("run"), {"sample_batch_size": 3, "train_batch_size": 3}
-    sizes |= {"num_generations": 3, "sample_num_batches_per_epoch": 1}
+    sizes |= {"num_generations": 3, "sample_num_batches_per_epoch": 1, "height": 16, "width": 16}
     return tiny.trainer(pipeline, folder, mixed_precision="bf16", objective="matched", **sizes)
 
 
@@ -105,22 +105,27 @@ def without_adapter(trainer, batch):
     x, level = torch.randn(3, *shape).to(policy.storage_dtype), torch.full((3,), 0.5)
     for layer in policy.layers:
         layer.enable_adapters(False)
-    with torch.no_grad(), counting() as operators:
-        policy.velocity(x, level, conditioning)
+    with torch.no_grad():
+        policy.velocity(x, level, conditioning)  # positions of tokens are made once
+        with counting() as operators:
+            policy.velocity(x, level, conditioning)
     for layer in policy.layers:
         layer.enable_adapters(True)
     return operators.total
+
+
+def kind(trainer):
+    return type(trainer.policy.pipeline.denoiser).__name__
 
 
 def test_a_rollout_costs_little_more_than_evaluations_of_the_base(trainer, batch, without_adapter):
     sampler = trainer.collector.sampler
     with counting() as operators:
         sampler.roll_out(batch, epoch=1)
-    print("ROLL", operators.total, without_adapter, operators.total / (4 * without_adapter))
-    assert operators.total / (4 * without_adapter) <= 1.35
-    # Two products and a sum a layer, and their weights' casts once in a rollout: what a LoRA can't do without.
-    layers = len(trainer.policy.layers)
-    assert operators.counts["mm"] >= 4 * 2 * layers
+    # Two products and a sum a layer, and their weights' casts once in a rollout.
+    most = {"SD3Transformer2DModel": 1.33, "FluxTransformer2DModel": 1.26}[kind(trainer)]
+    assert 1 < operators.total / (4 * without_adapter) <= most
+    assert operators.counts["mm"] >= 4 * 2 * len(trainer.policy.layers)
 
 
 def test_the_reference_costs_what_the_base_costs(trainer, batch, without_adapter):
@@ -132,7 +137,7 @@ def test_the_reference_costs_what_the_base_costs(trainer, batch, without_adapter
     assert operators.total == without_adapter
 
 
-def test_an_update_costs_five_evaluations_of_the_base(trainer, batch, without_adapter):
+def test_an_update_costs_four_evaluations_of_the_base(trainer, batch, without_adapter):
     """The reference, the policy and its backward pass, on one micro-batch."""
     objective, updater = trainer.algorithm.objective, trainer.updater
     rollout = trainer.collector.sampler.roll_out(batch, epoch=1).rollout
@@ -141,17 +146,18 @@ def test_an_update_costs_five_evaluations_of_the_base(trainer, batch, without_ad
     with trainer.policy.updating(), counting() as operators:
         updater._output(items, names, index, 0).loss.backward()
     trainer.policy.optimizer.zero_grad()
-    ratio = operators.total / without_adapter
-    print("UPD", operators.total, without_adapter, ratio)
-    assert ratio <= {"SD3Transformer2DModel": 4.6}.get(type(trainer.policy.pipeline.denoiser).__name__, 4.6)
+    most = {"SD3Transformer2DModel": 4.4, "FluxTransformer2DModel": 4.15}[kind(trainer)]
+    assert 3 < operators.total / without_adapter <= most
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux-dev", "flux2"])
 def test_a_rollout_copies_its_noise_and_nothing_else_and_waits_for_nothing(name):
     """On the device `meta`, which has no values: a step that waited for one would raise."""
     pipeline, device = families.ours(families.stock(name), name), torch.device("meta")
-    encode = PromptEncoder(pipeline, device, max_sequence_length=8)
-    prompts = ["a cat", "a dog", "a cat"]
+    prompts, encode = ["a cat", "a dog", "a cat"], PromptEncoder(pipeline, device, max_sequence_length=8)
+    on_host = PromptEncoder(pipeline, torch.device("cpu"), max_sequence_length=8)
+    on_host(prompts)
+    encode.cache = on_host.cache
     encode(prompts)
     pipeline.denoiser.to(device)
     size = families.FAMILIES[name].size
@@ -181,13 +187,13 @@ def test_the_sum_in_one_operation_is_pefts_to_the_bit(pipeline, scale):
 
     denoiser = pipeline.denoiser
     denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4 * scale, init_lora_weights=False, target_modules=["attn.to_q"]))
-    (layer, *_), x = adapter_layers(denoiser), torch.randn(5, 7, 64)
+    layer, x = adapter_layers(denoiser)[0], torch.randn(5, 7, 64)
     for dtype in (torch.float32, torch.bfloat16):
         layer.to(dtype)
         layer.lora_variant.clear()
         results = []
         for _ in range(2):
-            inputs = x.to(dtype).requires_grad_()
+            inputs = x.to(dtype).clone().requires_grad_()
             output = layer(inputs)
             output.square().sum().backward()
             results.append((output, inputs.grad))

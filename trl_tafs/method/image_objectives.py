@@ -14,7 +14,15 @@ from torch import Tensor
 from trl_tafs.method.kernels import REDUCTIONS, clean_estimate
 from trl_tafs.method.losses import FORWARD_WEIGHTINGS, matching_log_prob, matching_weight, negative_aware
 from trl_tafs.method.noise import Noise
-from trl_tafs.method.objective import Objective, RatioObjective, check_advantages, check_delta, nats_per_element
+from trl_tafs.method.objective import (
+    Objective,
+    RatioObjective,
+    check_advantages,
+    check_delta,
+    kl_index,
+    kl_mean,
+    nats_per_element,
+)
 from trl_tafs.method.papers import AWM, DIFFUSION_NFT, Paper
 from trl_tafs.method.rollout import Velocity
 from trl_tafs.method.types import Conditioning, ForwardItems, LossOutput, Rollout
@@ -62,19 +70,26 @@ class ImageObjective(Objective):
         output = self._loss(estimate, old_estimate, items)
         if base is None:
             return output
-        kl = 0.5 * (v - base).square().mean()  # the KL of unit Gaussians around the velocities
+        index = kl_index(items)
+        squares = ((v if index is None else v[index]) - base).square()
+        # the KL of unit Gaussians around the velocities
+        kl = 0.5 * (squares.mean() if index is None else kl_mean(squares.flatten(1).mean(1), items))
         return LossOutput(output.loss + self.beta * kl, output.metrics | {"kl": kl.detach()})
 
     def _base_velocity(
         self, items: ForwardItems, conditioning: Conditioning, reference: Velocity | None
     ) -> Tensor | None:
-        """Return the base's velocities, (T, *) float32; None without a distance to it."""
+        """Return the base's velocities, (t, *) float32, at the `kl_rows`; None without a distance to it."""
         if self.beta == 0.0:
             return None
         if reference is None:
             raise ValueError(f"beta is {self.beta}: the distance to the base needs its velocity as `reference`")
+        index = kl_index(items)
+        if index is not None and not len(index):
+            return items.state[:0].float()
+        state, level = (items.state, items.level) if index is None else (items.state[index], items.level[index])
         with torch.no_grad():
-            return reference(items.state, items.level, conditioning).float()
+            return reference(state, level, conditioning if index is None else conditioning[index]).float()
 
     @abstractmethod
     def _loss(self, estimate: Tensor, old_estimate: Tensor, items: ForwardItems) -> LossOutput:

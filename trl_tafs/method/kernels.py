@@ -84,7 +84,7 @@ class Transition:
         first = ndim - (self.mean.ndim - 1)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
-        return density.flatten(first).sum(-1) * REDUCTIONS[reduction](self.mean[0].numel())
+        return density.flatten(first).sum(-1) * REDUCTIONS[reduction](self.mean.shape[1:].numel())
 
 
 @dataclass(frozen=True)

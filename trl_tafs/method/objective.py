@@ -16,7 +16,7 @@ from trl_tafs.method.losses import Surrogate, clip_range_for, clipped_surrogate,
 from trl_tafs.method.noise import Noise
 from trl_tafs.method.parts import Part
 from trl_tafs.method.rollout import KEPT, Velocity
-from trl_tafs.method.types import Conditioning, LossOutput, Rollout
+from trl_tafs.method.types import Conditioning, LossOutput, Rollout, onto
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,20 @@ class Objective(Part, ABC):
         self, velocity: Velocity, items: Any, conditioning: Conditioning, reference: Velocity | None = None
     ) -> LossOutput:
         """Return the loss of T items with their T conditionings; `reference` is the base without the adapter."""
+
+
+def kl_index(items: Any) -> Tensor | None:
+    """Return which of T items the distance to the base is taken at, (t,) int64; None: all."""
+    return (
+        None
+        if items.kl_rows is None
+        else onto(torch.tensor(items.kl_rows.places, dtype=torch.int64), items.state.device)
+    )
+
+
+def kl_mean(kl: Tensor, items: Any) -> Tensor:
+    """Return the mean over T items of a distance that is known at `kl_rows` of them, (t,)."""
+    return kl.mean() if items.kl_rows is None else items.kl_rows.weight * kl.sum() / len(items)
 
 
 def check_advantages(advantages: Tensor, shape: tuple[int, ...]) -> None:

@@ -19,7 +19,15 @@ from trl_tafs.method.image_objectives import ForwardObjective, MatchedObjective,
 from trl_tafs.method.kernels import Kernel, Transition, expand
 from trl_tafs.method.losses import LEVEL_WEIGHTINGS, Surrogate
 from trl_tafs.method.noise import Noise
-from trl_tafs.method.objective import Objective, RatioObjective, check_advantages, check_delta, nats_per_element
+from trl_tafs.method.objective import (
+    Objective,
+    RatioObjective,
+    check_advantages,
+    check_delta,
+    kl_index,
+    kl_mean,
+    nats_per_element,
+)
 from trl_tafs.method.rollout import KEPT, Velocity, replay
 from trl_tafs.method.types import Conditioning, LossOutput, Rollout, Transitions
 
@@ -131,18 +139,27 @@ class ClippedObjective(RatioObjective):
         output = self._surrogate(log_probs, items.advantage, self.clip_range, unit, kl, weight, surrogate, weighted)
         if base is None:
             return output
+        index = kl_index(items)
+        if index is not None:
+            policy = Transition(policy.mean[index], policy.std[index] if policy.std.ndim else policy.std)
+            gap = gap[index]
         kl = policy.kl(base, "mean")
-        kl = (kl if self.kl_weighting == "gaussian" else kl * gap.flatten()).mean()
+        kl = kl_mean(kl if self.kl_weighting == "gaussian" else kl * gap.flatten(), items)
         return LossOutput(output.loss + self.beta * kl, output.metrics | {"kl": kl.detach()})
 
     def _base(self, items: Transitions, conditioning: Conditioning, reference: Velocity | None) -> Transition | None:
-        """Return what the base gives to the actions; None without a KL."""
+        """Return what the base gives to the actions, at the `kl_rows`; None without a KL."""
         if self.beta == 0.0:
             return None
         if reference is None:
             raise ValueError(f"beta is {self.beta}: the KL term needs the base policy's velocity as `reference`")
+        index = kl_index(items)
+        if index is not None and not len(index):
+            return Transition(items.state[:0].float(), items.state.new_ones((), dtype=torch.float32))
         with torch.no_grad():
-            return replay(reference, self.kernel, items, conditioning)
+            if index is None:
+                return replay(reference, self.kernel, items, conditioning)
+            return replay(reference, self.kernel, items[index], conditioning[index])
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

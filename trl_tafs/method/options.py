@@ -165,6 +165,11 @@ class LossOptions(Options):
         "clipped: gaussian, beta's KL of an action's two densities; diffusion, that times the gap to the next level, "
         "|m - m_base|^2 / (2 g^2), as Flow-GRPO's code has it.",
     )
+    train_kl_rows: str = option(
+        "all",
+        "Where beta's distance to the base is taken: all of an image's trained rows, or one of them, which is drawn anew "
+        "each time and counts for all: the same on average, and the base is evaluated that much less often.",
+    )
     train_center_ratio: bool = option(
         False,
         "Take the drift out of the log-ratio, which grows with D and clips advantages below 0 long before those above "
@@ -197,6 +202,7 @@ class LossOptions(Options):
         if self.train_log_prob_reduction is not None:
             check_choice(self, "train_log_prob_reduction", REDUCTIONS)
         check_choice(self, "train_kl_weighting", ("gaussian", "diffusion"))
+        check_choice(self, "train_kl_rows", ("all", "one"))
         check_choice(self, "train_clip_weighting", ("loss", "ratio"))
         check_positive(self, "train_clip_range", "train_kl_limit")
         check_at_least(self, 0, "train_negative_weight", "old_policy_beta")

@@ -199,6 +199,14 @@ class RewardTable:
 
 
 @dataclass(frozen=True)
+class KLRows:
+    """Those of T items at which the distance to the base is taken."""
+
+    places: tuple[int, ...]  # t of the T, on the host: how many they are is known without waiting for a device
+    weight: float  # how many each stands for
+
+
+@dataclass(frozen=True)
 class Transitions(TensorRecord):
     """Minibatch items of the clipped objective: the actions of one state at one step, T = B * S of them."""
 
@@ -210,6 +218,7 @@ class Transitions(TensorRecord):
     advantage: Tensor  # (T, M) float32
     sample: Tensor  # (T,) int64, the item's image: which conditioning belongs to it
     old_velocity: Tensor | None = None  # (T, *) of the policy that sampled; None: not asked for, or the present one's
+    kl_rows: KLRows | None = None  # where the distance to the base is taken; None: everywhere
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -225,6 +234,7 @@ class ForwardItems(TensorRecord):
     advantage: Tensor  # (T, 1) float32
     sample: Tensor  # (T,) int64, the item's image
     old_velocity: Tensor | None = None  # (T, *) of the policy that sampled; None: the present one's
+    kl_rows: KLRows | None = None  # where the distance to the base is taken; None: everywhere
 
     def __len__(self) -> int:
         return len(self.sample)

@@ -57,6 +57,7 @@ class Policy:
         frozen: those beneath it.
         average: the exponential moving average that is evaluated and saved, if there is one.
         old: the lagging policy that draws the rollouts, if there is one.
+        evaluations: images for which the denoiser was evaluated, guidance counted twice.
         fake: the score of what the policy draws, for distribution matching, if there is one.
     """
 
@@ -71,6 +72,7 @@ class Policy:
     ) -> None:
         self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
         self._seen: list[Evaluation] | None = None
+        self.evaluations = 0
         self.devices: DeviceSharing = prepare_base(pipeline, config, accelerator.device)
         self.adapter: TrainedAdapter | None = None
         self.lora_config: Any | None = None
@@ -108,10 +110,15 @@ class Policy:
 
     def velocity(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the present policy's velocity, (B, *) float32, in rollout and replay alike."""
-        v = self.pipeline.velocity(x, level, conditioning, self.model)
+        v = self.evaluate(x, level, conditioning, self.model)
         if self._seen is not None and torch.is_grad_enabled():
             self._seen.append(Evaluation(x, level, v))
         return v
+
+    def evaluate(self, x: Tensor, level: Tensor, conditioning: Conditioning, model: Any | None = None) -> Tensor:
+        """Return the velocity of the denoiser as it is, (B, *) float32, and count how often it is evaluated for it."""
+        self.evaluations += len(x) * (1 if conditioning.negative is None else 2)
+        return self.pipeline.velocity(x, level, conditioning, model)
 
     @contextmanager
     def recording(self) -> Iterator[list[Evaluation]]:
@@ -125,7 +132,7 @@ class Policy:
     def reference(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of the base without what is trained, with what is frozen beneath it, (B, *) float32."""
         with self.base.applied() if self.base else without_trained(self.layers, self.adapter):
-            return self.pipeline.velocity(x, level, conditioning)
+            return self.evaluate(x, level, conditioning)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the denoiser carries what is evaluated and saved: the average, where there is one."""

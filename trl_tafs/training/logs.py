@@ -19,6 +19,7 @@ from trl_tafs.training.memory import GIB, MemoryPlan
 from trl_tafs.training.progress import Progress
 
 CLIPPED_WARNING = 0.3
+PHASES = ("rollout", "decode", "reward", "update")  # of an epoch, by the stopwatch
 
 
 def warn_main(accelerator: Accelerator, message: str) -> None:
@@ -144,9 +145,20 @@ class EpochLog:
                 "epoch",
             )
 
-    def timing(self, stopwatch: Stopwatch, epoch: int, global_step: int) -> None:
-        """Log seconds by phase; on a GPU its peak memory so far beside the planned one."""
+    def timing(self, stopwatch: Stopwatch, images: int, evaluations: int, epoch: int, global_step: int) -> None:
+        """Log what an epoch cost: seconds by phase, images a second, evaluations; on a GPU its peak memory so far.
+
+        Args:
+            stopwatch: of its phases.
+            images: of all processes.
+            evaluations: of the denoiser on this one, in rollout and update, without backward passes.
+            epoch: which.
+            global_step: optimizer steps so far.
+        """
         values = stopwatch.pop() | {"epoch": epoch}
+        seconds = sum(values.get(f"time/{name}", 0.0) for name in PHASES)
+        values["images_per_second"] = images / seconds
+        values["evaluations_per_image"] = evaluations * self.accelerator.num_processes / images
         if self.memory_plan is not None and torch.cuda.is_available():
             measured = torch.cuda.max_memory_allocated(self.accelerator.device)
             values |= {"memory/peak_gib": measured / GIB, "memory/planned_gib": self.memory_plan.peak() / GIB}

@@ -161,9 +161,9 @@ class Matching:
         return velocity
 
     def _fake_velocity(self, prompts: list[str]) -> Callable[[Tensor, Tensor], Tensor]:
-        pipeline, dtype = self.policy.pipeline, self.policy.storage_dtype
+        policy, dtype = self.policy, self.policy.storage_dtype
         conditioning = dataclasses.replace(self.encode(prompts), negative=None, guidance_scale=1.0)
-        return lambda x, level: pipeline.velocity(x.to(dtype), level, conditioning)
+        return lambda x, level: policy.evaluate(x.to(dtype), level, conditioning)
 
     def teach(self, metrics: MeanMetrics, plan: EpochPlan) -> None:
         """Take the fake score's optimizer steps, on the estimates that the policy's step was made from.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trl_tafs.method.noise import SampleNoise, noise_seed
 from trl_tafs.method.objective import Objective
-from trl_tafs.method.types import Conditioning, LossOutput, onto
+from trl_tafs.method.types import Conditioning, KLRows, LossOutput, onto
 from trl_tafs.policy.policy import Policy
 from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
@@ -50,6 +50,7 @@ class Updater:
     progress: Progress  # counts the optimizer steps that are left out
     stop: Callable[[], bool] = lambda: False  # whether to stop, on all processes alike
     matching: Matching | None = None  # distribution matching beside the loss
+    held: Tensor | None = None  # (T,) bool on the CPU, the items of an inner epoch whose distance to the base is taken
 
     def update(self, experience: Experience, advantages: Tensor, epoch: int) -> Iterator[StepMetrics]:
         """Yield the metrics of each optimizer step, over all inner epochs; none where nothing can move the policy.
@@ -139,6 +140,9 @@ class Updater:
         images = torch.randperm(self.plan.local_images, generator=generator)
         chosen = torch.rand(len(images), count, generator=generator).argsort(1)[:, : config.num_replayed_rows]
         still = self._still(items).cpu()
+        if config.train_kl_rows == "one":
+            self.held = torch.zeros(len(items), dtype=torch.bool)
+            self.held[torch.arange(len(images)) * count + chosen[:, 0]] = True
         for update in images.split(self.plan.images_per_update):
             index = (update[:, None] * count + chosen[update]).flatten()
             index = index[still[index].int().argsort(descending=True, stable=True)]
@@ -165,6 +169,9 @@ class Updater:
     def _output(self, items: Any, prompts: Sequence[str], index: Tensor, inner_epoch: int) -> LossOutput:
         """Return the loss of the micro-batch of the items at `index`, of all `items` with all `prompts`."""
         micro = items[onto(index, items.sample.device)]
+        if self.held is not None:
+            rows, weight = self.held[index].nonzero().flatten().tolist(), float(self.config.num_replayed_rows)
+            micro = dataclasses.replace(micro, kl_rows=KLRows(tuple(rows), weight))
         if self.matching is not None:
             return self.matching(self.loss, micro, index, inner_epoch, self.plan)
         return self.loss(micro, self.encode([prompts[i] for i in index.tolist()]))
