@@ -100,9 +100,7 @@ class EditReward(ModelReward):
         if not self.names or not set(self.names) <= set(HEADS):
             raise ValueError(f"edit_reward: heads is {heads!r}; use {' or '.join(HEADS)}, or both")
         if checkpoint is None:
-            raise ValueError(
-                "edit_reward needs checkpoint: a folder or a repository of EditReward's weights"
-            )
+            raise ValueError("edit_reward needs checkpoint: a folder or a repository of EditReward's weights")
         super().__init__(**({"dtype": torch.bfloat16, "batch_size": 4} | options))
         self.processor = reward_processor(base)
         state = load_file(hub_file(checkpoint, CHECKPOINT))
