@@ -15,6 +15,7 @@ NEEDED_BY = re.compile(r"(?:needed|loaded|run) by (?:make (?P<target>[\w-]+)|(?P
 BY_CHANCE = {
     "tests/rewards/parity/freeze.py",  # a script that installs what it compares with
     "tests/rewards/parity/freeze_hps_v3.py: hpsv3",  # another
+    "tests/rewards/parity/freeze_edit_reward.py: EditReward",  # another
     "tests/training/test_memory.py: torchao",  # by importorskip
 }
 

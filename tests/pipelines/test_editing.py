@@ -16,17 +16,22 @@ from datasets import Dataset
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from families import FAMILIES
+from loopback import LIMIT, serving
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLVideoProcessor
 
 import trl_tafs
+from trl_tafs.cli.sample import _draw, sampling_parser
 from trl_tafs.method.kernels import Annealed
 from trl_tafs.method.objectives import ClippedObjective
 from trl_tafs.pipelines.pictures import Picture, PicturedPrompt
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.sets import load_prompts
 from trl_tafs.prompts.source import PromptSource
+from trl_tafs.rewards import RewardRefused
 from trl_tafs.rewards.pixel_faithfulness import PixelFaithfulness
+from trl_tafs.rewards.remote import RemoteReward
+from trl_tafs.rewards.server import make_app
 
 sys.path.insert(0, str(tiny.ROOT / "tests" / "rewards" / "parity"))
 
@@ -359,3 +364,24 @@ def test_two_processes_edit_as_one(tmp_path):
     assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
     assert [r for _, r in first["curve"]] == pytest.approx([r for _, r in one["curve"]], abs=1e-5)
     assert len(list((tmp_path / "two" / "prompts").iterdir())) == 2, "each process encoded its share"
+
+
+def test_a_served_reward_sees_the_source_and_the_command_edits(tmp_path):
+    source, images = picture(0, (16, 16)), torch.rand(2, 3, 16, 16)
+    metadata = [{"source_image": source}, {"source_images": [source], "note": {"png_base64": 1, "more": 2}}]
+    with serving(make_app("pixel_faithfulness", PixelFaithfulness())) as url:
+        remote = RemoteReward(url, max_retries=0, timeout=LIMIT, format="raw")
+        here = PixelFaithfulness()(images, ["a"] * 2, metadata).double()
+        torch.testing.assert_close(remote(images, ["a"] * 2, metadata), here)
+        torn = {"png_base64": "bm8="}
+        with pytest.raises(RewardRefused, match="a picture among the metadata can't be decoded"):
+            remote(images[:1], ["a"], [{"source_image": torn}])
+    source.save(tmp_path / "a.png")
+    options = ["none", "--pretrained_model", "base", "--height", "16", "--width", "16", "--max_sequence_length", "8"]
+    drawn, edit = [], ["--image", str(tmp_path / "a.png")]
+    for name, more in (("flux-kontext", []), ("flux-kontext", edit), ("longcat-image", [])):
+        mine = families.ours(families.stock(name), name)
+        drawn.append(_draw(mine, sampling_parser().parse_args([*options, "--prompt", "a", "two red dog", *more])))
+    assert all(images.shape == (2, 3, 16, 16) for images in drawn) and not torch.equal(drawn[0], drawn[1])
+    with pytest.raises(ValueError, match="--image has a source picture, and LongCatImagePipeline edits none"):
+        _draw(mine, sampling_parser().parse_args([*options, "--prompt", "a", *edit]))

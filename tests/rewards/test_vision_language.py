@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards import RewardError
+from trl_tafs.rewards.edit_reward import EditReward
 from trl_tafs.rewards.geneval2 import GenEval2, accepted
 from trl_tafs.rewards.hps_v3 import CHECKPOINT, HPSv3
 from trl_tafs.rewards.loading import evaluation_options, load_reward
@@ -86,6 +87,55 @@ def test_images_are_resized_as_qwen_resizes_them():
     assert smart_size(1024, 768, 28, 4 * 784, 16384 * 784) == (1036, 756)  # half to even, as Python rounds
     with pytest.raises(ValueError, match="5000 x 10 is longer than 200 times"):
         smart_size(5000, 10, 28, 1, 10**9)
+
+
+# EditReward ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frozen_edit():
+    return json.loads((PARITY / "edit_reward.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def edit_reward(frozen_edit, tmp_path_factory):
+    folder = cases_qwen.save(tmp_path_factory.mktemp("edit_reward"), "qwen2_5_vl")
+    state = {name: torch.zeros(shape) for name, shape in frozen_edit["shapes"].items()}
+    save_file(cases_qwen.fill(state), folder / "model.safetensors")
+    return EditReward(str(folder), str(folder), device="cpu", dtype="float32")
+
+
+def sources(pictures):
+    """An edit's source is the picture of the prompt before it."""
+    arrays = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [{"source_image": Image.fromarray(arrays[i - 1])} for i in range(len(arrays))]
+
+
+@SIZES
+def test_edit_reward_is_the_official_one(edit_reward, frozen_edit, size):
+    pictures = cases.pictures(size)
+    got = edit_reward(pictures, cases.PROMPTS, sources(pictures))
+    torch.testing.assert_close(got, torch.tensor(frozen_edit["edit_reward"][str(size)]), rtol=0, atol=1e-5)
+    assert got.unique().numel() == len(got)
+
+
+def test_edit_reward_s_heads_and_sources(edit_reward):
+    pictures = cases.pictures((32, 32))
+    whole, heads = edit_reward(pictures, cases.PROMPTS, sources(pictures)), edit_reward.names
+    parts = []
+    for name in heads:
+        edit_reward.names = (name,)
+        parts.append(edit_reward(pictures, cases.PROMPTS, sources(pictures)))
+    edit_reward.names = heads
+    torch.testing.assert_close(torch.stack(parts).mean(0), whole)
+    assert not torch.equal(*parts)
+    assert not torch.equal(edit_reward(pictures, cases.PROMPTS, sources(pictures.flip(0))), whole)
+    with pytest.raises(ValueError, match="edit_reward compares with a source picture, and there is no source_image"):
+        edit_reward(pictures, cases.PROMPTS, METADATA)
+    with pytest.raises(ValueError, match="edit_reward needs checkpoint: a folder or a repository"):
+        load_reward("edit_reward")
+    with pytest.raises(ValueError, match="heads is 'beauty'; use following or quality, or both"):
+        EditReward(heads="beauty")
 
 
 # VQAScore ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ def sampling_parser() -> OneLineParser:
     add_model_options(parser, "its base model")
     parser.add_argument("--model_cpu_offload", action="store_true", help="each model is on the GPU only while it works")
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts, an image each")
+    parser.add_argument("--image", nargs="+", help="source pictures, for models that edit: the same for each prompt")
     parser.add_argument("--output", default="image.png", help="PNG; several images side by side (default: image.png)")
     parser.add_argument("--num_steps", type=int, default=4, help="steps (default: 4)")
     parser.add_argument("--sampler", choices=["annealed", "ode"], default="annealed")
@@ -94,24 +96,37 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
     )
     if options.sampler == "ode":
         pipeline.scheduler = pipeline.euler_scheduler()  # its own may stretch the levels, or be another solver
-    if "negative_prompt" in call:
-        call["negative_prompt"] = [call["negative_prompt"]] * len(options.prompt)
+    call |= {"height": height, "width": width, "output_type": "pt"} | pipeline.size_arguments(height, width)
     latents: list[Any] = []
 
     def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         latents[:] = [tensors["latents"]]
         return {}
 
-    images = pipeline(
-        prompt=options.prompt,
-        height=height,
-        width=width,
-        generator=torch.Generator().manual_seed(options.seed),
-        annealed=options.sampler == "annealed",
-        max_sequence_length=options.max_sequence_length or pipeline.default_max_sequence_length(),
-        output_type="pt",
-        callback_on_step_end=keep,
-        **call,
-    ).images
-    check_images(pipeline, images, latents[0])
-    return images
+    taken = inspect.signature(pipeline.stock_class().__call__).parameters
+    if "max_sequence_length" in taken:
+        call["max_sequence_length"] = options.max_sequence_length or pipeline.default_max_sequence_length()
+    if "callback_on_step_end" in taken:
+        call["callback_on_step_end"] = keep
+    sources = _sources(pipeline, options)
+    found = []
+    # an editing pipeline's pictures are of one prompt: it draws one after the other
+    for i, prompts in enumerate([[prompt] for prompt in options.prompt] if sources else [options.prompt]):
+        if "negative_prompt" in call:
+            call["negative_prompt"] = [options.negative_prompt or ""] * len(prompts)
+        generator = torch.Generator().manual_seed(options.seed + i)
+        annealed = options.sampler == "annealed"
+        images = pipeline(prompt=prompts, generator=generator, annealed=annealed, **sources, **call).images
+        check_images(pipeline, images, latents[0] if latents else images)
+        found.append(images)
+    return torch.cat(found)
+
+
+def _sources(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the stock call's argument of the source pictures; none without `--image`."""
+    from trl_tafs.pipelines.pictures import Picture, check_pictures
+
+    pictures = [Picture(path) for path in options.image or ()]
+    check_pictures(pipeline, pictures, "--image")
+    images = [picture.image() for picture in pictures]
+    return {} if not images else {"image": images if pipeline.max_pictures > 1 else images[0]}

@@ -55,6 +55,14 @@ def check_images(pipeline: Any, images: Tensor, latents: Tensor) -> None:
 
 def check_embeddings(pipeline: Any, conditioning: Conditioning, prompt: str) -> None:
     """Raise NonFiniteError if the text encoders' embeddings of a prompt aren't finite."""
+    pictures = conditioning.positive.pictures
+    if pictures is not None and not is_finite(pictures):
+        name, dtype = type(pipeline.vae).__name__, _name(pipeline.vae.dtype)
+        remedy = "load the VAE in float32 (pipeline.vae.to(torch.float32))"
+        raise NonFiniteError(
+            f"the VAE ({name}, {dtype}) made NaN or infinity of the source picture of the prompt {prompt[:80]!r}: "
+            f"{_bad_weight(pipeline.vae) or _overflow({dtype}, remedy)}"
+        )
     halves = (half for half in (conditioning.positive, conditioning.negative) if half is not None)
     made = [values for half in halves for values in (half.text, half.pooled, half.layers) if values is not None]
     if not all(map(is_finite, made)):

@@ -22,6 +22,7 @@ from trl_tafs.rewards.web import parse_address
 REWARDS = {
     "aesthetic": "trl_tafs.rewards.aesthetic:Aesthetic",
     "clip_score": "trl_tafs.rewards.clip_score:ClipScore",
+    "edit_reward": "trl_tafs.rewards.edit_reward:EditReward",
     "geneval": "trl_tafs.rewards.geneval:GenEval",
     "geneval2": "trl_tafs.rewards.geneval2:GenEval2",
     "hps_v2": "trl_tafs.rewards.hps_v2:HPSv2",

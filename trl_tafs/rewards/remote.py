@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trl_tafs.rewards.scoring import RewardError, RewardRefused, as_rewards
 from trl_tafs.rewards.web import Address, WebError, fetch, parse_address, pause
-from trl_tafs.rewards.wire import FORMATS, SECRET, encode_images
+from trl_tafs.rewards.wire import FORMATS, SECRET, encode_images, encode_metadata
 
 REFUSED = (400, 401, 403, 413, 415)  # answers that asking again doesn't change
 HEALTH_SECONDS = 10.0
@@ -125,9 +125,9 @@ class RemoteReward:
 
     def _score(self, first: int, images: Tensor, prompts: list[str], metadata: list[Mapping[str, Any]]) -> Tensor:
         """One request, sent to endpoint `first` and then to the others, in rounds."""
-        message = encode_images(images, self.format) | {"prompts": prompts, "metadata": metadata}
+        message = encode_images(images, self.format) | {"prompts": prompts}
         try:
-            body = json.dumps(message).encode()
+            body = json.dumps(message | {"metadata": encode_metadata(metadata)}).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestRefused(f"a remote reward's metadata must be JSON: {error}") from error
         fault: Exception | None = None

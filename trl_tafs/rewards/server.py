@@ -15,7 +15,7 @@ from torch import Tensor
 from trl_tafs.output.errors import require
 from trl_tafs.rewards.scoring import RewardError, RewardFunction, RewardRefused, RewardSet
 from trl_tafs.rewards.web import printable, read_json
-from trl_tafs.rewards.wire import SECRET, decode_images, encode_rewards
+from trl_tafs.rewards.wire import SECRET, decode_images, decode_metadata, encode_rewards
 
 MAX_BYTES = 256 * 2**20  # of a request
 MAX_IMAGES = 256  # of a request
@@ -208,7 +208,7 @@ def check_texts(message: Mapping[str, Any], number: int) -> tuple[list[str], lis
             raise ValueError(f"a request of {number} images needs as many {name}, {kind.__name__} each")
     for prompt in prompts:
         prompt.encode()  # raises for half a surrogate pair, which no tokenizer takes
-    return prompts, metadata
+    return prompts, decode_metadata(metadata)
 
 
 def connection_bounds(receive_seconds: float = BODY_SECONDS) -> dict[str, Any]:

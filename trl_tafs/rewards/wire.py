@@ -16,6 +16,7 @@ from trl_tafs.rewards.preprocessing import to_uint8
 
 SECRET = "TRL_TAFS_REWARD_SECRET"  # the environment variable that both sides read
 FORMATS = ("png", "raw")
+PICTURE = "png_base64"  # the only key of a picture among metadata
 MAX_PIXELS = 4096 * 4096  # of one image
 MAX_TOTAL_PIXELS = 2**26  # of a request's images together: 64 of 1024 x 1024; 768 MiB as float32
 
@@ -85,6 +86,47 @@ def _from_raw(data: bytes, shape: Sequence[int]) -> Tensor:
     if not (image.min() >= 0 and image.max() <= 1):
         raise ValueError("a raw image has values outside of [0, 1]")
     return image
+
+
+def encode_metadata(metadata: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return metadata as JSON values, its PIL images as `{"png_base64": ...}`; lists of them, too."""
+    return [{key: _encoded(value) for key, value in row.items()} for row in metadata]
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item) for item in value]
+    if not (hasattr(value, "tobytes") and hasattr(value, "getexif")):  # an image of PIL, which isn't loaded for this
+        return value
+    return {PICTURE: base64.b64encode(png(np.asarray(value.convert("RGB")))).decode("ascii")}
+
+
+def decode_metadata(metadata: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what `encode_metadata` made, its pictures as PIL images in RGB.
+
+    Raises:
+        ValueError: a picture can't be decoded, or all together have more than `MAX_TOTAL_PIXELS`, as each PNG's header
+            says before it is decoded.
+    """
+    left = [MAX_TOTAL_PIXELS]
+    return [{key: _decoded(value, left) for key, value in row.items()} for row in metadata]
+
+
+def _decoded(value: Any, left: list[int]) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item, left) for item in value]
+    if not isinstance(value, dict) or value.keys() != {PICTURE}:
+        return value
+    from PIL import Image
+
+    try:
+        picture = Image.open(io.BytesIO(base64.b64decode(value[PICTURE], validate=True)), formats=["PNG"])
+        left[0] -= picture.size[0] * picture.size[1]
+        if picture.size[0] * picture.size[1] > MAX_PIXELS or left[0] < 0:
+            raise ValueError(f"at most {MAX_PIXELS} pixels an image and {MAX_TOTAL_PIXELS} together are taken")
+        return picture.convert("RGB")
+    except Exception as error:  # whatever a stranger sent, and whatever Pillow makes of it
+        raise ValueError(f"a picture among the metadata can't be decoded: {error}") from error
 
 
 def encode_rewards(values: Tensor) -> list[float | None]:
