@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trl_tafs.method.guidance import is_guided
+from trl_tafs.output.errors import first_line
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import is_text_encoder, unwrapped
 from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
@@ -71,6 +72,8 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         check_room(arriving_weights(pipeline, config, device), config, torch.cuda.mem_get_info(device)[0] + unused)
+    if config.attention_backend is not None:
+        set_attention_backend(pipeline.denoiser, config.attention_backend)
     for name, module in modules.items():
         module.requires_grad_(False)
         module.eval()  # rollout and replay alike: no dropout anywhere
@@ -86,6 +89,21 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
         return DeviceSharing(pipeline.denoiser, device, tiled=tiled)
     moved = [module for module in pipeline.text_encoders().values() if not is_bitsandbytes(module)]
     return DeviceSharing(pipeline.denoiser, device, moved, [pipeline.vae], tiled)
+
+
+def set_attention_backend(denoiser: nn.Module, name: str) -> None:
+    """Let a denoiser compute attention by one of diffusers' backends, as `set_attention_backend` does.
+
+    Raises:
+        ValueError: there is none of that name, or it can't be used here.
+    """
+    try:
+        denoiser.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError, AttributeError) as error:
+        raise ValueError(
+            f"attention_backend={name!r} can't be used with {type(denoiser).__name__}: {first_line(error)}; use one "
+            "that diffusers has here, such as 'native', or leave it out"
+        ) from error
 
 
 def cast_bytes(module: nn.Module, dtype: torch.dtype | None) -> int:

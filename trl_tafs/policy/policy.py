@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.components import unwrapped
 from trl_tafs.pipelines.finite import is_finite
 from trl_tafs.policy.adapter_file import check_adapter_fits, read_adapter, save_adapter
 from trl_tafs.policy.base import compiled_as, leave_casting_to_autocast, normal_mode, prepare_base, take_off_autocast
@@ -94,7 +95,13 @@ class Policy:
         self.lr_scheduler = make_lr_scheduler(optimizer, config, total_updates)
         prepared, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
         leave_casting_to_autocast(self.layers, config.mixed_precision)
-        self.model = compiled_as(getattr(pipeline, pipeline.denoiser_name), prepared)
+        component = getattr(pipeline, pipeline.denoiser_name)
+        self.model = compiled_as(component, prepared)
+        self._base_model: Any | None = None  # None: the pipeline's own
+        if config.torch_compile and unwrapped(component) is component:  # else it is compiled already
+            self.model = torch.compile(prepared, backend=config.torch_compile_backend)
+            alone = prepared is pipeline.denoiser
+            self._base_model = self.model if alone else torch.compile(component, backend=config.torch_compile_backend)
         self.base = HeldWeights(self.parameters) if config.full_finetuning else None
         self.average = AdapterAverage(self.parameters, config.train_ema_decay) if config.train_use_ema else None
         self.old: OldPolicy | None = None
@@ -132,7 +139,7 @@ class Policy:
     def reference(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of the base without what is trained, with what is frozen beneath it, (B, *) float32."""
         with self.base.applied() if self.base else without_trained(self.layers, self.adapter):
-            return self.evaluate(x, level, conditioning)
+            return self.evaluate(x, level, conditioning, self._base_model)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the denoiser carries what is evaluated and saved: the average, where there is one."""
