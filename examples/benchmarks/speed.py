@@ -1,6 +1,6 @@
 """What an iteration costs over the evaluations, backward passes, decodes and rewards that its method asks for.
 
-    make bench-speed                                             # on a CPU: digits, and a model of 43M weights
+    make bench-speed                                             # on a CPU: digits, and a model of 36M weights
     python examples/benchmarks/speed.py --device cuda            # SD3.5-medium and FLUX.1-dev at full size
     python examples/benchmarks/speed.py --device cuda --models sd35_medium --batches 3 8
 

@@ -61,7 +61,7 @@ FLUX1_DEV = {
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> Any:
-    """Return the pipeline `small` (43M weights), `sd35_medium` or `flux1_dev`, without text encoders."""
+    """Return the pipeline `small` (36M weights), `sd35_medium` or `flux1_dev`, without text encoders."""
     torch.manual_seed(0)
     channels = (16, 32, 64, 64) if name == "small" else (128, 256, 512, 512)
     vae = _BLOCKS | _VAE | {"block_out_channels": channels, "layers_per_block": 1 if name == "small" else 2}

@@ -29,7 +29,7 @@ def distance(one, other):
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, 1e-5),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, 1e-5, marks=pytest.mark.slow),
         ({"attention_backend": "_native_math"}, 1e-3),
         pytest.param({"torch_compile": True}, 1e-2, marks=pytest.mark.slow),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -154,14 +154,18 @@ def check_room(weights: Mapping[str, int], config: PolicyOptions, free: int) -> 
     )
 
 
-def compiled_as(component: nn.Module, prepared: nn.Module) -> nn.Module:
-    """Return the prepared network compiled as the pipeline's component is, if it is.
+def compiled(component: nn.Module, prepared: nn.Module, config: PolicyOptions) -> tuple[nn.Module, nn.Module]:
+    """Return the prepared network and the pipeline's own, compiled as that is or as `torch_compile` asks.
 
     Accelerate prepares the network itself, so that its weights have the same names in either case.
     """
-    if unwrapped(component) is component:
-        return prepared
-    return component if unwrapped(component) is prepared else component.dynamo_ctx(prepared)
+    alone = unwrapped(component) is prepared
+    if unwrapped(component) is not component:
+        return component if alone else component.dynamo_ctx(prepared), component
+    if not config.torch_compile:
+        return prepared, component
+    model = torch.compile(prepared, backend=config.torch_compile_backend)
+    return model, model if alone else torch.compile(component, backend=config.torch_compile_backend)
 
 
 @contextmanager
@@ -169,15 +173,6 @@ def normal_mode() -> Iterator[None]:
     """Inside, gradients can be taken, whatever mode the process is in; a decorator, too."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def leave_casting_to_autocast(layers: Sequence[Any], mixed_precision: str) -> None:
-    """Say to PEFT's layers that autocast casts their inputs, where it does: theirs would be a way to float32 and back.
-
-    Without autocast they cast, to the dtype of their weights.
-    """
-    for layer in layers:
-        layer.cast_input_dtype_enabled = mixed_precision == "no"
 
 
 def take_off_autocast(denoiser: nn.Module) -> None:
