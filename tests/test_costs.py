@@ -78,3 +78,16 @@ def test_a_preset_evaluates_and_decodes_as_often_as_its_method_says(name, pipeli
         "backward": gradient,
         "decoded": decoded,
     }
+
+
+@pytest.mark.parametrize("objective", ["matched", "clipped"])
+def test_a_distance_at_one_row_evaluates_the_base_once_an_image(objective, pipeline, tmp_path):
+    sizes = {
+        "num_generations": 4,
+        "sample_batch_size": IMAGES,
+        "sample_num_batches_per_epoch": 1,
+        "train_batch_size": 2,
+    }
+    options = {"objective": objective, "beta": 0.1, "train_kl_rows": "one"}
+    trainer = tiny.trainer(pipeline, tmp_path, prompt_function=["one", "two"], **sizes | options)
+    assert counted(trainer) == {"rollout": 4, "gradient": 3, "no_gradient": 1, "backward": 3, "decoded": 3}

@@ -108,6 +108,7 @@ def idle_options(config: TAFSGRPOConfig) -> dict[str, str]:
         "per_prompt_stat_tracking_buffer_size": (tracked, "per_prompt_stat_tracking=True"),
         "per_prompt_stat_tracking_min_count": (tracked, "per_prompt_stat_tracking=True"),
         "forward_num_levels": (config.forward_levels == "random", "forward_levels='random'"),
+        "torch_compile_backend": (config.torch_compile, "torch_compile=True"),
         "train_kl_rows": (config.beta > 0, "beta above 0"),
         "old_policy_ramp": (config.old_policy_decay > 0, "old_policy_decay above 0"),
         "train_timestep_fraction": (config.rows_per_image > 1, "an objective with several items an image"),

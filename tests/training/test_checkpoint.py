@@ -364,3 +364,19 @@ def test_kept_rollouts_of_another_seed_are_not_used(pipeline_folder, tmp_path):
     batches = other.collector.local_batches(other.prompts.batch(0, 2, 8))
     payloads = other.collector.sampler.sample(batches, 0)[0]
     assert other.progress.reward_curve[0][1] != pytest.approx(payloads[0].scores[:, -1].mean().item(), abs=1e-7)
+
+
+def test_without_a_save_freq_a_checkpoint_is_due_by_what_the_last_one_took(pipeline, tmp_path):
+    trainer = tiny.trainer(pipeline, tmp_path, save_freq=None)
+    checkpoints = trainer.checkpoints
+    assert checkpoints.due(1), "there is none yet"
+    trainer.save_checkpoint()
+    assert checkpoints.took > 0
+    checkpoints.took = 1000.0  # seconds
+    assert not checkpoints.due(1)
+    checkpoints.written -= 19_900
+    assert not checkpoints.due(1)
+    checkpoints.written -= 200
+    assert checkpoints.due(1)
+    trainer.progress.skipped_steps = 1
+    assert not checkpoints.due(1), "the last optimizer steps were left out"

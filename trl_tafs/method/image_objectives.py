@@ -46,7 +46,11 @@ class ImageObjective(Objective):
     beta: float = field(default=0.0, kw_only=True)
     weightings: ClassVar[Collection[str]] = FORWARD_WEIGHTINGS
     description: ClassVar[str] = "the model is moved towards those that compare well (a forward-process objective)"
-    reads: ClassVar[Mapping[str, str]] = {"weighting": "train_level_weighting", "beta": "beta"}
+    reads: ClassVar[Mapping[str, str]] = {
+        "weighting": "train_level_weighting",
+        "beta": "beta",
+        "kl_rows": "train_kl_rows",  # of its items
+    }
     warns_without_beta: ClassVar[bool] = True
 
     def with_old_policy(self, velocity: Velocity, items: ForwardItems, conditioning: Conditioning) -> ForwardItems:

@@ -70,6 +70,7 @@ class ClippedObjective(RatioObjective):
         "clip_weighting": "train_clip_weighting",
         "beta": "beta",
         "kl_weighting": "train_kl_weighting",
+        "kl_rows": "train_kl_rows",  # of its items
     }
 
     def __post_init__(self) -> None:

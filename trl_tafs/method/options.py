@@ -167,8 +167,8 @@ class LossOptions(Options):
     )
     train_kl_rows: str = option(
         "all",
-        "Where beta's distance to the base is taken: all of an image's trained rows, or one of them, which is drawn "
-        "anew each time and counts for all: the same on average, and the base is evaluated that much less often.",
+        "Where beta's distance to the base is taken: all of an image's trained rows, or one, drawn anew each "
+        "time, which counts for all: the same on average, and the base is evaluated that much less often.",
     )
     train_center_ratio: bool = option(
         False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trl_tafs.method.guidance import is_guided
+from trl_tafs.output.errors import first_line
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import is_text_encoder, unwrapped
 from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
@@ -71,6 +72,8 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         check_room(arriving_weights(pipeline, config, device), config, torch.cuda.mem_get_info(device)[0] + unused)
+    if config.attention_backend is not None:
+        set_attention_backend(pipeline.denoiser, config.attention_backend)
     for name, module in modules.items():
         module.requires_grad_(False)
         module.eval()  # rollout and replay alike: no dropout anywhere
@@ -86,6 +89,21 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
         return DeviceSharing(pipeline.denoiser, device, tiled=tiled)
     moved = [module for module in pipeline.text_encoders().values() if not is_bitsandbytes(module)]
     return DeviceSharing(pipeline.denoiser, device, moved, [pipeline.vae], tiled)
+
+
+def set_attention_backend(denoiser: nn.Module, name: str) -> None:
+    """Let a denoiser compute attention by one of diffusers' backends, as `set_attention_backend` does.
+
+    Raises:
+        ValueError: there is none of that name, or it can't be used here.
+    """
+    try:
+        denoiser.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError, AttributeError) as error:
+        raise ValueError(
+            f"attention_backend={name!r} can't be used with {type(denoiser).__name__}: {first_line(error)}; use one "
+            "that diffusers has here, such as 'native', or leave it out"
+        ) from error
 
 
 def cast_bytes(module: nn.Module, dtype: torch.dtype | None) -> int:
@@ -136,14 +154,18 @@ def check_room(weights: Mapping[str, int], config: PolicyOptions, free: int) -> 
     )
 
 
-def compiled_as(component: nn.Module, prepared: nn.Module) -> nn.Module:
-    """Return the prepared network compiled as the pipeline's component is, if it is.
+def compiled(component: nn.Module, prepared: nn.Module, config: PolicyOptions) -> tuple[nn.Module, nn.Module]:
+    """Return the prepared network and the pipeline's own, compiled as that is or as `torch_compile` asks.
 
     Accelerate prepares the network itself, so that its weights have the same names in either case.
     """
-    if unwrapped(component) is component:
-        return prepared
-    return component if unwrapped(component) is prepared else component.dynamo_ctx(prepared)
+    alone = unwrapped(component) is prepared
+    if unwrapped(component) is not component:
+        return component if alone else component.dynamo_ctx(prepared), component
+    if not config.torch_compile:
+        return prepared, component
+    model = torch.compile(prepared, backend=config.torch_compile_backend)
+    return model, model if alone else torch.compile(component, backend=config.torch_compile_backend)
 
 
 @contextmanager
@@ -151,15 +173,6 @@ def normal_mode() -> Iterator[None]:
     """Inside, gradients can be taken, whatever mode the process is in; a decorator, too."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def leave_casting_to_autocast(layers: Sequence[Any], mixed_precision: str) -> None:
-    """Say to PEFT's layers that autocast casts their inputs, where it does: theirs would be a way to float32 and back.
-
-    Without autocast they cast, to the dtype of their weights.
-    """
-    for layer in layers:
-        layer.cast_input_dtype_enabled = mixed_precision == "no"
 
 
 def take_off_autocast(denoiser: nn.Module) -> None:

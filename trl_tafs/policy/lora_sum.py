@@ -1,4 +1,4 @@
-"""A LoRA's product scaled and added in one operation, where that is the same to the bit."""
+"""PEFT's layers with fewer operations, to the bit: a product scaled and added by one, inputs that autocast casts."""
 
 from __future__ import annotations
 
@@ -51,3 +51,13 @@ def add_in_one(layers: Sequence[Any]) -> None:
         for name, scale in layer.scaling.items():
             if name not in layer.lora_variant and math.frexp(scale)[0] == 0.5:
                 layer.lora_variant[name] = ScaledSum()
+
+
+def prepare_layers(layers: Sequence[Any], mixed_precision: str) -> None:
+    """Let PEFT's layers add adapters by one operation, and leave their inputs to autocast where that casts them.
+
+    Theirs would be a way to float32 and back. Without autocast they cast, to the dtype of their weights.
+    """
+    add_in_one(layers)
+    for layer in layers:
+        layer.cast_input_dtype_enabled = mixed_precision == "no"

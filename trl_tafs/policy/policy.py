@@ -15,13 +15,13 @@ from trl_tafs.method.types import Conditioning
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.finite import is_finite
 from trl_tafs.policy.adapter_file import check_adapter_fits, read_adapter, save_adapter
-from trl_tafs.policy.base import compiled_as, leave_casting_to_autocast, normal_mode, prepare_base, take_off_autocast
+from trl_tafs.policy.base import compiled, normal_mode, prepare_base, take_off_autocast
 from trl_tafs.policy.carried import FrozenAdapter, TrainedAdapter, adapter_layers, frozen_adapter
 from trl_tafs.policy.copies import AdapterAverage, HeldWeights, OldPolicy
 from trl_tafs.policy.denoiser_file import load_denoiser, save_denoiser
 from trl_tafs.policy.fake import FakeScore
 from trl_tafs.policy.lora import attach_lora, free_denoiser, trainable_parameters, without_trained
-from trl_tafs.policy.lora_sum import add_in_one
+from trl_tafs.policy.lora_sum import prepare_layers
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.optimizer import apply_settings, make_lr_scheduler, make_optimizer
 from trl_tafs.policy.options import PolicyOptions
@@ -51,7 +51,6 @@ class Policy:
 
     Attributes:
         model: the prepared denoiser, through which every evaluation goes.
-        layers: PEFT's, all of them.
         parameters: the trained ones, in order.
         adapter: which LoRA is trained, and which ones act beneath it; None with full_finetuning.
         frozen: those beneath it.
@@ -70,9 +69,8 @@ class Policy:
         total_updates: int,
         lora_config: Any | None = None,
     ) -> None:
-        self.pipeline, self.config, self.accelerator = pipeline, config, accelerator
+        self.pipeline, self.config, self.accelerator, self.evaluations = pipeline, config, accelerator, 0
         self._seen: list[Evaluation] | None = None
-        self.evaluations = 0
         self.devices: DeviceSharing = prepare_base(pipeline, config, accelerator.device)
         self.adapter: TrainedAdapter | None = None
         self.lora_config: Any | None = None
@@ -83,23 +81,20 @@ class Policy:
             self.adapter, self.lora_config = attach_lora(pipeline, config, lora_config)
             self.frozen = tuple(frozen_adapter(pipeline.denoiser, name) for name in self.adapter.beneath)
         self.storage_dtype: torch.dtype = pipeline.storage_dtype
-        self.fake: FakeScore | None = None
-        if config.matches_distribution:
-            self.fake = FakeScore(pipeline.denoiser, self.adapter, self.lora_config, config)
-        self.layers = adapter_layers(pipeline.denoiser)
-        add_in_one(self.layers)
+        score = (pipeline.denoiser, self.adapter, self.lora_config, config)
+        self.fake = FakeScore(*score) if config.matches_distribution else None
+        self.layers = adapter_layers(pipeline.denoiser)  # PEFT's, all of them
         self.parameters = trainable_parameters(pipeline.denoiser)
         optimizer = make_optimizer(self.parameters, config)
         take_off_autocast(pipeline.denoiser)
         self.lr_scheduler = make_lr_scheduler(optimizer, config, total_updates)
         prepared, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
-        leave_casting_to_autocast(self.layers, config.mixed_precision)
-        self.model = compiled_as(getattr(pipeline, pipeline.denoiser_name), prepared)
+        prepare_layers(self.layers, config.mixed_precision)
+        self.model, self._base_model = compiled(getattr(pipeline, pipeline.denoiser_name), prepared, config)
         self.base = HeldWeights(self.parameters) if config.full_finetuning else None
         self.average = AdapterAverage(self.parameters, config.train_ema_decay) if config.train_use_ema else None
-        self.old: OldPolicy | None = None
-        if config.old_policy_decay:
-            self.old = OldPolicy(self.parameters, config.old_policy_decay, config.old_policy_ramp)
+        decay, ramp = config.old_policy_decay, config.old_policy_ramp
+        self.old = OldPolicy(self.parameters, decay, ramp) if decay else None
 
     @property
     def adapter_name(self) -> str | None:
@@ -132,7 +127,7 @@ class Policy:
     def reference(self, x: Tensor, level: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of the base without what is trained, with what is frozen beneath it, (B, *) float32."""
         with self.base.applied() if self.base else without_trained(self.layers, self.adapter):
-            return self.evaluate(x, level, conditioning)
+            return self.evaluate(x, level, conditioning, self._base_model)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the denoiser carries what is evaluated and saved: the average, where there is one."""

@@ -34,6 +34,27 @@ DEVICE_BYTES = GIB // 2  # of encoded prompts that stay on the device: those of 
 REMEMBERED = 100_000  # prompts that were encoded and dropped
 
 
+class Resident:
+    """Encoded prompts that stay on a device from one batch to the next: those that were used last, `DEVICE_BYTES`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, 0
+        self.rows: OrderedDict[str, Conditioning] = OrderedDict()
+
+    def __call__(self, prompt: str, row: Conditioning) -> Conditioning:
+        """Return a prompt's conditioning, `row` on the CPU, on the device."""
+        if self.device.type == "cpu":
+            return row
+        if prompt not in self.rows:
+            self.rows[prompt] = map_tensors(row, lambda tensor: onto(tensor, self.device))
+            self.bytes += _weight(row)
+        self.rows.move_to_end(prompt)
+        found = self.rows[prompt]
+        while self.bytes > DEVICE_BYTES:
+            self.bytes -= _weight(self.rows.popitem(last=False)[1])
+        return found
+
+
 class PromptEncoder:
     """Encode prompts, each once, and return them as a `Conditioning` on the training device.
 
@@ -82,8 +103,7 @@ class PromptEncoder:
         self.companions: list[PromptEncoder] = []  # of the same prompts, for another guidance
         self.cache: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0  # of all in the cache
-        self.resident: OrderedDict[str, Conditioning] = OrderedDict()  # on the device, where that isn't the CPU
-        self._resident_bytes = 0
+        self.resident = Resident(device)
         self._dropped: set[str] = set()  # prompts that had to leave it
         self._told = False
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -114,23 +134,10 @@ class PromptEncoder:
         self._find([prompt for prompt in unique if prompt not in self.cache])
         for prompt in unique:
             self.cache.move_to_end(prompt)
-        rows = Conditioning.cat([self._on_device(prompt) for prompt in unique])
+        rows = Conditioning.cat([self.resident(prompt, self.cache[prompt]) for prompt in unique])
         self._shrink()
         index = {prompt: i for i, prompt in enumerate(unique)}
         return rows[onto(torch.tensor([index[prompt] for prompt in prompts]), self.device)]
-
-    def _on_device(self, prompt: str) -> Conditioning:
-        """Return a prompt's conditioning on the device; what was used last stays there, up to `DEVICE_BYTES`."""
-        if self.device.type == "cpu":
-            return self.cache[prompt]
-        if prompt not in self.resident:
-            self.resident[prompt] = map_tensors(self.cache[prompt], lambda tensor: onto(tensor, self.device))
-            self._resident_bytes += _weight(self.cache[prompt])
-        self.resident.move_to_end(prompt)
-        found = self.resident[prompt]
-        while self._resident_bytes > DEVICE_BYTES:
-            self._resident_bytes -= _weight(self.resident.popitem(last=False)[1])
-        return found
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode a fixed set of prompts into `cache_dir`, each process its share; without a folder do nothing.
@@ -252,7 +259,7 @@ def encoder_for(encoder: PromptEncoder, guidance_scale: float) -> PromptEncoder:
     other = copy.copy(encoder)
     other.arguments = encoder.arguments | {"guidance_scale": guidance_scale}
     other.cache, other._bytes, other._dropped, other.companions = OrderedDict(), 0, set(), []
-    other.resident, other._resident_bytes = OrderedDict(), 0
+    other.resident = Resident(encoder.device)
     encoder.companions.append(other)
     return other
 

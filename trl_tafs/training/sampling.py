@@ -73,15 +73,15 @@ class RolloutSampler:
         needs = needs | self.keep | ({LAST} if self.config.matches_final_state else set())
         noise = SampleNoise(self.config.seed, epoch, tuple(prompts.sample_ids.tolist()), levels.device)
         groups = SampleNoise(self.config.seed, epoch, tuple(prompts.group_ids.tolist()), levels.device)
+        initial = groups("shared", 0, shape) if self.config.share_initial_noise else noise("initial", 0, shape)
         velocity = DenoiserWatch(self.policy.pipeline, self.policy.velocity)
-        conditioning = self.encode(prompts.prompts)
         with casting_once(levels.device):
             trajectories = rollout(
                 velocity,
                 self.algorithm.kernel_at(epoch),
-                conditioning,
+                self.encode(prompts.prompts),
                 levels,
-                groups("shared", 0, shape) if self.config.share_initial_noise else noise("initial", 0, shape),
+                initial,
                 noise,
                 storage_dtype=self.policy.storage_dtype,
                 reduction=self.config.log_prob_reduction,
@@ -245,6 +245,5 @@ class RolloutSampler:
         batch.rollout = dataclasses.replace(batch.rollout, scored=batch.rollout.scored[:0].clone())
 
     def _restore(self, prompts: PromptBatch, payload: dict[str, Any]) -> ScoredBatch:
-        device = self.algorithm.levels.device
-        fields = {name: value.to(device) for name, value in payload["rollout"].items()}
+        fields = {name: value.to(self.algorithm.levels.device) for name, value in payload["rollout"].items()}
         return ScoredBatch(prompts, Rollout(**fields), scores=payload["scores"], metadata={})
