@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig
 from torch import nn
+
 from trl_tafs import AutoTAFSPipeline
 from trl_tafs.policy import offload as offload_module
 from trl_tafs.policy.base import cast
@@ -31,7 +32,12 @@ MIB = 2**20
 
 def footprint(**changes):
     parts = {
-        "weights": {"transformer": 1000 * MIB, "text_encoder": 1500 * MIB, "text_encoder_2": 500 * MIB, "vae": 100 * MIB},
+        "weights": {
+            "transformer": 1000 * MIB,
+            "text_encoder": 1500 * MIB,
+            "text_encoder_2": 500 * MIB,
+            "vae": 100 * MIB,
+        },
         "denoiser_name": "transformer",
         "trained_parameters": 10 * MIB,
         "evaluation": 120 * MIB,
@@ -47,7 +53,9 @@ def footprint(**changes):
 
 
 def settings(tmp_path, **changes):
-    return tiny.config(tmp_path, **({"sample_batch_size": 4, "sample_num_batches_per_epoch": 4, "train_batch_size": 2} | changes))
+    return tiny.config(
+        tmp_path, **({"sample_batch_size": 4, "sample_num_batches_per_epoch": 4, "train_batch_size": 2} | changes)
+    )
 
 
 def planned(options, world_size=1, **changes):
@@ -138,15 +146,8 @@ def linear(options):
     return plan_memory(footprint(**sizes), options, plan_epoch(options, 1))
 
 
-@pytest.mark.parametrize(
-    ("below", "changes"),
-    [
-        (100, {"train_gradient_checkpointing": True}),
-        (1900, {"offload_text_encoders": True}),
-        (2400, {"offload_text_encoders": True, "train_gradient_checkpointing": True}),
-    ],
-)
-def test_advice_names_settings_that_are_enough_and_needed(tmp_path, below, changes):
+@pytest.mark.parametrize(("below", "most"), [(100, 1), (500, 1), (700, 1), (1900, 2)])
+def test_advice_names_settings_that_are_enough_and_needed(tmp_path, below, most):
     options = settings(tmp_path, decode_batch_size=1)
     capacity = linear(options).peak() - round(1.05 * below * MIB)
     found = advice(options, linear, capacity)
@@ -155,7 +156,7 @@ def test_advice_names_settings_that_are_enough_and_needed(tmp_path, below, chang
     for name in taken:
         rest = {key: value for key, value in taken.items() if key != name}
         assert linear(with_settings(options, rest)).peak() > capacity, f"{name} isn't needed"
-    assert len(taken) <= len(changes)
+    assert len(taken) <= most
 
 
 def test_advice_is_none_where_nothing_helps(tmp_path):

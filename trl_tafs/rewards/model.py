@@ -33,9 +33,9 @@ class ModelReward(ABC):
     """A reward whose score is a network's.
 
     A subclass makes its modules, hands them to `adopt`, and implements `score`, and `applies` if it scores only some
-    prompts. It may say a `title`, its column in an evaluation's tables, and `evaluation_options`, with which
-    `trl-tafs evaluate` makes it unless told otherwise, and how many `parameters` it has. It can be called from several threads: while `offload` moves the
-    weights, one at a time.
+    prompts. It may say a `title`, its column in an evaluation's tables, `evaluation_options`, with which
+    `trl-tafs evaluate` makes it unless told otherwise, and how many `parameters` its default model has. It can be called
+    from several threads: while `offload` moves the weights, one at a time.
 
     Args:
         device: by default this process's CUDA device where there is one, else the CPU.

@@ -50,9 +50,7 @@ class Footprint:
     def named(self, *, text: bool) -> int:
         """Return the weight of the text encoders, or of all that is neither they nor the denoiser."""
         return sum(
-            size
-            for name, size in self.weights.items()
-            if name != self.denoiser_name and is_text_encoder(name) == text
+            size for name, size in self.weights.items() if name != self.denoiser_name and is_text_encoder(name) == text
         )
 
 

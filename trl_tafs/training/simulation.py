@@ -352,9 +352,7 @@ def example_conditioning(
     return Conditioning(half, half if is_guided(guidance) else None, float(guidance))
 
 
-def _work(
-    twin: TAFSPipelineMixin, config: PolicyOptions, key: _TwinKey, size: tuple[int, int]
-) -> Callable[[], None]:
+def _work(twin: TAFSPipelineMixin, config: PolicyOptions, key: _TwinKey, size: tuple[int, int]) -> Callable[[], None]:
     """Return one evaluation of the twin, as the trainer makes it, with its backward pass if there is one."""
     dtype = DTYPES[config.mixed_precision]
     frozen_dtype = dtype or base_dtype(twin.denoiser)
