@@ -26,6 +26,7 @@ from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.source import PromptSource
 from trl_tafs.rewards.scoring import RewardSet
+from trl_tafs.training.advice import announce_plan
 from trl_tafs.training.checkpoint import Checkpoints
 from trl_tafs.training.collector import Collector
 from trl_tafs.training.doctor import Doctor
@@ -43,6 +44,7 @@ from trl_tafs.training.run_folder import RunFolder
 from trl_tafs.training.samples import SampleViewer
 from trl_tafs.training.sampling import RolloutSampler
 from trl_tafs.training.settings import lasting, resolved_settings
+from trl_tafs.training.simulation import Simulation
 from trl_tafs.training.stopping import Stopper
 from trl_tafs.training.trackers import make_accelerator, start_trackers
 from trl_tafs.training.updater import Updater
@@ -95,6 +97,9 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         set_seed(config.seed, device_specific=True)
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
+        judges = self.reward_functions.functions + (() if held_out is None else held_out[1].functions)
+        simulation = Simulation(sd_pipeline, self.height, self.width, peft_config)
+        self.memory_plan = announce_plan(simulation, config, self.plan, self.accelerator, judges)
         updates = config.num_epochs * config.train_num_inner_epochs * self.plan.updates_per_inner_epoch
         self.policy = Policy(sd_pipeline, config, self.accelerator, updates, peft_config)
         levels = sd_pipeline.rollout_levels(config.sample_num_steps, self.height, self.width, config.sample_levels)
@@ -130,6 +135,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         varying_groups = algorithm.prompt_tracker is not None
         actions, limit = algorithm.kernel.num_actions, algorithm.ratio_limit
         self.logs = EpochLog(accelerator, actions, limit, varying_groups, self.progress)
+        self.logs.memory_plan = self.memory_plan
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         self.drawer = Drawer.of(config, policy, self.encode)
         spec = self.draw_spec("annealed" if config.anneals else "ode", config.sample_num_steps)

@@ -1,7 +1,4 @@
-"""The memory plan's arithmetic, what it measures, and what makes a run smaller without changing it."""
-
-import gc
-import weakref
+"""The memory plan's arithmetic, its advice, and what makes a run smaller without changing it."""
 
 import families
 import pytest
@@ -16,45 +13,80 @@ from trl_tafs.policy import offload as offload_module
 from trl_tafs.policy.base import cast
 from trl_tafs.policy.lora import adapter_state_dict
 from trl_tafs.policy.offload import DeviceSharing, frozen_tensors, move_frozen
-from trl_tafs.training import memory
-from trl_tafs.training.memory import Activations, Footprint, extrapolate, measure_activations, plan_memory
+from trl_tafs.rewards.loading import planned_bytes
+from trl_tafs.training.advice import advice, with_settings
+from trl_tafs.training.memory import (
+    CONTEXT,
+    Footprint,
+    item_bytes,
+    plan_memory,
+    reward_bytes,
+    rollout_bytes,
+    tensor_bytes,
+    weight_bytes,
+)
+from trl_tafs.training.plan import plan_epoch
 
 MIB = 2**20
 
 
 def footprint(**changes):
     parts = {
-        "denoiser": 1000 * MIB,
-        "text_encoders": 2000 * MIB,
-        "vae": 100 * MIB,
+        "weights": {
+            "transformer": 1000 * MIB,
+            "text_encoder": 1500 * MIB,
+            "text_encoder_2": 500 * MIB,
+            "vae": 100 * MIB,
+        },
+        "denoiser_name": "transformer",
         "trained_parameters": 10 * MIB,
-        "activations": Activations(saved=300 * MIB, block_inputs=30 * MIB, num_blocks=10),
-        "decoded_image": 50 * MIB,
+        "evaluation": 120 * MIB,
+        "update": 660 * MIB,
+        "decoding": 200 * MIB,
         "latent_elements": MIB // 4,
         "storage_bytes": 2,
+        "conditioning": MIB,
+        "rewards": 30 * MIB,
+        "loaded": 3100 * MIB,
     }
     return Footprint(**(parts | changes))
 
 
 def settings(tmp_path, **changes):
-    return tiny.config(tmp_path, sample_batch_size=4, sample_num_batches_per_epoch=4, train_batch_size=2, **changes)
+    return tiny.config(
+        tmp_path, **({"sample_batch_size": 4, "sample_num_batches_per_epoch": 4, "train_batch_size": 2} | changes)
+    )
+
+
+def planned(options, world_size=1, **changes):
+    return plan_memory(footprint(**changes), options, plan_epoch(options, world_size))
 
 
 def test_each_phase_is_the_sum_of_what_it_holds(tmp_path):
-    plan = plan_memory(footprint(), settings(tmp_path), local_images=16)
+    plan = planned(settings(tmp_path))
     # Of one image, D = 2^18: the 4 states of the path of 2 bytes, which hold the actions, and the final latent of 4
     # bytes; its 3 items have a state and an action each.
     kept, items = (4 * 2 + 4) // 4, 3 * (1 + 1) * 2 // 4
-    always = 40 + 80 + 2000 + 100  # LoRA, two moments, text encoders, VAE
+    always = 30 + 40 + 80  # rewards, LoRA, two moments
     scored = 4 * 3  # a batch of 4, three steps of 1 MiB
+    held = always + 2000 + 100 + 1000  # text encoders, VAE, denoiser
     expected = {
-        "encode": 40 + 80 + 2000 + 100 + 1000,
-        "rollout": always + 1000 + 16 * kept + scored + 4 * 30,
-        "decode": always + 1000 + 16 * kept + scored + 4 * 50,
-        "update": always + 1000 + 16 * (kept + items) + 40 + 2 * (300 + 30),
+        "encode": held,
+        "rollout": held + 16 * kept + scored + 120,
+        "decode": held + 16 * kept + scored + 200,
+        "update": held + 16 * (kept + items) + 40 + 660,
+        "step": held + 16 * (kept + items) + 40 + 40,
     }
-    assert {phase: plan.peak(phase) / MIB for phase in plan.phases} == expected
-    assert plan.peak() / MIB == max(expected.values())
+    assert {phase: plan.allocated(phase) / MIB for phase in plan.phases} == expected
+    assert plan.allocated() / MIB == max(expected.values())
+    assert plan.peak() == round(1.05 * plan.allocated()) + CONTEXT
+    assert (plan.host, plan.prompt) == (3100 * MIB, MIB)
+
+
+def test_processes_hold_buckets_of_gradients(tmp_path):
+    options = settings(tmp_path)
+    alone, two = planned(options), planned(options, 2)
+    assert two.allocated("update") - alone.allocated("update") == 40 * MIB
 
 
 @pytest.mark.parametrize(
@@ -71,130 +103,111 @@ def test_each_phase_is_the_sum_of_what_it_holds(tmp_path):
 )
 def test_a_rollout_is_planned_as_it_is_kept(tmp_path, changes, path, floats, item):
     options = settings(tmp_path, **changes)
-    assert memory.rollout_bytes(options, 2) == 2 * path + 4 * floats
-    assert memory.item_bytes(options, 2) == item
+    assert rollout_bytes(options, 2) == 2 * path + 4 * floats
+    assert item_bytes(options, 2) == item
 
 
 @pytest.mark.parametrize(
     ("changes", "phase", "less"),
     [
-        ({"train_gradient_checkpointing": True}, "update", 2 * (300 + 30) - 2 * (30 + 2 * 30)),
         ({"offload_text_encoders": True}, "update", 2000),
         ({"model_cpu_offload": True}, "update", 2000 + 100),
         ({"model_cpu_offload": True}, "decode", 2000 + 1000 - 3 * (16 - 4)),
         ({"model_cpu_offload": True}, "encode", 1000 + 100),
         ({"train_use_8bit_adam": True}, "update", 60),
-        ({"decode_batch_size": 1}, "decode", 3 * 50),
+        ({"train_use_8bit_adam": True}, "step", 60 + 40),
         ({"train_use_ema": True}, "update", -40),
-        ({"sample_guidance_scale": 2.0, "train_cfg": True}, "update", -2 * (300 + 30)),
         ({"old_policy_decay": 0.5}, "rollout", -40),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_what_a_setting_saves(tmp_path, changes, phase, less):
-    before = plan_memory(footprint(), settings(tmp_path), 16).peak(phase)
-    assert (before - plan_memory(footprint(), settings(tmp_path, **changes), 16).peak(phase)) / MIB == less
+    before = planned(settings(tmp_path)).allocated(phase)
+    assert (before - planned(settings(tmp_path, **changes)).allocated(phase)) / MIB == less
 
 
 def test_the_report_adds_up_and_warns(tmp_path):
-    plan = plan_memory(footprint(), settings(tmp_path), 16)
-    lines = plan.report(capacity=3 * 2**30).splitlines()
-    columns = [[float(value) for value in line.split()[-4:]] for line in lines[1:-1]]
-    for together, parts in zip(columns[-1], zip(*columns[:-1], strict=True), strict=True):
-        assert together == pytest.approx(sum(parts), abs=0.05)
-    assert "the device has 3.00" in lines[-1] and "train_batch_size" in lines[-1]
-    assert "the device has" not in plan.report(capacity=80 * 2**30)
+    plan = planned(settings(tmp_path))
+    lines = plan.report(capacity=3 * 2**30, processes=8).splitlines()
+    table = [line for line in lines[1:] if len(line.split()) > 5 and line[22:32].strip().replace(".", "").isdigit()]
+    columns = [[float(line[i : i + 10]) for i in range(22, 72, 10)] for line in table]
+    for together, parts in zip(columns[-2], zip(*columns[:-2], strict=True), strict=True):
+        assert together == pytest.approx(sum(parts), abs=0.06)
+    assert any(line.startswith("host memory 24.22 GiB (8 x 3.03)") for line in lines)
+    assert "the device has 3.00" in lines[-1] and "no setting makes it fit" in lines[-1]
+    assert lines[-1] != plan.report(capacity=80 * 2**30).splitlines()[-1] and "fit" not in plan.report(80 * 2**30)
 
 
-def test_weights_are_counted_once_and_by_what_is_trained():
+def linear(options):
+    """A plan whose working memory follows the batch sizes and checkpointing."""
+    update = options.train_batch_size * (60 if options.train_gradient_checkpointing else 330) * MIB
+    decoding = 50 * options.decode_size * MIB
+    sizes = {"update": update, "decoding": decoding, "evaluation": 30 * options.sample_batch_size * MIB}
+    return plan_memory(footprint(**sizes), options, plan_epoch(options, 1))
+
+
+@pytest.mark.parametrize(("below", "most"), [(100, 1), (500, 1), (700, 1), (1900, 2)])
+def test_advice_names_settings_that_are_enough_and_needed(tmp_path, below, most):
+    options = settings(tmp_path, decode_batch_size=1)
+    capacity = linear(options).peak() - round(1.05 * below * MIB)
+    found = advice(options, linear, capacity)
+    taken = {item.partition("=")[0]: eval(item.partition("=")[2]) for item in found}
+    assert found and linear(with_settings(options, taken)).peak() <= capacity
+    for name in taken:
+        rest = {key: value for key, value in taken.items() if key != name}
+        assert linear(with_settings(options, rest)).peak() > capacity, f"{name} isn't needed"
+    assert len(taken) <= most
+
+
+def test_advice_is_none_where_nothing_helps(tmp_path):
+    assert advice(settings(tmp_path), linear, CONTEXT) == ()
+
+
+def test_weights_are_counted_once():
     shared = nn.Linear(4, 4, bias=False)
     pair = nn.ModuleList([shared, shared, nn.BatchNorm1d(2).half()])
-    shared.weight.requires_grad_(False)
-    assert memory.weight_bytes([pair, shared]) == 4 * 16 + 2 * 4 * 2 + 8
-    assert memory.weight_bytes([pair], trained=True) == 2 * 2 * 2
-    assert memory.weight_bytes([pair], trained=False) == 4 * 16 + 2 * 2 * 2 + 8
+    assert weight_bytes([pair, shared]) == 4 * 16 + 2 * 2 * 2 + 2 * 2 * 2 + 8
 
 
-def test_a_line_through_two_points():
-    assert extrapolate((1, 30), (2, 40), 10) == 120
-    assert extrapolate((4, 40), (4, 40), 8) == 80
+def test_rewards_are_counted_by_what_their_classes_say_and_by_what_they_hold():
+    assert planned_bytes(["clip_score=1.0", "jpeg_compressibility"], {}) == 4 * 428_000_000
+    assert planned_bytes(["pickscore"], {"pickscore": {"dtype": "bfloat16"}}) == 2 * 986_000_000
+    assert planned_bytes(["pickscore"], {"pickscore": {"offload": True}}) == 0
+    assert planned_bytes(["http://judge:8000"], {}) == 0
+
+    class Judge:
+        modules = [nn.Linear(3, 2)]
+
+    one = Judge()
+    assert reward_bytes([one, one, min], "cpu") == 4 * (3 * 2 + 2) and reward_bytes([one], "cuda") == 0
+
+
+def test_the_plan_is_printed_before_anything_is_moved(pipeline, tmp_path, capsys, monkeypatch):
+    from trl_tafs.policy import policy
+
+    printed = []
+    prepare = policy.prepare_base
+    monkeypatch.setattr(policy, "prepare_base", lambda *a: printed.append(capsys.readouterr().out) or prepare(*a))
+    trainer = tiny.trainer(pipeline, tmp_path, disable_tqdm=False)
+    assert "memory plan, GiB" in printed[0]
+    real = sum(4 * p.numel() for n, p in pipeline.transformer.named_parameters() if "lora_" not in n)
+    buffers = sum(b.numel() * b.element_size() for b in pipeline.transformer.buffers())
+    plan = trainer.logs.memory_plan
+    assert plan.phases["update"]["denoiser"] == real + buffers
+    assert plan.phases["update"]["trained weights"] == sum(4 * p.numel() for p in trainer.policy.parameters)
+
+
+def test_a_plan_that_cannot_be_made_costs_a_warning(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(pipeline), "embedding_shapes", lambda self, length: {})
+    with pytest.warns(UserWarning, match="memory plan can't be made .TypeError"):
+        trainer = tiny.trainer(pipeline, tmp_path, disable_tqdm=False)
+    assert trainer.logs.memory_plan is None
 
 
 def prepared(name):
     mine = families.ours(families.stock(name), name)
     mine.transformer.add_adapter(LoraConfig(r=4, target_modules=list(mine.lora_target_modules)))
     return mine, mine.encode_conditioning(["a red cat"], max_sequence_length=families.LENGTH)
-
-
-@pytest.mark.parametrize("name", ["flux-dev", "qwen-image", "flux2", "sd3"])
-def test_activations_at_the_training_size_are_what_two_smaller_sizes_say(name):
-    mine, conditioning = prepared(name)
-    size = 64 if name != "sd3" else 8
-    found = memory.measure_footprint(mine, conditioning, size, size).activations
-    real = measure_activations(mine, conditioning, size, size)
-    assert found.saved == pytest.approx(real.saved, rel=0.05)
-    assert found.block_inputs == pytest.approx(real.block_inputs, rel=0.05)
-    assert found.num_blocks == real.num_blocks == 2
-    assert real.block_inputs < real.saved
-
-
-def test_activations_are_those_without_checkpointing_and_the_model_is_left_as_it_was():
-    mine, conditioning = prepared("flux-dev")
-    plain = measure_activations(mine, conditioning, 16, 16)
-    mine.transformer.enable_gradient_checkpointing()
-    assert measure_activations(mine, conditioning, 16, 16) == plain
-    assert mine.transformer.is_gradient_checkpointing
-    assert not any(block._forward_pre_hooks for block in memory.blocks_of(mine.transformer))
-
-
-def test_a_measured_model_is_freed_with_its_activations():
-    mine, conditioning = prepared("flux-dev")
-    weights = weakref.ref(next(p for name, p in mine.transformer.named_parameters() if "lora_" in name))
-    layer = weakref.ref(mine.transformer.transformer_blocks[0])
-    memory.measure_footprint(mine, conditioning, 32, 32)
-    del mine, conditioning
-    gc.collect()
-    assert layer() is None and weights() is None, "the measured graph keeps the denoiser"
-
-
-def test_a_measurement_that_fails_leaves_no_hooks(monkeypatch):
-    mine, conditioning = prepared("flux-dev")
-
-    def fails(*args, **kwargs):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(mine, "velocity", fails)
-    monkeypatch.setattr(mine, "decode_latents", fails)
-    for measure in (
-        lambda: measure_activations(mine, conditioning, 16, 16),
-        lambda: memory.measure_decoder(mine, 16, 16),
-    ):
-        with pytest.raises(RuntimeError, match="out of memory"):
-            measure()
-    assert not any(m._forward_pre_hooks for m in mine.transformer.modules())
-    assert not any(m._forward_hooks for m in mine.vae.modules())
-
-
-def test_blocks_are_found_in_every_family():
-    counts = {"sd3": 2, "flux-dev": 2, "sana": 2, "qwen-image": 2, "flux2": 2, "z-image": 3, "hidream": 2}
-    assert {name: len(memory.blocks_of(families.stock(name).transformer)) for name in counts} == counts
-
-
-def test_a_tile_bounds_what_the_decoder_holds():
-    mine, conditioning = prepared("flux-dev")
-    whole = memory.measure_footprint(mine, conditioning, 64, 64).decoded_image
-    mine.vae.enable_tiling()
-    mine.vae.tile_sample_min_size = 16
-    assert memory.measure_footprint(mine, conditioning, 64, 64).decoded_image == whole // 16
-
-
-def test_the_plan_is_printed_before_training(pipeline, tmp_path, capsys):
-    trainer = tiny.trainer(pipeline, tmp_path, num_epochs=1, disable_tqdm=False)
-    trainer.train()
-    assert "memory plan, GiB" in capsys.readouterr().out
-    real = sum(4 * p.numel() for n, p in pipeline.transformer.named_parameters() if "lora_" not in n)
-    buffers = sum(b.numel() * b.element_size() for b in pipeline.transformer.buffers())
-    assert trainer.logs.memory_plan.phases["update"]["denoiser"] == real + buffers
 
 
 # Taking turns -------------------------------------------------------------------------------------------------
@@ -343,6 +356,6 @@ def test_a_base_that_torchao_quantized_is_trained_under_a_lora(tmp_path):
     lora = adapter_state_dict(mine.denoiser, trainer.policy.adapter_name)
     assert all(weight.abs().sum() > 0 for name, weight in lora.items() if "lora_B" in name)
     weight = mine.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
-    assert memory.tensor_bytes(weight) < 2 * weight.numel() and torch.equal(
+    assert tensor_bytes(weight) < 2 * weight.numel() and torch.equal(
         weight.dequantize(), frozen["transformer_blocks.0.attn.to_q.weight"].dequantize()
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from trl_tafs.cli.doctor import doctor
 from trl_tafs.cli.evaluate import evaluate
 from trl_tafs.cli.parsing import OneLineParser, UsageError
+from trl_tafs.cli.plan import plan
 from trl_tafs.cli.sample import sample
 from trl_tafs.cli.serve import serve_reward
 from trl_tafs.cli.train import train
@@ -37,6 +38,7 @@ def _env() -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], Callable[[], int | None]]] = {
     "train": train,
+    "plan": plan,
     "doctor": doctor,
     "sample": sample,
     "evaluate": evaluate,

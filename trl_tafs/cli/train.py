@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from trl_tafs.cli.arguments import ScriptArguments, load_pipeline, load_rewards, parse_arguments
-from trl_tafs.output.errors import require
 from trl_tafs.prompts.sets import load_prompts
 
 
@@ -27,9 +26,9 @@ def make_trainer(arguments: ScriptArguments, config: Any) -> Any:
         ValueError, OSError, ImportError: something that was asked for can't be.
     """
     from trl_tafs import TAFSGRPOTrainer
+    from trl_tafs.training.launch import check_launch
 
-    if config.train_use_8bit_adam:
-        require("bitsandbytes", "train_use_8bit_adam", "8bit")
+    check_launch(config)  # before a model is loaded
     if arguments.prompts is None:
         raise ValueError("--prompts is needed: a .txt, .jsonl, .json or .csv file, or a dataset on the Hub")
     prompts = load_prompts(arguments.prompts)

@@ -15,6 +15,7 @@ from trl_tafs.method.kernels import Annealed, Kernel, Ode
 from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import Velocity, sample_steps
 from trl_tafs.method.types import Conditioning
+from trl_tafs.output.out_of_memory import MicroBatch
 from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import casting_once
 from trl_tafs.pipelines.finite import DenoiserWatch, check_images
@@ -134,14 +135,18 @@ class Drawer:
 
     def decode(self, drawn: Sequence[Drawn]) -> Tensor:
         """Return the images of drawn latents, (B, N, 3, H, W) on the CPU, N = 1 if steps weren't kept."""
-        size, images = self.decode_batch_size or self.batch_size, []
+        fitting, images = MicroBatch(self.decode_batch_size or self.batch_size, "decoding", "decode_batch_size"), []
         with self.decoding():  # where models share the GPU: one exchange
             for batch in drawn:
-                decoded = [self.pipeline.decode_in_batches(latents.to(self.device), size) for latents in batch.steps]
+                decoded = [fitting(self._decoder(latents)) for latents in batch.steps]
                 for step, latents in zip(decoded, batch.steps, strict=True):
                     check_images(self.pipeline, step, latents)
                 images.append(torch.stack([step[: batch.count] for step in decoded], dim=1))
         return torch.cat(images)
+
+    def _decoder(self, latents: Tensor) -> Callable[[int], Tensor]:
+        """Return what decodes latents, so many at once."""
+        return lambda size: self.pipeline.decode_in_batches(latents.to(self.device), size)
 
 
 def draw_and_score(

@@ -28,6 +28,13 @@ def _refusal(found: str) -> str:
     )
 
 
+def family_of(name: str, source: str | os.PathLike) -> type[TAFSPipelineMixin]:
+    """Return the family of a diffusers pipeline's class; raise ValueError if there is none, naming where it is from."""
+    if name not in FAMILIES:
+        raise ValueError(_refusal(f"{source} holds a {name}"))
+    return FAMILIES[name]
+
+
 class AutoTAFSPipeline:
     """Make the TAFS pipeline of a model, of whichever family it is; the class has no instances."""
 
@@ -47,9 +54,7 @@ class AutoTAFSPipeline:
         """
         hub_options = {name: options[name] for name in _HUB_OPTIONS if name in options}
         name = DiffusionPipeline.load_config(name_or_path, **hub_options)["_class_name"]
-        if name not in FAMILIES:
-            raise ValueError(_refusal(f"{name_or_path} holds a {name}"))
-        return FAMILIES[name].from_pretrained(name_or_path, **options)
+        return family_of(name, name_or_path).from_pretrained(name_or_path, **options)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline) -> TAFSPipelineMixin:

@@ -109,6 +109,25 @@ class TAFSPipelineMixin(ABC):
         """Return what, but for names, says that the model draws in few steps already; None if nothing does."""
         return None
 
+    def embedding_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one prompt's `Embeddings`, by field, at `length` tokens; the memory plan's.
+
+        The default reads the denoiser's configuration: text (L, C), and pooled (P,) where it takes one.
+        """
+        config = self.denoiser.config
+        names = ("joint_attention_dim", "caption_channels", "cap_feat_dim", "cross_attention_dim")
+        channels = next(config[name] for name in names if config.get(name))
+        pooled = config.get("pooled_projection_dim")
+        return {"text": (length, channels)} | ({"pooled": (pooled,)} if pooled else {})
+
+    def stand_in_for_values(self, denoiser: nn.Module) -> str | None:
+        """Replace in a copy of the denoiser what depends on values, by what holds at least as many bytes.
+
+        Returns:
+            What the memory plan says of it; None where nothing does.
+        """
+        return None
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one image's latent: (C, H / f, W / f), f the VAE's factor."""
         channels = self.denoiser.config.in_channels

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import types
+from typing import Any
 
+import torch
 from diffusers import HiDreamImagePipeline
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from diffusers.pipelines.hidream_image.pipeline_hidream_image import calculate_shift
@@ -31,6 +34,35 @@ class TAFSHiDreamPipeline(TAFSPipelineMixin, HiDreamImagePipeline):
     counting_tokenizers = ("tokenizer_3", "tokenizer_4")
     card_tags = ("hidream", "hidream-diffusers")
     lora_key_marks, lora_family = ("double_stream_blocks.",), "HiDream"
+
+    def embedding_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """T5's (L, C), Llama's layers (K, L, C), and both CLIPs' pooled (P,)."""
+        config = self.denoiser.config
+        text, llama = config.caption_channels
+        layers = (max(config.llama_layers) + 1, length, llama)
+        return {"text": (length, text), "layers": layers, "pooled": (config.text_emb_dim,)}
+
+    def stand_in_for_values(self, denoiser: nn.Module) -> str | None:
+        """Send each token through one expert as often as it is routed: as many rows as the experts have together."""
+
+        def forward(self: MOEFeedForwardSwiGLU, x: Tensor) -> Tensor:
+            _, weight, _ = self.gate(x)
+            rows = x.flatten(0, -2).repeat_interleave(self.num_activated_experts, dim=0)
+            routed = torch.empty_like(rows).copy_(self.experts[0](rows.clone()))  # gathered and scattered by each
+            routed = (routed.view(*weight.shape, -1) * weight.unsqueeze(-1)).sum(1)
+            return routed.view_as(x).to(x.dtype) + self.shared_experts(x)
+
+        for module in denoiser.modules():
+            if isinstance(module, MOEFeedForwardSwiGLU):
+                module.forward = types.MethodType(forward, module)
+        patchify, patch = denoiser.patchify, denoiser.config.patch_size
+
+        def patchify_with_known_sizes(states: Tensor) -> tuple[Any, ...]:
+            tokens, masks, _, ids = patchify(states)
+            return tokens, masks, [(states.shape[-2] // patch, states.shape[-1] // patch)] * len(states), ids
+
+        denoiser.patchify = patchify_with_known_sizes
+        return "its routed experts are counted by an upper bound"
 
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by T5, text (B, L, C), every layer of Llama, (B, K, L, C), and both CLIPs, pooled (B, P)."""

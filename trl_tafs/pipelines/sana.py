@@ -28,6 +28,10 @@ class SanaMixin(TAFSPipelineMixin):
     renoises_from_generator = True
     encoding_options: dict[str, Any] = {}
 
+    def embedding_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """With a mask, (L,)."""
+        return super().embedding_shapes(length) | {"mask": (length,)}
+
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Gemma: text (B, L, C) and its mask. Only what is wished for is led in by the instruction."""
         instruction = inspect.signature(self.stock_class().__call__).parameters["complex_human_instruction"].default

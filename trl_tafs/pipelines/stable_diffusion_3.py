@@ -37,6 +37,11 @@ class TAFSStableDiffusion3Pipeline(TAFSPipelineMixin, StableDiffusion3Pipeline):
         """The last block's text stream is discarded: its queries ask for nothing."""
         return [f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}.attn.add_q_proj"]
 
+    def embedding_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """T5's tokens behind CLIP's."""
+        shapes = super().embedding_shapes(length)
+        return shapes | {"text": (self.tokenizer_max_length + length, shapes["text"][1])}
+
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by the two CLIP encoders and T5: text (B, L, C), pooled (B, P)."""
         text, _, pooled, _ = self.encode_prompt(

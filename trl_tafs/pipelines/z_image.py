@@ -53,11 +53,12 @@ class TAFSZImagePipeline(TAFSPipelineMixin, ZImagePipeline):
 
     def denoise(self, model: nn.Module, x: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
         """X (B, C, h, w), timestep (B,) to v, float32: the model's time runs from 0 to 1, and its output is -v."""
-        lengths = embeddings.mask.sum(1).tolist()
+        text = embeddings.text
+        lengths = [text.shape[1]] * len(text) if embeddings.mask is None else embeddings.mask.sum(1).tolist()
         outputs = model(
             list(x.to(self.model_dtype).unsqueeze(2)),
             (1000 - timestep) / 1000,
-            [text[:length] for text, length in zip(embeddings.text, lengths, strict=True)],
+            [row[:length] for row, length in zip(text, lengths, strict=True)],
             return_dict=False,
         )[0]
         return -torch.stack([output.float() for output in outputs]).squeeze(2)

@@ -55,8 +55,22 @@ def attach_lora(
     return chosen, lora_config
 
 
+def default_lora_config(pipeline: TAFSPipelineMixin, config: PolicyOptions) -> LoraConfig:
+    """Return the `LoraConfig` of the options, on the family's default modules unless they name others."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        init_lora_weights="gaussian",
+        target_modules=list(config.lora_target_modules or pipeline.lora_target_modules),
+        exclude_modules=None if config.lora_target_modules else pipeline.lora_excluded_modules or None,
+    )
+
+
 def _add_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: Any | None, name: str) -> LoraConfig:
-    from peft import LoraConfig, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     denoiser, weights = pipeline.denoiser, None
     if config.adapter_name_or_path:
@@ -65,14 +79,7 @@ def _add_lora(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: A
         weights, lora_config = read_adapter(config.adapter_name_or_path, denoiser=pipeline.denoiser_name)
         check_adapter_fits(weights, denoiser, lora_config)
     elif lora_config is None:
-        lora_config = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=0.0,
-            init_lora_weights="gaussian",
-            target_modules=list(config.lora_target_modules or pipeline.lora_target_modules),
-            exclude_modules=None if config.lora_target_modules else pipeline.lora_excluded_modules or None,
-        )
+        lora_config = default_lora_config(pipeline, config)
     else:
         lora_config = copy.deepcopy(lora_config)  # PEFT writes into it
     _check_dropout(lora_config)

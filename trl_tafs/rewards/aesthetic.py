@@ -46,6 +46,8 @@ class Aesthetic(ModelReward):
         options: see `ModelReward`.
     """
 
+    parameters = 428_000_000
+
     def __init__(
         self, head: str = HEAD, model_name: str = "ViT-L-14", pretrained: str | None = "openai", **options: Any
     ) -> None:

@@ -45,6 +45,7 @@ class ClipScore(ModelReward):
     """
 
     title = "CLIP"
+    parameters = 428_000_000
     evaluation_options = {"scale": 100.0}  # as the papers' tables have it
 
     def __init__(

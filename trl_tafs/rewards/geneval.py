@@ -71,6 +71,7 @@ class GenEval(ModelReward):
     """
 
     title = "GenEval"
+    parameters = 497_000_000
     evaluation_options = {"graded": False}  # the benchmark's own score
 
     def __init__(

@@ -29,6 +29,7 @@ class HPSv2(ModelReward):
     """
 
     title = "HPSv2.1"  # of the version
+    parameters = 986_000_000
 
     def __init__(
         self, version: str = "v2.1", checkpoint: str = HPS_V2, model_name: str = "ViT-H-14", **options: Any

@@ -79,6 +79,7 @@ class ImageReward(ModelReward):
     """
 
     title = "ImageReward"
+    parameters = 447_000_000
 
     def __init__(
         self,

@@ -79,6 +79,23 @@ def evaluation_options(name: str) -> dict[str, Any]:
     return {} if name.startswith(WEB) else dict(getattr(_find(name), "evaluation_options", {}))
 
 
+def planned_bytes(specifications: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the bytes of the weights that rewards will keep on the GPU, by what their classes say; none is made.
+
+    Args:
+        specifications: as `parse_rewards` takes them.
+        options: each reward's options by its name: `dtype`, `offload` and `device` count.
+    """
+    total = 0
+    for item in specifications:
+        name, given = split_weight(item)[0], options.get(reward_label(item), {})
+        if name.startswith(WEB) or given.get("offload") or str(given.get("device", "cuda")).startswith("cpu"):
+            continue
+        width = {"float32": 4}.get(str(given.get("dtype", "float32")), 2)
+        total += getattr(_find(name), "parameters", 0) * width
+    return total
+
+
 def find_object(path: str, what: str) -> Any:
     """Return what `module:name` or `file.py:name` names.
 

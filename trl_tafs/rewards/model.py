@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trl_tafs.output.out_of_memory import MicroBatch
+
 
 def process_device() -> str:
     """Return this process's CUDA device where there is one (before Accelerate has set it), else the CPU."""
@@ -31,9 +33,9 @@ class ModelReward(ABC):
     """A reward whose score is a network's.
 
     A subclass makes its modules, hands them to `adopt`, and implements `score`, and `applies` if it scores only some
-    prompts. It may say a `title`, its column in an evaluation's tables, and `evaluation_options`, with which
-    `trl-tafs evaluate` makes it unless told otherwise. It can be called from several threads: while `offload` moves the
-    weights, one at a time.
+    prompts. It may say a `title`, its column in an evaluation's tables, `evaluation_options`, with which
+    `trl-tafs evaluate` makes it unless told otherwise, and how many `parameters` its default model has. It can be called
+    from several threads: while `offload` moves the weights, one at a time.
 
     Args:
         device: by default this process's CUDA device where there is one, else the CPU.
@@ -44,6 +46,7 @@ class ModelReward(ABC):
 
     title: str | None = None
     evaluation_options: ClassVar[Mapping[str, Any]] = {}
+    parameters: ClassVar[int] = 0  # of the default model, for a memory plan that loads none
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class ModelReward(ABC):
             raise ValueError(f"batch_size is {batch_size}; a reward scores at least one image at once")
         self.device, self.dtype = torch.device(device or process_device()), as_dtype(dtype)
         self.batch_size, self.offload = batch_size, offload
+        self.micro_batch = MicroBatch(batch_size, f"scoring ({type(self).__name__})", "its batch_size")
         self.modules: list[nn.Module] = []
         self._lock = threading.Lock()
 
@@ -96,12 +100,24 @@ class ModelReward(ABC):
         if not rows:
             return scores
         with self.loaded():
-            for start in range(0, len(rows), self.batch_size):
-                chosen = rows[start : start + self.batch_size]
-                batch = images[chosen].to(self.device, torch.float32)
-                values = self.score(batch, [prompts[i] for i in chosen], [metadata[i] for i in chosen])
-                scores[chosen] = values.float().cpu()
+            self.micro_batch(lambda size: self._score_in_batches(images, prompts, metadata, rows, scores, size))
         return scores
+
+    def _score_in_batches(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+        rows: Sequence[int],
+        scores: Tensor,
+        size: int,
+    ) -> None:
+        """Write the scores of some rows into `scores`, `size` images at once."""
+        for start in range(0, len(rows), size):
+            chosen = rows[start : start + size]
+            batch = images[chosen].to(self.device, torch.float32)
+            values = self.score(batch, [prompts[i] for i in chosen], [metadata[i] for i in chosen])
+            scores[chosen] = values.float().cpu()
 
 
 def hub_file(source: str, filename: str) -> str:

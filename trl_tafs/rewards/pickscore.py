@@ -26,6 +26,7 @@ class PickScore(ModelReward):
     """
 
     title = "PickScore"
+    parameters = 986_000_000
 
     def __init__(
         self, model: str = PICKSCORE, tokenizer: str | None = None, logit_scale: bool = True, **options: Any

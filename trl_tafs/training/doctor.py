@@ -141,7 +141,8 @@ class Visit:
     def _look_at_two(self) -> None:
         """Draw and score two images first, which is cheap, loads what is loaded late, and warms up what is timed."""
         prompt, metadata = self.prompts.prompts[0], self.prompts.metadata[0]
-        plan = self.preflight.plan_memory(prompt)
+        plan = self.preflight.logs.memory_plan
+        self.preflight.encode([prompt])
         self.report["memory_gib"] = None if plan is None else plan.peak() / GIB
         self.finite.append("prompts")
         self.preflight.look(prompt, metadata, self.epoch)

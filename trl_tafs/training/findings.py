@@ -155,7 +155,7 @@ class DoctorReport:
         named = {"on policy": self.drift, "gradients": self.gradients, "time": self.time}
         lines += [(name, part.line()) for name, part in named.items() if part is not None]
         if self.memory_gib is not None:
-            lines.append(("memory", f"{self.memory_gib:.2f} GiB planned at the peak, rewards not counted"))
+            lines.append(("memory", f"{self.memory_gib:.2f} GiB planned at the peak"))
         told = [_wrapped(f"{name:10} {text}", 11) for name, text in lines]
         for finding in self.findings:
             told.append(_wrapped(f"{finding.severity.upper():10} {finding.what}", 11))

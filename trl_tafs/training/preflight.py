@@ -19,7 +19,6 @@ from trl_tafs.prompts.source import PromptSource, expand_groups
 from trl_tafs.rewards.scoring import RewardError, RewardSet, Scores
 from trl_tafs.training.checkpoint_files import kept_generators
 from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
-from trl_tafs.training.memory import MemoryPlan, announce_plan
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 from trl_tafs.training.sampling import RolloutSampler
@@ -67,7 +66,7 @@ class Preflight:
         prompt, metadata = self.prompts.groups(epoch, 1)[0]
         if config.prompt_cache_dir is not None:
             self.encode.prepare(self.prompts.known())
-        self.plan_memory(prompt)
+        self.encode([prompt])
         fault: Exception | None = None
         try:
             images = self._first_images(prompt, metadata, epoch)
@@ -84,14 +83,6 @@ class Preflight:
         if any_process(self.accelerator, fault is not None):
             kind = NonFiniteError if any_process(self.accelerator, isinstance(fault, NonFiniteError)) else RewardError
             raise fault or kind(f"before the first epoch: {kind.__name__} on another process")
-
-    def plan_memory(self, prompt: str) -> MemoryPlan | None:
-        """Announce what the run will hold; on the main process alone."""
-        conditioning = self.encode([prompt])
-        if not self.accelerator.is_main_process:
-            return None
-        self.logs.memory_plan = announce_plan(self.policy, conditioning, self.plan.local_images, self.size)
-        return self.logs.memory_plan
 
     def look(self, prompt: str, metadata: dict[str, Any], epoch: int) -> tuple[Tensor, Scores]:
         """Draw two images of a prompt, in batches no larger than the run's; return them (2, 3, H, W) and their scores.

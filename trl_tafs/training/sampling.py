@@ -16,6 +16,7 @@ from trl_tafs.algorithm import Algorithm
 from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import LAST, rollout
 from trl_tafs.method.types import PromptBatch, Rollout
+from trl_tafs.output.out_of_memory import MicroBatch
 from trl_tafs.pipelines.components import casting_once
 from trl_tafs.pipelines.finite import DenoiserWatch, NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
@@ -59,6 +60,11 @@ class RolloutSampler:
     stopwatch: Stopwatch
     keep: frozenset[str] = frozenset()  # of each rollout, besides what the objective needs: names of `rollout.KEPT`
     stop: Callable[[], bool] = lambda: False  # whether this process was told to stop: asked before each batch
+    decode_batch: MicroBatch | None = None  # of the VAE; None: of `decode_size` images
+
+    def __post_init__(self) -> None:
+        if self.decode_batch is None:
+            self.decode_batch = MicroBatch(self.config.decode_size, "decoding", "decode_batch_size")
 
     def roll_out(
         self, prompts: PromptBatch, epoch: int, on_scored: Callable[[Tensor], None] | None = None
@@ -97,7 +103,7 @@ class RolloutSampler:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, *) to images (B, 3, H, W) on the CPU, a few at a time."""
         with self.policy.devices.decoding():
-            return self.policy.pipeline.decode_in_batches(latents, self.config.decode_size)
+            return self.decode_batch(lambda size: self.policy.pipeline.decode_in_batches(latents, size))
 
     def score(
         self, prompts: PromptBatch, latents: Tensor, scoring: Scoring, executor: ThreadPoolExecutor | None = None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from trl_tafs.method.kernels import clean_estimate
 from trl_tafs.method.types import Conditioning, LossOutput
@@ -18,7 +20,6 @@ from trl_tafs.policy.policy import Policy
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.training.experience import Experience, ScoredBatch
 from trl_tafs.training.logs import Stopwatch
-from trl_tafs.training.memory import removed
 from trl_tafs.training.progress import Progress
 from trl_tafs.training.updater import Updater
 
@@ -97,3 +98,14 @@ def trained_names(policy: Policy) -> list[str]:
     names = {id(parameter): name for name, parameter in policy.pipeline.denoiser.named_parameters()}
     adapter = f".{policy.adapter_name}."
     return [names[id(parameter)].replace(adapter, ".").removesuffix(".weight") for parameter in policy.parameters]
+
+
+@contextmanager
+def removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep the hooks inside, and remove them afterwards, whatever happens."""
+    hooks = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

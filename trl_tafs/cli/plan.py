@@ -1,0 +1,76 @@
+"""`trl-tafs plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_tafs.cli.arguments import ScriptArguments, parse_arguments, pipeline_class
+from trl_tafs.cli.parsing import OneLineParser, check_numbers
+
+# Bytes of a linear layer's weight: nf4 with a float32 scale for each 64, int8 with one a row.
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+GIB = 2**30
+TOLD = (
+    "--gpu_memory GIB is the card's, --processes the number of GPUs (default 1), --processes_per_machine those that "
+    "share a host (default: at most 8), --json FILE writes the plan for a machine. No weights are loaded. The exit "
+    "code is 1 if it doesn't fit."
+)
+
+
+def plan(argv: Sequence[str]) -> Callable[[], int]:
+    """Say what a run will need of a GPU, the host and the disk, from configurations alone; takes train's arguments."""
+    own = OneLineParser(add_help=False)
+    own.add_argument("--gpu_memory", type=float)
+    own.add_argument("--processes", type=int, default=1)
+    own.add_argument("--processes_per_machine", type=int)
+    own.add_argument("--json", type=Path)
+    options, rest = own.parse_known_args(list(argv))
+    arguments, config = parse_arguments(rest, prog="trl-tafs plan", epilog=TOLD)
+    check_numbers(options, processes=1, processes_per_machine=1, gpu_memory=0)
+    return lambda: _plan(options, arguments, config)
+
+
+def _plan(options: argparse.Namespace, arguments: ScriptArguments, config: Any) -> int:
+    from trl_tafs.pipelines.skeleton import load_skeleton
+    from trl_tafs.policy.base import DTYPES, image_size
+    from trl_tafs.training.advice import make_plan
+    from trl_tafs.training.plan import plan_epoch
+    from trl_tafs.training.simulation import Simulation
+
+    loader, dtype = pipeline_class(arguments.pipeline_class), DTYPES[config.mixed_precision]
+    given = {} if dtype is None else {"dtype": dtype}
+    pipeline = load_skeleton(arguments.pretrained_model, loader, revision=arguments.pretrained_revision, **given)
+    height, width = image_size(pipeline, config)
+    rate = QUANTIZED_BYTES.get(arguments.quantization or "")
+    quantized = {} if rate is None else dict.fromkeys(arguments.quantized_components, rate)
+    capacity = None if options.gpu_memory is None else round(options.gpu_memory * GIB)
+    made = make_plan(
+        Simulation(pipeline, height, width),
+        config,
+        plan_epoch(config, options.processes),
+        rewards=planned_rewards(arguments),
+        quantized=quantized,
+        capacity=capacity,
+    )
+    print(f"{type(pipeline).__name__}, {height} x {width}")
+    print(made.report(capacity, min(options.processes, options.processes_per_machine or 8)))
+    if config.prompt_cache_dir is not None:
+        print(f"prompt_cache_dir {1000 * made.prompt / GIB:.2f} GiB for 1,000 prompts")
+    if options.json is not None:
+        told = {"peak": made.peak(), "phases": made.phases, "host": made.host, "prompt": made.prompt}
+        told |= {"advice": list(made.advice), "notes": list(made.notes), "capacity": capacity}
+        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    return int(capacity is not None and made.peak() > capacity)
+
+
+def planned_rewards(arguments: ScriptArguments) -> int:
+    """Return the bytes of the weights that training and held-out rewards will put on the device."""
+    from trl_tafs.options import decode_dict
+    from trl_tafs.rewards.loading import planned_bytes
+
+    given = decode_dict("reward_options", arguments.reward_options)
+    return planned_bytes(arguments.reward, given) + planned_bytes(arguments.eval_reward or (), given)
