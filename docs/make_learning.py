@@ -70,7 +70,7 @@ def brake_table() -> str:
 
 def updates_table() -> str:
     """What holds the ratio, with several optimizer steps an epoch."""
-    told, parts = load("objectives")["updates"], []
+    told, parts = load("objectives").get("updates", {"commands": [], "tasks": {}}), []
     for task, rows in told["tasks"].items():
         lines = []
         for name, row in rows.items():
