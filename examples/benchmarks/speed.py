@@ -44,7 +44,7 @@ SIZES = {  # images an iteration, rows of a batch
     "small": {"sample_batch_size": 4, "sample_num_batches_per_epoch": 1, "num_generations": 2},
 }
 SIZES["digits"] |= {"train_batch_size": 96, "max_sequence_length": 8, "mixed_precision": "no"}
-SIZES["small"] |= {"train_batch_size": 4, "height": 128, "width": 128, "mixed_precision": "no"}
+SIZES["small"] |= {"train_batch_size": 4, "height": 64, "width": 64, "mixed_precision": "no"}
 
 
 def trainer_of(model: str, method: str, device: str = "cpu", **options: Any) -> Any:

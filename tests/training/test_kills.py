@@ -250,7 +250,7 @@ def outcome(folder):
     path = checkpoints(folder / "checkpoints")[-1]  # a kill may have left one more than the limit: the next save's
     kept = {name: read(path / name) for name in files.listed_files(path) if name != files.STATE}  # that has the folder
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    log = [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+    log = [{k: v for k, v in line.items() if not k.startswith(("time", "images_per_second"))} for line in lines]
     pictures = {p.name: p.read_bytes() for p in sorted((folder / "samples").glob("*.png"))}
     adapter = read(folder / "adapter" / "pytorch_lora_weights.safetensors")
     return kept, files.read_state(path)["progress"], log, pictures, adapter
