@@ -34,8 +34,8 @@ class ModelReward(ABC):
 
     A subclass makes its modules, hands them to `adopt`, and implements `score`, and `applies` if it scores only some
     prompts. It may say a `title`, its column in an evaluation's tables, `evaluation_options`, with which
-    `trl-tafs evaluate` makes it unless told otherwise, and how many `parameters` its default model has. It can be called
-    from several threads: while `offload` moves the weights, one at a time.
+    `trl-tafs evaluate` makes it unless told otherwise, and how many `parameters` its default model has. It can be
+    called from several threads: while `offload` moves the weights, one at a time.
 
     Args:
         device: by default this process's CUDA device where there is one, else the CPU.
