@@ -67,10 +67,10 @@ def counted(trainer, size, rows, update):
 
 
 def marked(name):
-    """A family: the quick ones in every run; Qwen-Image's tiny model is missed by 25 to 36%, for reasons not found yet."""
+    """A family: the quick ones in every run; Qwen-Image's tiny model is missed, for a reason not found yet."""
     marks = [] if name in QUICK else [pytest.mark.slow]
     if name == "qwen-image":
-        marks.append(pytest.mark.xfail(reason="25% too low in the update, 36% too high in the rollout, at tiny size"))
+        marks.append(pytest.mark.xfail(reason="25 to 42% too low in the update, 36% too high in the rollout"))
     return pytest.param(name, marks=marks)
 
 
