@@ -245,6 +245,5 @@ class RolloutSampler:
         batch.rollout = dataclasses.replace(batch.rollout, scored=batch.rollout.scored[:0].clone())
 
     def _restore(self, prompts: PromptBatch, payload: dict[str, Any]) -> ScoredBatch:
-        device = self.algorithm.levels.device
-        fields = {name: value.to(device) for name, value in payload["rollout"].items()}
+        fields = {name: value.to(self.algorithm.levels.device) for name, value in payload["rollout"].items()}
         return ScoredBatch(prompts, Rollout(**fields), scores=payload["scores"], metadata={})
