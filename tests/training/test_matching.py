@@ -332,7 +332,7 @@ def test_a_model_with_guidance_in_it_says_what_its_teacher_is(tmp_path):
 
 def test_the_memory_plan_counts_the_fake_score(pipeline_folder, tmp_path):
     plain, matched = (make(pipeline_folder, tmp_path / str(w), dm_weight=w) for w in (0.0, 1.0))
-    settings = [(Simulation(trainer.sd_pipeline, 8, 8), trainer.config) for trainer in (plain, matched)]
+    settings = [(Simulation(tiny.load(pipeline_folder), 8, 8), trainer.config) for trainer in (plain, matched)]
     one, two = (measure_footprint(simulation, config) for simulation, config in settings)
     assert one.fake_parameters == 0
     assert two.fake_parameters == two.trained_parameters == one.trained_parameters
