@@ -19,6 +19,7 @@ from trl_tafs.training import checkpoint_files as files
 from trl_tafs.training.checkpoint_files import CheckpointError, checkpoints
 from trl_tafs.training.memory import measure_footprint, plan_memory
 from trl_tafs.training.notes import setting_notes
+from trl_tafs.training.simulation import Simulation
 
 SETTINGS = {"train_learning_rate": 1e-2, "train_batch_size": 4, "prompt_function": ["one", "two", "three"]}
 
@@ -331,14 +332,15 @@ def test_a_model_with_guidance_in_it_says_what_its_teacher_is(tmp_path):
 
 def test_the_memory_plan_counts_the_fake_score(pipeline_folder, tmp_path):
     plain, matched = (make(pipeline_folder, tmp_path / str(w), dm_weight=w) for w in (0.0, 1.0))
-    one, two = (measure_footprint(trainer.sd_pipeline, trainer.encode(["one"]), 8, 8) for trainer in (plain, matched))
-    assert one.denoiser == two.denoiser and one.fake_parameters == 0
+    settings = [(Simulation(tiny.load(pipeline_folder), 8, 8), trainer.config) for trainer in (plain, matched)]
+    one, two = (measure_footprint(simulation, config) for simulation, config in settings)
+    assert one.fake_parameters == 0
     assert two.fake_parameters == two.trained_parameters == one.trained_parameters
-    plans = [plan_memory(f, t.config, 16).phases for f, t in ((one, plain), (two, matched))]
+    plans = [plan_memory(f, t.config, t.plan).phases for f, t in ((one, plain), (two, matched))]
     size = two.fake_parameters
     assert plans[1]["update"]["fake score"] == (4 + 8) * size
     assert plans[1]["update"]["gradients"] - plans[0]["update"]["gradients"] == 4 * size
-    estimates = 4 * two.latent_elements * 3 * 16  # three trained rows of 16 images
+    estimates = 4 * two.latent_elements * 3 * plain.plan.local_images  # three trained rows of each image
     assert plans[1]["update"]["rollouts"] - plans[0]["update"]["rollouts"] == estimates
     assert "fake score" not in plans[0]["update"]
 

@@ -62,10 +62,6 @@ class RolloutSampler:
     stop: Callable[[], bool] = lambda: False  # whether this process was told to stop: asked before each batch
     decode_batch: MicroBatch | None = None  # of the VAE; None: of `decode_size` images
 
-    def __post_init__(self) -> None:
-        if self.decode_batch is None:
-            self.decode_batch = MicroBatch(self.config.decode_size, "decoding", "decode_batch_size")
-
     def roll_out(
         self, prompts: PromptBatch, epoch: int, on_scored: Callable[[Tensor], None] | None = None
     ) -> ScoredBatch:
@@ -102,6 +98,7 @@ class RolloutSampler:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, *) to images (B, 3, H, W) on the CPU, a few at a time."""
+        self.decode_batch = self.decode_batch or MicroBatch(self.config.decode_size, "decoding", "decode_batch_size")
         with self.policy.devices.decoding():
             return self.decode_batch(lambda size: self.policy.pipeline.decode_in_batches(latents, size))
 

@@ -108,7 +108,7 @@ def give_fake_weights(module: nn.Module) -> list[Tensor]:
                 part._buffers[name] = made.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
         for name, value in list(vars(part).items()):  # constants that are no buffers
             if isinstance(value, Tensor):
-                setattr(part, name, torch.empty(value.shape, dtype=value.dtype))
+                vars(part)[name] = made.setdefault(id(value), torch.empty(value.shape, dtype=value.dtype))
     return list(made.values())
 
 
@@ -128,13 +128,15 @@ def same_of(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 def block_kinds(denoiser: nn.Module) -> dict[tuple[str, Any], list[int]]:
     """Return the transformer blocks by kind, as places in the denoiser's lists; blocks of a kind hold the same.
 
-    They are the items of the denoiser's own module lists that have more than one linear layer.
+    They are the items of the denoiser's own module lists that have more than one linear layer, adapters aside.
     """
     found: dict[tuple[str, Any], list[int]] = {}
     for name, child in denoiser.named_children():
         for i, item in enumerate(child) if isinstance(child, nn.ModuleList) else ():
-            if sum(isinstance(module, nn.Linear) for module in item.modules()) > 1:
-                shapes = tuple((path, tuple(p.shape)) for path, p in item.named_parameters())
+            own = ((path, module) for path, module in item.named_modules() if "lora_" not in path)
+            if sum(isinstance(module, nn.Linear) for _, module in own) > 1:
+                weights = ((path, p) for path, p in item.named_parameters() if "lora_" not in path)
+                shapes = tuple((path.replace(".base_layer.", "."), tuple(p.shape)) for path, p in weights)
                 found.setdefault((name, (type(item), shapes)), []).append(i)
     return found
 

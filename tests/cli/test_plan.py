@@ -1,0 +1,30 @@
+"""`trl-tafs plan`: from configurations alone, with an exit code for a card that is too small."""
+
+import json
+
+import families
+import pytest
+
+from trl_tafs.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder of configurations without weights."""
+    folder = tmp_path_factory.mktemp("plan") / "model"
+    families.stock("sd3").save_pretrained(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    return folder
+
+
+def test_a_plan_needs_no_weights_and_says_whether_it_fits(model, tmp_path, capsys):
+    told = ["plan", "--pretrained_model", str(model), "--reward", "jpeg_compressibility", "--mixed_precision", "bf16"]
+    sizes = ["--height", "8", "--width", "8", "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "4"]
+    sizes += ["--num_generations", "8", "--train_batch_size", "4"]
+    assert main([*told, *sizes, "--gpu_memory", "24", "--json", str(tmp_path / "plan.json")]) == 0
+    assert "TAFSStableDiffusion3Pipeline, 8 x 8" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert set(plan["phases"]) == {"encode", "rollout", "decode", "update", "step"} and plan["advice"] == []
+    assert main([*told, *sizes, "--gpu_memory", "0.5"]) == 1
+    assert "the device has 0.50: no setting makes it fit" in capsys.readouterr().out
