@@ -11,11 +11,10 @@ from trl_tafs.policy.lora import adapter_state_dict
 
 
 def everything(trainer):
-    """All that a run is known by: weights, states, counters, the log without its times."""
+    """All that a run is known by: weights, states, counters, the log without what it took this time."""
     log = Path(trainer.config.project_dir, "metrics.jsonl").read_text().splitlines()
-    lines = [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(("time", "images_per_second"))} for line in log
-    ]
+    took = ("time", "images_per_second", "evaluations_per_image")  # rollouts that were kept aren't drawn again
+    lines = [{k: v for k, v in json.loads(line).items() if not k.startswith(took)} for line in log]
     states = {name: item.state_dict() for name, item in trainer.checkpoints.states.items()}
     weights = adapter_state_dict(trainer.sd_pipeline.denoiser, trainer.policy.adapter_name)
     return {"weights": weights, "states": states, "progress": trainer.progress.state_dict(), "log": lines}

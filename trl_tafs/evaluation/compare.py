@@ -101,11 +101,7 @@ def evaluate(
     folder = Path(output_dir)
     named = {name: value if isinstance(value, tuple) else (value, None) for name, value in models.items()}
     _check(named, samplers, num_steps, images_per_prompt, batch_size)
-    items = tuple(row_to_prompt(prompts[i]) for i in range(len(prompts)))
-    if not items:
-        raise ValueError("there are no prompts to evaluate on; give at least one")
-    for pipeline, _ in named.values():
-        check_source_pictures(pipeline, items, "prompts")
+    items = _items(prompts, [pipeline for pipeline, _ in named.values()])
     judges = rewards if isinstance(rewards, RewardSet) else RewardSet(rewards)
     encoding = {"guidance_scale": guidance_scale, "embedded_guidance_scale": embedded_guidance_scale}
     encoding |= {"negative_prompt": negative_prompt or "", "max_sequence_length": max_sequence_length}
@@ -136,6 +132,16 @@ def evaluate(
         write(results, folder)
     state.wait_for_everyone()
     return results
+
+
+def _items(prompts: Any, pipelines: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the (prompt, metadata) pairs, each with the source pictures that every pipeline needs."""
+    items = tuple(row_to_prompt(prompts[i]) for i in range(len(prompts)))
+    if not items:
+        raise ValueError("there are no prompts to evaluate on; give at least one")
+    for pipeline in pipelines:
+        check_source_pictures(pipeline, items, "prompts")
+    return items
 
 
 def _check(models: Mapping[str, Any], samplers: Any, num_steps: Any, images_per_prompt: int, batch_size: int) -> None:

@@ -159,7 +159,7 @@ class RolloutSampler:
                 batch, scoring = waiting.pop(0)
                 fault = fault or scoring.fault
                 if scoring.futures and scoring.fault is None:
-                    self._attach(batch, [future.result() for future in scoring.futures])
+                    attach(batch, [future.result() for future in scoring.futures])
                 progress("reward")
 
         devices = self.policy.devices
@@ -228,25 +228,27 @@ class RolloutSampler:
                 if executor is None and scoring.fault is not None:
                     break
         if self.keep_images:
-            batch.images = scoring.images if self._shows_result(batch, scoring) else None
+            batch.images = scoring.images if shows_result(batch, scoring, self.policy.storage_dtype) else None
         if self.keep_images and batch.images is None:
             with self.stopwatch("decode"):
                 batch.images = self.decode(batch.rollout.final)
 
-    def _shows_result(self, batch: ScoredBatch, scoring: Scoring) -> bool:
-        """Whether the last image that was scored is what the sampler returned, up to the storage dtype's rounding."""
-        if len(scoring.futures) != batch.rollout.scored.shape[1] or not len(batch.rollout.scored):
-            return False
-        storage = self.policy.storage_dtype
-        return torch.equal(batch.rollout.scored[:, -1, 0].to(storage), batch.rollout.final.to(storage))
-
-    def _attach(self, batch: ScoredBatch, scores: Sequence[Scores]) -> None:
-        size, _, kinds = batch.rollout.scored.shape[:3]
-        batch.scores = torch.stack([step.values.reshape(size, kinds, -1) for step in scores], dim=1)
-        batch.metadata = scores[-1].metadata  # of the images that the sampler returned
-        # no longer needed; an empty view would keep all of them
-        batch.rollout = dataclasses.replace(batch.rollout, scored=batch.rollout.scored[:0].clone())
-
     def _restore(self, prompts: PromptBatch, payload: dict[str, Any]) -> ScoredBatch:
         fields = {name: value.to(self.algorithm.levels.device) for name, value in payload["rollout"].items()}
         return ScoredBatch(prompts, Rollout(**fields), scores=payload["scores"], metadata={})
+
+
+def shows_result(batch: ScoredBatch, scoring: Scoring, storage: torch.dtype) -> bool:
+    """Whether the last image that was scored is what the sampler returned, up to the storage dtype's rounding."""
+    if len(scoring.futures) != batch.rollout.scored.shape[1] or not len(batch.rollout.scored):
+        return False
+    return torch.equal(batch.rollout.scored[:, -1, 0].to(storage), batch.rollout.final.to(storage))
+
+
+def attach(batch: ScoredBatch, scores: Sequence[Scores]) -> None:
+    """Give a batch its scores, one `Scores` a scored step, and free the latents that were scored."""
+    size, _, kinds = batch.rollout.scored.shape[:3]
+    batch.scores = torch.stack([step.values.reshape(size, kinds, -1) for step in scores], dim=1)
+    batch.metadata = scores[-1].metadata  # of the images that the sampler returned
+    # no longer needed; an empty view would keep all of them
+    batch.rollout = dataclasses.replace(batch.rollout, scored=batch.rollout.scored[:0].clone())
