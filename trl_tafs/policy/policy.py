@@ -25,6 +25,7 @@ from trl_tafs.policy.lora_sum import prepare_layers
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.optimizer import apply_settings, make_lr_scheduler, make_optimizer
 from trl_tafs.policy.options import PolicyOptions
+from trl_tafs.policy.sharding import average_gradients, is_sharded, prepare
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,6 +59,7 @@ class Policy:
         old: the lagging policy that draws the rollouts, if there is one.
         evaluations: images for which the denoiser was evaluated, guidance counted twice.
         fake: the score of what the policy draws, for distribution matching, if there is one.
+        sharded: whether the base lies in shards, so that all processes evaluate the denoiser together.
     """
 
     @normal_mode()
@@ -71,7 +73,9 @@ class Policy:
     ) -> None:
         self.pipeline, self.config, self.accelerator, self.evaluations = pipeline, config, accelerator, 0
         self._seen: list[Evaluation] | None = None
-        self.devices: DeviceSharing = prepare_base(pipeline, config, accelerator.device)
+        self.sharded = is_sharded(accelerator)
+        shards = accelerator.num_processes if self.sharded else None
+        self.devices: DeviceSharing = prepare_base(pipeline, config, accelerator.device, shards)
         self.adapter: TrainedAdapter | None = None
         self.lora_config: Any | None = None
         self.frozen: tuple[FrozenAdapter, ...] = ()
@@ -88,7 +92,7 @@ class Policy:
         optimizer = make_optimizer(self.parameters, config)
         take_off_autocast(pipeline.denoiser)
         self.lr_scheduler = make_lr_scheduler(optimizer, config, total_updates)
-        prepared, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
+        prepared, self.optimizer = prepare(pipeline.denoiser, optimizer, accelerator, self.layers)
         prepare_layers(self.layers, config.mixed_precision)
         self.model, self._base_model = compiled(getattr(pipeline, pipeline.denoiser_name), prepared, config)
         self.base = HeldWeights(self.parameters) if config.full_finetuning else None
@@ -160,6 +164,8 @@ class Policy:
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients of a complete step and return their norm before it, () float32."""
+        if self.sharded:  # DDP averages them by itself
+            average_gradients(self.parameters, self.accelerator)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.train_max_grad_norm)
         return torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
 
