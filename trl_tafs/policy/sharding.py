@@ -96,6 +96,9 @@ def prepare(
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or block_names(denoiser)
     prepared, optimizer = accelerator.prepare(denoiser, optimizer)
+    # What is outside the blocks, too: were it left gathered, a process that saves (`state_dict` gives it back) would
+    # gather it again, alone.
+    prepared.set_reshard_after_forward(True)
     if accelerator.mixed_precision != "no":
         _put_on_autocast(prepared, accelerator)
     return prepared, optimizer
