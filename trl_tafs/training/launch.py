@@ -122,7 +122,8 @@ def shard_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+    kinds = (DistributedType.MULTI_CPU, DistributedType.FSDP)  # the second: of an earlier trainer of these processes
+    if accelerator.device.type == "cpu" and accelerator.distributed_type in kinds:
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
 
