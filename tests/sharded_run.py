@@ -1,4 +1,4 @@
-"""The body of test_sharding.py, by torchrun with gloo: runs of two processes by DDP and by FSDP2, one after the other."""
+"""The body of test_sharding.py, by torchrun with gloo: two processes by DDP and by FSDP2, one after the other."""
 
 import os
 import sys
@@ -15,12 +15,13 @@ from accelerate.utils import DistributedType
 from trl_tafs import NonFiniteError
 from trl_tafs.rewards import RewardError
 
-CHANGES = {"beta": 0.01, "train_learning_rate": 1e-3, "train_gradient_checkpointing": True}
+RUN = {"sharded": True, "beta": 0.01, "train_learning_rate": 1e-3, "train_gradient_checkpointing": True}
 
 
 def plain_again():
     """Accelerate keeps for a process what its first trainer was launched as."""
     AcceleratorState._reset_state()
+    PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     os.environ.pop("ACCELERATE_USE_FSDP", None)
 
@@ -28,38 +29,36 @@ def plain_again():
 def compared(folder, model, **changes):
     """The same run by DDP and by FSDP2; `model()` gives a pipeline."""
     plain_again()
-    return {
-        kind: distributed_run.run(folder / kind, model(), 2, sharded=kind == "fsdp2", **(CHANGES | changes))
-        for kind in ("ddp", "fsdp2")
-    }
+    found = {}
+    for kind in ("ddp", "fsdp2"):
+        settings = RUN | changes | {"sharded": kind == "fsdp2"}
+        found[kind] = distributed_run.run(folder / kind, model(), 2, **settings)
+    return found
 
 
 def faults(folder, model):
     """Runs by FSDP2 that something stops on one of the processes alone, and how they go on."""
     found = {}
-    try:
-        distributed_run.run(
-            folder / "failed", model, 2, fail_at=2, sharded=True, **CHANGES
-        )  # the first batch, after the preflight
+    try:  # the second batch, after the preflight and the first
+        distributed_run.run(folder / "failed", model, 2, fail_at=3, **RUN)
     except RewardError as error:
         found["error"] = str(error)
     if torch.distributed.get_rank() == 1:  # of what was kept, less is left on this process
         for path in (folder / "failed" / "pending").glob("*rank_1*"):
             path.unlink()
     torch.distributed.barrier()
-    found["resumed"] = distributed_run.run(folder / "failed", model, 2, resume="latest", sharded=True, **CHANGES)
+    found["resumed"] = distributed_run.run(folder / "failed", model, 2, resume="latest", **RUN)
     for early in (True, False):
         try:
-            distributed_run.run(
-                folder / f"spoiled_{early}", model, 2, spoiled=1, preflight_rollout=early, sharded=True, **CHANGES
-            )
+            place = folder / f"spoiled_{early}"
+            distributed_run.run(place, model, 2, spoiled=1, preflight_rollout=early, **RUN)
         except NonFiniteError as error:
             found["spoiled", early] = str(error)
     try:
-        distributed_run.run(folder / "stopped", model, 2, signal_at=2, sharded=True, **CHANGES)
+        distributed_run.run(folder / "stopped", model, 2, signal_at=2, **RUN)
     except SystemExit as error:
         found["code"] = error.code
-    found["continued"] = distributed_run.run(folder / "stopped", model, 2, resume="latest", sharded=True, **CHANGES)
+    found["continued"] = distributed_run.run(folder / "stopped", model, 2, resume="latest", **RUN)
     return found
 
 
@@ -70,13 +69,16 @@ def main(folder, model, *names):
         for precision in ("no", "bf16"):
             settings = {"mixed_precision": precision, "examined": precision == "no"}
             results[precision] = compared(folder / precision, lambda: tiny.load(model), **settings)
-        results["flat"] = compared(folder / "flat", lambda: tiny.load(model), flat=True, **{"beta": 0.0})
+        results["flat"] = compared(folder / "flat", lambda: tiny.load(model), flat=True, beta=0.0)
         results |= faults(folder, model)
     for name in names:
         size = families.FAMILIES[name].size
         settings = {"height": size, "width": size, "prompt_function": ["a cat", "red dog", "two"]}
-        build = lambda name=name: families.ours(families.stock(name), name)  # noqa: E731
-        results[name] = compared(folder / name, build, **settings)
+
+        def model_of(name=name):
+            return families.ours(families.stock(name), name)
+
+        results[name] = compared(folder / name, model_of, **settings)
     return results
 
 

@@ -151,7 +151,7 @@ class Updater:
         yield from zip(found, self._still_together([bool(still[micro].all()) for micro in found]), strict=True)
 
     def _still_together(self, still: list[bool]) -> list[bool]:
-        """Return which micro-batches are skipped: where all processes evaluate together, those that all of them skip."""
+        """Return which micro-batches are skipped: where all processes evaluate together, those that all skip."""
         if not self.policy.sharded:
             return still
         accelerator = self.policy.accelerator
