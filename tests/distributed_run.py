@@ -71,6 +71,11 @@ def run(
         resume_from=resume,
         **({"num_epochs": 2, "prompt_function": chosen} | changes),
     )
+    if trainer.accelerator.process_index == spoiled:
+        trainer.sd_pipeline.vae.decoder.conv_in.weight.data.fill_(torch.nan)
+    prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
+    rollouts = [trainer.collector.sampler.roll_out(b, 0) for b in trainer.collector.local_batches(prompts)]
+    report = trainer.doctor() if examined else None
     clip_gradients, gradients = trainer.policy.clip_gradients, []
 
     def clipping():
@@ -79,12 +84,6 @@ def run(
         return norm
 
     trainer.policy.clip_gradients = clipping
-
-    if trainer.accelerator.process_index == spoiled:
-        trainer.sd_pipeline.vae.decoder.conv_in.weight.data.fill_(torch.nan)
-    prompts = trainer.prompts.batch(0, trainer.plan.num_groups, trainer.plan.group_size)
-    rollouts = [trainer.collector.sampler.roll_out(b, 0) for b in trainer.collector.local_batches(prompts)]
-    report = trainer.doctor() if examined else None
     compute_loss, losses = trainer.compute_loss, []
 
     def signalling(*arguments):

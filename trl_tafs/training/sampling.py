@@ -227,11 +227,9 @@ class RolloutSampler:
 
         Where all processes draw together, none may find a fault in the middle of a rollout: then all is scored later.
         """
-        return (
-            None
-            if executor is None or self.policy.sharded
-            else lambda latents: self.score(prompts, latents, scoring, executor)
-        )
+        if executor is None or self.policy.sharded:
+            return None
+        return lambda latents: self.score(prompts, latents, scoring, executor)
 
     def _score_steps(self, batch: ScoredBatch, scoring: Scoring, executor: ThreadPoolExecutor | None) -> None:
         """Have each scored step scored, where that hasn't begun and scores aren't there; and the hook's images."""
