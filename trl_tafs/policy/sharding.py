@@ -134,3 +134,17 @@ def _by_dtype(parameters: Sequence[nn.Parameter]) -> Iterator[list[torch.Tensor]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         yield [gradient for gradient in gradients if gradient.dtype == dtype]
+
+
+def shards_line(denoiser: nn.Module) -> str:
+    """Return what a process keeps of a sharded denoiser, and how it is gathered, in one line."""
+    from torch.distributed.fsdp import FSDPModule
+
+    shards = [parameter for parameter in denoiser.parameters() if hasattr(parameter, "to_local")]
+    own, whole = sum(shard.to_local().nbytes for shard in shards), sum(shard.nbytes for shard in shards)
+    units = sum(isinstance(module, FSDPModule) for module in denoiser.modules())
+    processes = shards[0].device_mesh.size()
+    return (
+        f"FSDP2: the denoiser lies in shards on {processes} processes, {own / 2**20:.4g} of {whole / 2**20:.4g} MiB "
+        f"here, gathered in {units} parts"
+    )
