@@ -26,6 +26,7 @@ from trl_tafs.output.pictures import save_png, tensor_to_image
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.pipelines.pictures import pictures_of
 from trl_tafs.policy.policy import Policy
+from trl_tafs.policy.sharding import is_sharded
 from trl_tafs.processes import raise_everywhere
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.divergence import check_weights
@@ -80,7 +81,9 @@ class Publisher:
         """
         place, accelerator = Path(folder or self.default_folder), self.policy.accelerator
         check_weights(self.policy, self.config, f"after {self.progress.epoch} epochs")
-        pictures, fault = self._pictures() if accelerator.is_main_process or self.policy.sharded else ({}, None)
+        pictures, fault = (
+            self._pictures() if accelerator.is_main_process or is_sharded(self.policy.accelerator) else ({}, None)
+        )
         if accelerator.is_main_process:
             try:
                 self._write(place, pictures, repo_id)

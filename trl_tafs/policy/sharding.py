@@ -121,13 +121,22 @@ def _put_on_autocast(denoiser: nn.Module, accelerator: Accelerator) -> None:
     denoiser.forward = convert_outputs_to_fp32(within)
 
 
+def shard_count(accelerator: Any) -> int | None:
+    """Return the number of shards in which the denoiser will lie; None: it stays whole."""
+    return accelerator.num_processes if is_sharded(accelerator) else None
+
+
 @torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Give every process the mean of all processes' gradients, by one message for each dtype."""
-    for gradients in _by_dtype(parameters):
+def averaged(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> Sequence[nn.Parameter]:
+    """Return the parameters with the mean of all processes' gradients: DDP has seen to it, beside shards it is here.
+
+    One message for each dtype.
+    """
+    for gradients in _by_dtype(parameters) if is_sharded(accelerator) else ():
         flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+    return parameters
 
 
 def _by_dtype(parameters: Sequence[nn.Parameter]) -> Iterator[list[torch.Tensor]]:

@@ -109,7 +109,7 @@ def _check_plugin(plugin: Any) -> None:
     }
     for name, fault in faults.items():
         if fault:
-            value = getattr(plugin, name.removeprefix("fsdp_"), True)
+            value = getattr(plugin, name, getattr(plugin, name.removeprefix("fsdp_"), True))
             raise ValueError(f"this run was launched for FSDP with {name}={value}: {fault} (docs/scaling.md)")
 
 

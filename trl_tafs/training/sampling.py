@@ -20,6 +20,7 @@ from trl_tafs.output.out_of_memory import MicroBatch
 from trl_tafs.pipelines.components import casting_once
 from trl_tafs.pipelines.finite import DenoiserWatch, NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
+from trl_tafs.policy.sharding import is_sharded
 from trl_tafs.processes import any_process
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.rewards.scoring import RewardSet, Scores
@@ -218,7 +219,7 @@ class RolloutSampler:
 
     def _agreed(self, flag: bool) -> bool:
         """Whether a flag is up: here or, where all processes draw together, on any; asked before and after a batch."""
-        return any_process(self.policy.accelerator, flag) if self.policy.sharded else flag
+        return any_process(self.policy.accelerator, flag) if is_sharded(self.policy.accelerator) else flag
 
     def _scorer(
         self, prompts: PromptBatch, scoring: Scoring, executor: ThreadPoolExecutor | None
@@ -227,7 +228,7 @@ class RolloutSampler:
 
         Where all processes draw together, none may find a fault in the middle of a rollout: then all is scored later.
         """
-        if executor is None or self.policy.sharded:
+        if executor is None or is_sharded(self.policy.accelerator):
             return None
         return lambda latents: self.score(prompts, latents, scoring, executor)
 

@@ -14,6 +14,7 @@ from trl_tafs.method.noise import SampleNoise, noise_seed
 from trl_tafs.method.objective import Objective
 from trl_tafs.method.types import Conditioning, KLRows, LossOutput, onto
 from trl_tafs.policy.policy import Policy
+from trl_tafs.policy.sharding import is_sharded
 from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.training.divergence import check_advantages, check_skipped, check_weights
@@ -152,7 +153,7 @@ class Updater:
 
     def _still_together(self, still: list[bool]) -> list[bool]:
         """Return which micro-batches are skipped: where all processes evaluate together, those that all skip."""
-        if not self.policy.sharded:
+        if not is_sharded(self.policy.accelerator):
             return still
         accelerator = self.policy.accelerator
         moving = accelerator.reduce(torch.tensor([not flag for flag in still], device=accelerator.device).int())
