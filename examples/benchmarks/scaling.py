@@ -3,8 +3,8 @@
     python examples/benchmarks/scaling.py
     python examples/benchmarks/scaling.py --model flux1_dev --seconds 0.28
 
-It prints the memory plan of the paper's run for DDP and FSDP2, the bytes that a GPU sends for an iteration, and hours from the
-seconds of one evaluation of three images, which are measured elsewhere (examples/benchmarks/speed.py --device cuda) or given.
+It prints the memory plan of the paper's run for DDP and FSDP2, the bytes that a GPU sends for an iteration, and hours
+from the seconds of one evaluation of three images, measured by examples/benchmarks/speed.py --device cuda, or given.
 """
 
 from __future__ import annotations
@@ -89,12 +89,10 @@ def report(name: str, evaluation: float, decode: float, folder: str) -> None:
     pipeline = build(name, "meta", torch.bfloat16)
     footprint = measure_footprint(Simulation(pipeline, config.height, config.width), config)
     blocks = sum(len(m) for m in pipeline.transformer.children() if isinstance(m, torch.nn.ModuleList)) + 2
-    print(
-        f"\n{name}: {footprint.weights['transformer'] / GIB:.1f} GiB frozen, {footprint.trained_parameters / 1e6:.1f}M trained"
-    )
-    print(
-        f"{'':12}{'GPUs':>6}{'peak GiB':>10}{'24 GB':>7}{'80 GB':>7}{'sent GiB':>10}{'messages':>10}{'hours':>8}{'images/s':>10}"
-    )
+    frozen, trained = footprint.weights["transformer"] / GIB, footprint.trained_parameters / 1e6
+    print(f"\n{name}: {frozen:.1f} GiB frozen, {trained:.1f}M trained")
+    heads = ("GPUs", "peak GiB", "24 GB", "80 GB", "sent GiB", "messages", "hours", "images/s")
+    print(f"{'':8}" + "".join(f"{head:>10}" for head in heads))
     for sharded in (False, True):
         for gpus in GPUS:
             plan = plan_epoch(config, gpus)
@@ -102,9 +100,9 @@ def report(name: str, evaluation: float, decode: float, folder: str) -> None:
             sent = traffic(footprint, config, plan, blocks, sharded)
             took = seconds(config, plan, evaluation, decode)
             fits = ["yes" if peak <= size else "no" for size in (24e9 / GIB, 80e9 / GIB)]
-            row = f"{'FSDP2' if sharded else 'DDP':12}{gpus:6}{peak:10.1f}{fits[0]:>7}{fits[1]:>7}"
-            row += f"{(sent.gradients + sent.gathers) / GIB:10.2f}{sent.messages:10}"
-            print(row + f"{took * 1500 / 3600:8.0f}{plan.total_images / took:10.1f}")
+            sums = (sent.gradients + sent.gathers) / GIB, sent.messages, took * 1500 / 3600, plan.total_images / took
+            row = f"{'FSDP2' if sharded else 'DDP':8}{gpus:10}{peak:10.1f}{fits[0]:>10}{fits[1]:>10}"
+            print(row + f"{sums[0]:10.2f}{sums[1]:10}{sums[2]:10.0f}{sums[3]:10.1f}")
 
 
 def main() -> None:

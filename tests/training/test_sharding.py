@@ -1,9 +1,5 @@
 """FSDP2 computes what DDP does, to the bit, keeps a share of the base a process, and stops as one."""
 
-import os
-import subprocess
-import sys
-
 import diffusers
 import distributed_run
 import pytest
@@ -12,27 +8,12 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from families import EDITORS, FAMILIES, stock
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torchrun import launched
 
 from trl_tafs.policy.sharding import block_names, check_shardable
 from trl_tafs.training.launch import check_launch
 
-HERE = tiny.ROOT / "tests"
 CREATED = [name for name, family in FAMILIES.items() if family.pipeline not in EDITORS]
-
-
-def launched(script, folder, *arguments, processes=2, **environment):
-    """What each process of a script saved, which torchrun started on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [*command, str(HERE / script), str(folder), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | own | environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
