@@ -33,7 +33,7 @@ from trl_tafs.training.checkpoint_files import checkpoints
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 EXPECTED = {"algorithm", "configuration", "adapters", "rewards", "checkpoints", "extending", "distributed", "learning"}
-EXPECTED |= {"new_family", "memory", "benchmarks", "evaluation", "watching"}
+EXPECTED |= {"new_family", "memory", "scaling", "benchmarks", "evaluation", "watching"}
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASE, ADAPTER = "stabilityai/stable-diffusion-3.5-medium", "you/sd35m-red"
 FIELDS = {field.name for field in dataclasses.fields(TAFSGRPOConfig)}

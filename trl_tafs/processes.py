@@ -14,6 +14,11 @@ def any_process(accelerator: Any, flag: bool) -> bool:
     return bool(total.item() > 0)
 
 
+def least(accelerator: Any, number: int) -> int:
+    """Return the smallest number of any process."""
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).min())
+
+
 def raise_everywhere(accelerator: Any, fault: BaseException | None, kind: type[Exception], where: str) -> None:
     """Raise an error of `kind` on every process if the fault of any is one; every process calls it."""
     mine = fault if isinstance(fault, kind) else None

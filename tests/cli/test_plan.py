@@ -28,3 +28,17 @@ def test_a_plan_needs_no_weights_and_says_whether_it_fits(model, tmp_path, capsy
     assert set(plan["phases"]) == {"encode", "rollout", "decode", "update", "step"} and plan["advice"] == []
     assert main([*told, *sizes, "--gpu_memory", "0.5"]) == 1
     assert "the device has 0.50: no setting makes it fit" in capsys.readouterr().out
+
+
+def test_a_plan_in_shards_is_a_smaller_one(model, capsys, tmp_path):
+    told = ["plan", "--pretrained_model", str(model), "--reward", "jpeg_compressibility", "--mixed_precision", "bf16"]
+    told += ["--height", "8", "--width", "8", "--num_generations", "8", "--train_batch_size", "4", "--processes", "8"]
+    found = []
+    for more in ([], ["--fsdp2"]):
+        assert main([*told, *more, "--json", str(tmp_path / "plan.json")]) == 0
+        found.append(json.loads((tmp_path / "plan.json").read_text())["phases"]["rollout"])
+    whole, shards = found
+    assert shards["denoiser"] == -(-whole["denoiser"] // 8) and 0 < shards["gathered blocks"] <= whole["denoiser"]
+    assert "gathered blocks" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="full_finetuning can't be had while FSDP2 shards"):
+        main([*told, "--fsdp2", "--full_finetuning", "True"])

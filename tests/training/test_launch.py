@@ -39,7 +39,10 @@ MISSING = next(name for name in ("wandb", "trackio") if find_spec(name) is None)
             {"accelerator_kwargs": {"gradient_accumulation_steps": 4}},
             "the field train_gradient_accumulation_steps sets; use that",
         ),
-        ({"accelerator_kwargs": {"fsdp_plugin": None}}, "'fsdp_plugin', which shards a model; launch with plain data"),
+        (
+            {"accelerator_kwargs": {"torch_tp_plugin": None}},
+            "'torch_tp_plugin', which shards a model; launch with plain",
+        ),
         ({"accelerator_kwargs": {"split_batches": True}}, "'split_batches', without effect as there is no data loader"),
         ({"accelerator_kwargs": {"cpus": True}}, "'cpus', which Accelerator doesn't take; use .*cpu"),
         ({"accelerator_kwargs": {"kwargs_handlers": ["x"]}}, "kwargs_handlers is .'x'.; give a list of accelerate.uti"),
@@ -69,7 +72,7 @@ def test_a_tracker_s_folder_is_tried(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+    ("variable", "name"), [("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
 )
 def test_a_launch_that_shards_the_model_is_refused(tmp_path, monkeypatch, variable, name):
     monkeypatch.setenv(variable, "true")  # what `accelerate launch` sets

@@ -18,6 +18,7 @@ from trl_tafs.training.advice import advice, with_settings
 from trl_tafs.training.memory import (
     CONTEXT,
     Footprint,
+    gathered_bytes,
     item_bytes,
     plan_memory,
     reward_bytes,
@@ -56,6 +57,10 @@ def settings(tmp_path, **changes):
     return tiny.config(
         tmp_path, **({"sample_batch_size": 4, "sample_num_batches_per_epoch": 4, "train_batch_size": 2} | changes)
     )
+
+
+def sharded(options, world_size, **changes):
+    return plan_memory(footprint(**changes), options, plan_epoch(options, world_size), sharded=True)
 
 
 def planned(options, world_size=1, **changes):
@@ -359,3 +364,25 @@ def test_a_base_that_torchao_quantized_is_trained_under_a_lora(tmp_path):
     assert tensor_bytes(weight) < 2 * weight.numel() and torch.equal(
         weight.dequantize(), frozen["transformer_blocks.0.attn.to_q.weight"].dequantize()
     )
+
+
+def test_shards_divide_the_denoiser_and_gather_a_part_of_it(tmp_path):
+    options = settings(tmp_path)
+    whole, shards = planned(options, 8), sharded(options, 8, gathered=90 * MIB)
+    for phase in ("rollout", "decode", "update", "step"):
+        parts = {name: size // MIB for name, size in shards.phases[phase].items()}
+        assert (parts["denoiser"], parts["gathered blocks"]) == (125, 90) and "buckets of DDP" not in parts
+        same = {name for name in parts if name not in ("denoiser", "gathered blocks", "activations")}
+        assert all(parts[name] == whole.phases[phase][name] // MIB for name in same)
+    assert shards.phases["step"]["activations"] == 2 * 40 * MIB, "the averaged gradients, twice"
+    assert sharded(options, 64).allocated() < shards.allocated() < whole.allocated()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "hidream"])
+def test_what_shards_gather_is_two_blocks_and_what_is_outside(name):
+    denoiser = families.stock(name).transformer
+    sizes = {n: sum(p.nbytes for p in module.parameters()) for n, module in denoiser.named_modules()}
+    blocks = [size for n, size in sizes.items() if n.count(".") == 1 and n.split(".")[0].endswith("blocks")]
+    gathered = gathered_bytes(denoiser, weight_bytes([denoiser]))
+    outside = weight_bytes([denoiser]) - sum(blocks)
+    assert gathered == pytest.approx(outside + sum(sorted(blocks)[-2:]), abs=8) and outside > 0

@@ -16,8 +16,8 @@ QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 GIB = 2**30
 TOLD = (
     "--gpu_memory GIB is the card's, --processes the number of GPUs (default 1), --processes_per_machine those that "
-    "share a host (default: at most 8), --json FILE writes the plan for a machine. No weights are loaded. The exit "
-    "code is 1 if it doesn't fit."
+    "share a host (default: at most 8), --fsdp2 shards the denoiser among all of them, --json FILE writes the plan for "
+    "a machine. No weights are loaded. The exit code is 1 if it doesn't fit."
 )
 
 
@@ -27,6 +27,7 @@ def plan(argv: Sequence[str]) -> Callable[[], int]:
     own.add_argument("--gpu_memory", type=float)
     own.add_argument("--processes", type=int, default=1)
     own.add_argument("--processes_per_machine", type=int)
+    own.add_argument("--fsdp2", action="store_true")
     own.add_argument("--json", type=Path)
     options, rest = own.parse_known_args(list(argv))
     arguments, config = parse_arguments(rest, prog="trl-tafs plan", epilog=TOLD)
@@ -37,6 +38,7 @@ def plan(argv: Sequence[str]) -> Callable[[], int]:
 def _plan(options: argparse.Namespace, arguments: ScriptArguments, config: Any) -> int:
     from trl_tafs.pipelines.skeleton import load_skeleton
     from trl_tafs.policy.base import DTYPES, image_size
+    from trl_tafs.policy.sharding import check_shards
     from trl_tafs.training.advice import make_plan
     from trl_tafs.training.plan import plan_epoch
     from trl_tafs.training.simulation import Simulation
@@ -45,6 +47,10 @@ def _plan(options: argparse.Namespace, arguments: ScriptArguments, config: Any) 
     given = {} if dtype is None else {"dtype": dtype}
     pipeline = load_skeleton(arguments.pretrained_model, loader, revision=arguments.pretrained_revision, **given)
     height, width = image_size(pipeline, config)
+    if options.fsdp2:
+        check_shards(config)
+        if arguments.quantization and pipeline.denoiser_name in arguments.quantized_components:
+            raise ValueError("--fsdp2 can't shard a quantized denoiser; leave one of the two out")
     rate = QUANTIZED_BYTES.get(arguments.quantization or "")
     quantized = {} if rate is None else dict.fromkeys(arguments.quantized_components, rate)
     capacity = None if options.gpu_memory is None else round(options.gpu_memory * GIB)
@@ -55,6 +61,7 @@ def _plan(options: argparse.Namespace, arguments: ScriptArguments, config: Any) 
         rewards=planned_rewards(arguments),
         quantized=quantized,
         capacity=capacity,
+        sharded=options.fsdp2,
     )
     print(f"{type(pipeline).__name__}, {height} x {width}")
     print(made.report(capacity, min(options.processes, options.processes_per_machine or 8)))

@@ -115,7 +115,7 @@ class Drawer:
         """Draw batch by batch; with `steps` keep the clean estimate of every step beside the result."""
         levels = self.pipeline.rollout_levels(spec.num_steps, spec.height, spec.width, spec.levels).to(self.device)
         shape, kernel = self.pipeline.latent_shape(spec.height, spec.width), SAMPLERS[spec.sampler]
-        drawn = []
+        drawn, watches = [], []
         for start in range(0, len(sample_ids), self.batch_size):
             self.before_batch()
             rows = list(range(start, min(start + self.batch_size, len(sample_ids))))
@@ -123,14 +123,16 @@ class Drawer:
             noise = SampleNoise(self.seed, EVAL_EPOCH, tuple(sample_ids[i] for i in padded), self.device)
             conditioning, initial = self.encode([prompts[i] for i in padded]), noise("initial", 0, shape)
             kept, velocity = [], DenoiserWatch(self.pipeline, self.velocity)
+            watches.append(velocity)
             with casting_once(self.device):
                 for step in sample_steps(velocity, kernel, conditioning, levels, initial, noise, self.storage_dtype):
                     if step.index == spec.num_steps - 1:
                         kept.append(step.next_state.cpu())
                     elif steps:
                         kept.append(step.clean.cpu())
-            velocity.check()
             drawn.append(Drawn(kept, len(rows)))
+        for watch in watches:  # not before: other processes may evaluate a sharded denoiser with this one
+            watch.check()
         return drawn
 
     def decode(self, drawn: Sequence[Drawn]) -> Tensor:

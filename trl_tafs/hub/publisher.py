@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.hub.card import write_model_card
@@ -25,6 +26,7 @@ from trl_tafs.output.pictures import save_png, tensor_to_image
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.pipelines.pictures import pictures_of
 from trl_tafs.policy.policy import Policy
+from trl_tafs.policy.sharding import is_sharded
 from trl_tafs.processes import raise_everywhere
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.divergence import check_weights
@@ -79,31 +81,33 @@ class Publisher:
         """
         place, accelerator = Path(folder or self.default_folder), self.policy.accelerator
         check_weights(self.policy, self.config, f"after {self.progress.epoch} epochs")
-        fault: NonFiniteError | None = None
+        pictures, fault = (
+            self._pictures() if accelerator.is_main_process or is_sharded(self.policy.accelerator) else ({}, None)
+        )
         if accelerator.is_main_process:
             try:
-                fault = self._write(place, repo_id)
+                self._write(place, pictures, repo_id)
             except Exception as error:  # safetensors' disk errors share no base class with OSError
                 if folder is not None or not is_disk_fault(error):
                     raise
                 failed, place = place, Path(tempfile.mkdtemp(prefix=f"{Path(self.config.run_name).name}-adapter-"))
-                fault = self._write(place, repo_id)
+                self._write(place, pictures, repo_id)
                 said = f"{failed} can't be written ({first_line(error)}): the adapter is in {place}"
                 warnings.warn(said, stacklevel=4)
         raise_everywhere(accelerator, fault, NonFiniteError, f"the weights in {place} can't be sampled")
         return place
 
-    def _write(self, folder: Path, repo_id: str | None) -> NonFiniteError | None:
-        """Write all of it; return what the pictures had that isn't finite: the other processes wait for that."""
-        fault: NonFiniteError | None = None
+    def _write(self, folder: Path, pictures: dict[str, Tensor], repo_id: str | None) -> None:
+        """Write the weights, the pictures by their names, those that the prompts came with, and the card."""
         with self.policy.averaged():
             self.policy.publish(folder)
-            try:
-                self._draw_pictures(folder)
-            except NonFiniteError as error:
-                fault = error
+        for name, image in pictures.items():
+            save_png(tensor_to_image(image), folder / "images" / f"{name}.png")
+        prompts = self.card_prompts()
+        for prompt, names in zip(prompts, source_names(prompts), strict=True):
+            for picture, path in zip(pictures_of(prompt), names, strict=True):
+                save_png(picture.image(), folder / path)
         self.write_card(folder, repo_id)
-        return fault
 
     def write_card(self, folder: str | os.PathLike | None = None, repo_id: str | None = None) -> Path | None:
         """Write README.md and training_settings.json beside the weights, on the main process."""
@@ -159,16 +163,21 @@ class Publisher:
         return self.config.hub_model_id or self.config.run_name
 
     @torch.no_grad()
-    def _draw_pictures(self, folder: Path) -> None:
-        """Draw `images/before_<i>.png` and `after_<i>.png`: the same prompts and noise by the base and the policy."""
-        pipeline, prompts = self.policy.pipeline, self.card_prompts()
-        for name, velocity in (("before", self.policy.reference), ("after", pipeline.velocity)):
-            images = replace(self.drawer, velocity=velocity).images(self.spec, prompts, range(len(prompts)))
-            for i, image in enumerate(images):
-                save_png(tensor_to_image(image), folder / "images" / f"{name}_{i}.png")
-        for prompt, names in zip(prompts, source_names(prompts), strict=True):
-            for picture, path in zip(pictures_of(prompt), names, strict=True):
-                save_png(picture.image(), folder / path)
+    def _pictures(self) -> tuple[dict[str, Tensor], NonFiniteError | None]:
+        """Draw `before_<i>` and `after_<i>`, (3, H, W): the same prompts and noise by the base and the policy.
+
+        Returns:
+            Those that are finite, and what is to be said of the first that isn't: the other processes wait for that.
+        """
+        pipeline, prompts, found = self.policy.pipeline, self.card_prompts(), {}
+        with self.policy.averaged():
+            for name, velocity in (("before", self.policy.reference), ("after", pipeline.velocity)):
+                try:
+                    images = replace(self.drawer, velocity=velocity).images(self.spec, prompts, range(len(prompts)))
+                except NonFiniteError as error:
+                    return found, error
+                found |= {f"{name}_{i}": image for i, image in enumerate(images)}
+        return found, None
 
     def facts(self, folder: str | os.PathLike, repo_id: str | None) -> CardFacts:
         """Return everything that the model card says."""

@@ -97,7 +97,8 @@ def vae_fault(pipeline: Any) -> str:
 def _bad_weight(module: nn.Module, prefix: str = "") -> str | None:
     """Return what is to be said of a module's first weight that isn't finite, or None."""
     for name, tensor in (*module.named_parameters(prefix), *module.named_buffers(prefix)):
-        if tensor.is_floating_point() and not is_finite(tensor.detach()):
+        own = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a shard: the other processes don't ask
+        if tensor.is_floating_point() and not is_finite(own.detach()):
             if "lora_" in name:
                 return f"its trained weight {name} isn't finite: training has diverged, lower train_learning_rate"
             trained = "training has diverged, or " if tensor.requires_grad else ""  # of a base as it is loaded, too

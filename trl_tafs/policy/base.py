@@ -18,6 +18,7 @@ from trl_tafs.pipelines.quantized import is_bitsandbytes, is_quantized
 from trl_tafs.policy.carried import check_carried
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.options import PolicyOptions
+from trl_tafs.policy.sharding import check_shardable, check_shards
 
 GIB = 2**30
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,15 +54,27 @@ def image_size(pipeline: TAFSPipelineMixin, config: PolicyOptions, lora_config: 
     return height, width
 
 
-def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: torch.device) -> DeviceSharing:
+def prepare_base(
+    pipeline: TAFSPipelineMixin, config: PolicyOptions, device: torch.device, shards: int | None = None
+) -> DeviceSharing:
     """Freeze the base, put it on the device, cast it to the dtype of `mixed_precision`, and say how models share it.
 
     What waits on the CPU is cast, too. The VAE keeps its dtype: several decode to black in float16. A quantized module
-    keeps its own, and one of bitsandbytes its place.
+    keeps its own, and one of bitsandbytes its place. A denoiser that is to be sharded stays where it is, on the host:
+    sharding brings it to the device block by block.
+
+    Args:
+        pipeline: whose modules are prepared.
+        config: precision, offloading.
+        device: where they compute.
+        shards: processes among which the denoiser will be sharded; None: it isn't.
 
     Raises:
-        ValueError: a model can't be moved as `model_cpu_offload` asks.
+        ValueError: a model can't be moved as `model_cpu_offload` asks, or can't be sharded.
     """
+    if shards is not None:
+        check_shards(config)
+        check_shardable(pipeline.denoiser)
     if config.model_cpu_offload and is_quantized(pipeline.denoiser):
         raise ValueError(
             f"model_cpu_offload can't move a quantized {type(pipeline.denoiser).__name__}, which is small already; "
@@ -71,7 +84,8 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
     modules = {n: unwrapped(module) for n, module in pipeline.components.items() if isinstance(module, nn.Module)}
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        check_room(arriving_weights(pipeline, config, device), config, torch.cuda.mem_get_info(device)[0] + unused)
+        arriving = arriving_weights(pipeline, config, device, shards or 1)
+        check_room(arriving, config, torch.cuda.mem_get_info(device)[0] + unused)
     if config.attention_backend is not None:
         set_attention_backend(pipeline.denoiser, config.attention_backend)
     for name, module in modules.items():
@@ -82,7 +96,7 @@ def prepare_base(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: tor
         trained = config.full_finetuning and module is pipeline.denoiser
         if dtype is not None and name != "vae" and not trained and not is_quantized(module):
             cast(module, dtype)  # before it is moved, so that the device never holds the wider one
-        if not is_bitsandbytes(module):
+        if not is_bitsandbytes(module) and (shards is None or module is not pipeline.denoiser):
             module.to("cpu" if waits else device)
     tiled = pipeline.vae if config.vae_tiling else None
     if not config.model_cpu_offload:
@@ -113,11 +127,17 @@ def cast_bytes(module: nn.Module, dtype: torch.dtype | None) -> int:
     return sum(size * tensor.numel() for size, tensor in zip(sizes, tensors, strict=True))
 
 
-def arriving_weights(pipeline: TAFSPipelineMixin, config: PolicyOptions, device: torch.device) -> dict[str, int]:
-    """Return the bytes of each component that isn't on the device yet, as it will be cast; quantized ones left out."""
+def arriving_weights(
+    pipeline: TAFSPipelineMixin, config: PolicyOptions, device: torch.device, shards: int = 1
+) -> dict[str, int]:
+    """Return the bytes of each component that isn't on the device yet, as it will be cast; quantized ones left out.
+
+    Of the denoiser they are those of one of its shards.
+    """
     dtypes = {"vae": None} | ({pipeline.denoiser_name: torch.float32} if config.full_finetuning else {})
     return {
         name: cast_bytes(module, dtypes.get(name, DTYPES[config.mixed_precision]))
+        // (shards if name == pipeline.denoiser_name else 1)
         for name, module in pipeline.components.items()
         if isinstance(module, nn.Module) and not is_quantized(module)
         if all(parameter.device.type != device.type for parameter in module.parameters())

@@ -25,6 +25,7 @@ from trl_tafs.policy.lora_sum import prepare_layers
 from trl_tafs.policy.offload import DeviceSharing
 from trl_tafs.policy.optimizer import apply_settings, make_lr_scheduler, make_optimizer
 from trl_tafs.policy.options import PolicyOptions
+from trl_tafs.policy.sharding import averaged, prepare, shard_count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +72,7 @@ class Policy:
     ) -> None:
         self.pipeline, self.config, self.accelerator, self.evaluations = pipeline, config, accelerator, 0
         self._seen: list[Evaluation] | None = None
-        self.devices: DeviceSharing = prepare_base(pipeline, config, accelerator.device)
+        self.devices: DeviceSharing = prepare_base(pipeline, config, accelerator.device, shard_count(accelerator))
         self.adapter: TrainedAdapter | None = None
         self.lora_config: Any | None = None
         self.frozen: tuple[FrozenAdapter, ...] = ()
@@ -88,7 +89,7 @@ class Policy:
         optimizer = make_optimizer(self.parameters, config)
         take_off_autocast(pipeline.denoiser)
         self.lr_scheduler = make_lr_scheduler(optimizer, config, total_updates)
-        prepared, self.optimizer = accelerator.prepare(pipeline.denoiser, optimizer)
+        prepared, self.optimizer = prepare(pipeline.denoiser, optimizer, accelerator, self.layers)
         prepare_layers(self.layers, config.mixed_precision)
         self.model, self._base_model = compiled(getattr(pipeline, pipeline.denoiser_name), prepared, config)
         self.base = HeldWeights(self.parameters) if config.full_finetuning else None
@@ -160,7 +161,8 @@ class Policy:
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients of a complete step and return their norm before it, () float32."""
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.train_max_grad_norm)
+        most = self.config.train_max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(averaged(self.parameters, self.accelerator), most)
         return torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
 
     def step(self) -> None:
@@ -229,10 +231,9 @@ class Policy:
 
     def states(self) -> dict[str, Any]:
         """Return what moves besides the weights, by name: objects with `state_dict` and `load_state_dict`."""
-        found = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
-        optional = {"average": self.average, "old_policy": self.old, "scaler": self.accelerator.scaler}
-        optional |= {"fake_score": self.fake}
-        return found | {name: item for name, item in optional.items() if item is not None}
+        found = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler, "average": self.average}
+        found |= {"old_policy": self.old, "scaler": self.accelerator.scaler, "fake_score": self.fake}
+        return {name: item for name, item in found.items() if item is not None}
 
     def apply_settings(self) -> None:
         """Make the configuration's optimizer settings hold after a resume, which restores the checkpoint's."""

@@ -11,6 +11,7 @@ import torch
 
 from trl_tafs.options import own_copy
 from trl_tafs.output.errors import first_line
+from trl_tafs.policy.sharding import is_sharded
 from trl_tafs.training.memory import MemoryPlan, measure_footprint, plan_memory, reward_bytes
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
@@ -36,6 +37,7 @@ def make_plan(
     rewards: int = 0,
     quantized: Mapping[str, float] | None = None,
     capacity: int | None = None,
+    sharded: bool = False,
 ) -> MemoryPlan:
     """Plan a run's memory, with the settings under which it fits where it doesn't.
 
@@ -46,19 +48,20 @@ def make_plan(
         rewards: bytes of the rewards' own models on the device.
         quantized: bytes of a linear layer's weight in components that will be loaded quantized.
         capacity: bytes of the device; None: any.
+        sharded: whether FSDP2 shards the denoiser among the plan's processes.
     """
 
     def planned(changed: TrainingOptions) -> MemoryPlan:
-        return plan_memory(measure_footprint(simulation, changed, rewards, quantized), changed, plan)
+        return plan_memory(measure_footprint(simulation, changed, rewards, quantized), changed, plan, sharded=sharded)
 
     made = planned(options)
     if capacity is None or made.peak() <= capacity:
         return made
-    return dataclasses.replace(made, advice=advice(options, planned, capacity, bool(quantized)))
+    return dataclasses.replace(made, advice=advice(options, planned, capacity, bool(quantized) or sharded))
 
 
 def advice(
-    options: TrainingOptions, planned: Callable[[TrainingOptions], MemoryPlan], capacity: int, quantized: bool = False
+    options: TrainingOptions, planned: Callable[[TrainingOptions], MemoryPlan], capacity: int, stays: bool = False
 ) -> tuple[str, ...]:
     """Return settings under which a run fits, none of which can be left out; none where nothing helps.
 
@@ -66,11 +69,11 @@ def advice(
         options: under which it doesn't.
         planned: the plan under some options.
         capacity: bytes of the device.
-        quantized: whether the base is, which `model_cpu_offload` refuses.
+        stays: whether the base is quantized or sharded, which `model_cpu_offload` refuses.
     """
     taken: dict[str, Any] = {}
     best = planned(options).peak()
-    for change in _changes(options, quantized):
+    for change in _changes(options, stays):
         peak = planned(with_settings(options, taken | change)).peak()
         if peak < best:
             taken, best = taken | change, peak
@@ -88,14 +91,14 @@ def advice(
     return tuple(f"{name}={value}" for name, value in taken.items())
 
 
-def _changes(options: TrainingOptions, quantized: bool) -> Iterator[dict[str, Any]]:
+def _changes(options: TrainingOptions, stays: bool) -> Iterator[dict[str, Any]]:
     yield from (change for change in SWITCHES if any(getattr(options, name) != value for name, value in change.items()))
     yield from ({"train_batch_size": size} for size in _halves(options.train_batch_size))
     images = options.sample_batch_size * options.sample_num_batches_per_epoch
     for size in _halves(options.sample_batch_size):
         yield {"sample_batch_size": size, "sample_num_batches_per_epoch": images // size}
     for change in LAST:
-        if "model_cpu_offload" not in change or not (options.full_finetuning or quantized):
+        if "model_cpu_offload" not in change or not (options.full_finetuning or stays):
             yield change
 
 
@@ -132,7 +135,8 @@ def announce_plan(
         return None
     capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     try:
-        made = make_plan(simulation, options, plan, rewards=reward_bytes(rewards), capacity=capacity)
+        sharded = is_sharded(accelerator)
+        made = make_plan(simulation, options, plan, rewards=reward_bytes(rewards), capacity=capacity, sharded=sharded)
     except Exception as error:  # of a model's code that can't do without values
         warnings.warn(f"the memory plan can't be made ({first_line(error)}); training goes on", stacklevel=2)
         return None

@@ -14,7 +14,8 @@ from trl_tafs.method.advantages import combine_rewards
 from trl_tafs.method.types import PromptBatch, RewardTable
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.pipelines.pictures import prompt_key
-from trl_tafs.processes import any_process, gather_rows, progress_bar, raise_everywhere, same_everywhere, share
+from trl_tafs.policy.sharding import is_sharded
+from trl_tafs.processes import any_process, gather_rows, least, progress_bar, raise_everywhere, same_everywhere, share
 from trl_tafs.prompts.source import PromptSource, expand_groups
 from trl_tafs.rewards.scoring import RewardError
 from trl_tafs.training.experience import Draw, Experience, ScoredBatch
@@ -104,6 +105,8 @@ class Collector:
         place = share(self.accelerator, len(prompts))
         key = self._rollout_key(prompts[place], epoch, global_step)
         kept = self.pending.load(epoch, len(self.drawn), key)
+        if is_sharded(self.accelerator):  # the rest is drawn together
+            kept = kept[: least(self.accelerator, len(kept))]
         batches = self.local_batches(prompts)
         options = {"total": len(batches), "leave": False, "position": 1}
         bar = partial(progress_bar, self.accelerator, self.config.disable_tqdm, **options)

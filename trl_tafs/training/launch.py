@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from trl_tafs.output.writable import check_writable
+from trl_tafs.policy.sharding import check_shards, is_sharded
 from trl_tafs.rewards.scoring import check_signature
 from trl_tafs.training.options import TrainingOptions
 
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
 
 EXTRAS = ("tensorboard", "trackio", "wandb")  # trackers that setup.cfg has an extra for
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # processes, by torchrun and by MPI's launchers
-# Ways of launching that shard a model, by the environment of `accelerate launch`.
+# Ways of launching that split a model and aren't supported, by the environment of `accelerate launch`.
 SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
@@ -33,7 +33,7 @@ SET_BY = {
     "gradient_accumulation_plugin": "train_gradient_accumulation_steps",
 }
 SHARDS = {
-    *("fsdp_plugin", "deepspeed_plugin", "deepspeed_plugins", "megatron_lm_plugin", "torch_tp_plugin"),
+    *("deepspeed_plugin", "deepspeed_plugins", "megatron_lm_plugin", "torch_tp_plugin"),
     "parallelism_config",
 }
 UNREAD = {"split_batches", "dataloader_config", "rng_types", "step_scheduler_with_optimizer"}
@@ -57,12 +57,75 @@ def check_launch(config: TrainingOptions, hook: Any | None = None) -> None:
         if os.environ.get(variable, "").lower() in ("true", "1"):
             raise ValueError(
                 f"this run was launched for {name} ({variable}=true), which this trainer doesn't support; "
-                f"{DATA_PARALLEL}, and see docs/memory.md for what makes a model smaller"
+                f"{DATA_PARALLEL}, or with FSDP2 (docs/scaling.md)"
             )
+    if (plugin := fsdp_plugin(config.accelerator_kwargs)) is not None:
+        _check_plugin(plugin)
+        check_shards(config)
     if hook is not None:
         check_signature(hook, "image_samples_hook", "rows, global_step, tracker")
     _check_accelerator_kwargs(config.accelerator_kwargs)
     _check_trackers(config)
+
+
+def fsdp_plugin(given: Mapping[str, Any]) -> Any | None:
+    """Return Accelerate's plugin of FSDP: the one that `accelerator_kwargs` have, or that `accelerate launch` asks for.
+
+    Precision is left to autocast, so that what is computed is the same with shards and without.
+    """
+    plugin = given.get("fsdp_plugin")
+    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("true", "1"):
+        return None
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = FullyShardedDataParallelPlugin() if plugin is None else plugin
+    if isinstance(plugin, FullyShardedDataParallelPlugin) and plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    return plugin
+
+
+def _check_plugin(plugin: Any) -> None:
+    """Raise ValueError, naming the line of the configuration to change, for a plugin of FSDP that can't be used."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import is_torch_version
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    if not isinstance(plugin, FullyShardedDataParallelPlugin):
+        raise ValueError(
+            f"accelerator_kwargs: fsdp_plugin is {plugin!r}; give accelerate's FullyShardedDataParallelPlugin"
+        )
+    if is_torch_version("<", "2.7.0"):
+        raise ValueError("FSDP2 with adapters needs torch 2.7 or newer, which can leave them whole; upgrade torch")
+    faults = {
+        "fsdp_version": plugin.fsdp_version != 2 and "this trainer shards by FSDP2; set fsdp_version: 2",
+        # Transformers' and diffusers' loaders would leave the text encoders of all processes but the first empty.
+        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading
+        and "other processes' models would be empty; set fsdp_cpu_ram_efficient_loading: false",
+        "fsdp_activation_checkpointing": plugin.activation_checkpointing
+        and "it renames the adapter's layers; use train_gradient_checkpointing=True",
+        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        and "it hasn't been tried; set fsdp_offload_params: false, and shard among more GPUs",
+    }
+    for name, fault in faults.items():
+        if fault:
+            value = getattr(plugin, name, getattr(plugin, name.removeprefix("fsdp_"), True))
+            raise ValueError(f"this run was launched for FSDP with {name}={value}: {fault} (docs/scaling.md)")
+
+
+def shard_on_cpu(accelerator: Accelerator, plugin: Any) -> None:
+    """Let processes on CPUs shard as those on GPUs do.
+
+    Accelerate takes its FSDP path on accelerators alone; all that it needs is this state. Everything that it does then,
+    `fully_shard` by the plugin's policy, runs on CPUs over gloo as well: to try a configuration, slowly.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    kinds = (DistributedType.MULTI_CPU, DistributedType.FSDP)  # the second: of an earlier trainer of these processes
+    if accelerator.device.type == "cpu" and accelerator.distributed_type in kinds:
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
 
 
 def _check_accelerator_kwargs(given: Mapping[str, Any]) -> None:
@@ -121,7 +184,7 @@ def _check_trackers(config: TrainingOptions) -> None:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Refuse processes that don't know of each other, and a model that is sharded among them.
+    """Refuse processes that don't know of each other, and a model that is split among them by anything but FSDP2.
 
     Raises:
         ValueError: more processes were launched than this one is of: each would be a run of its own in one folder.
@@ -135,5 +198,7 @@ def check_processes(accelerator: Accelerator) -> None:
                 "set ACCELERATE_USE_CPU=1 to run them on the CPU"
             )
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if is_sharded(accelerator):
+        return
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"Accelerate was set up for {kind}, which this trainer doesn't support; {DATA_PARALLEL}")

@@ -19,6 +19,7 @@ from trl_tafs.pipelines.components import is_text_encoder, unwrapped
 from trl_tafs.pipelines.quantized import is_quantized
 from trl_tafs.policy.base import DTYPES, cast_bytes
 from trl_tafs.policy.carried import choose_adapter
+from trl_tafs.policy.sharding import block_names
 from trl_tafs.training.options import TrainingOptions
 from trl_tafs.training.plan import EpochPlan
 from trl_tafs.training.simulation import Simulation
@@ -45,6 +46,7 @@ class Footprint:
     fake_parameters: int = 0  # of distribution matching's fake score; float32
     rewards: int = 0  # weights of the rewards' own models on this device
     loaded: int = 0  # of all components on the host, as a process loads them
+    gathered: int = 0  # of the denoiser's frozen weights, what shards bring together at once
     notes: tuple[str, ...] = ()
 
     def named(self, *, text: bool) -> int:
@@ -96,16 +98,19 @@ class MemoryPlan:
     def _remedy(self) -> str:
         if self.advice:
             return f": it fits with {', '.join(self.advice)}"
-        return ": no setting makes it fit; use a quantized base or smaller images (docs/memory.md)"
+        return ": no setting makes it fit; use a quantized base, smaller images or shards (docs/memory.md)"
 
 
-def plan_memory(footprint: Footprint, options: TrainingOptions, plan: EpochPlan) -> MemoryPlan:
+def plan_memory(
+    footprint: Footprint, options: TrainingOptions, plan: EpochPlan, *, sharded: bool = False
+) -> MemoryPlan:
     """Add up what each phase of a run holds at once.
 
     Args:
         footprint: of the parts, under these options.
         options: batch sizes, checkpointing, offloading, optimizer, averages.
         plan: an epoch's; a process's rollouts are kept until the update is done.
+        sharded: whether the frozen denoiser lies in shards on the plan's processes.
     """
     local, trained, elements = plan.local_images, 4 * footprint.trained_parameters, footprint.latent_elements
     fake, moments = 4 * footprint.fake_parameters, OPTIMIZER_BYTES[options.train_use_8bit_adam]
@@ -115,10 +120,12 @@ def plan_memory(footprint: Footprint, options: TrainingOptions, plan: EpochPlan)
         "optimizer": moments * footprint.trained_parameters,
         "fake score": fake + moments * footprint.fake_parameters,
         "averages": trained * (options.train_use_ema + bool(options.old_policy_decay) + options.full_finetuning),
-        "buckets of DDP": trained if plan.world_size > 1 else 0,
+        "buckets of DDP": trained if plan.world_size > 1 and not sharded else 0,
     }
     offload, offload_text = options.model_cpu_offload, options.model_cpu_offload or options.offload_text_encoders
     denoiser = {"denoiser": footprint.weights.get(footprint.denoiser_name, 0)}
+    if sharded:
+        denoiser = {"denoiser": -(-denoiser["denoiser"] // plan.world_size), "gathered blocks": footprint.gathered}
     text, vae = {"text encoders": footprint.named(text=True)}, {"vae": footprint.named(text=False)}
     resident = always | ({} if offload_text else text) | ({} if offload else vae)
     experience = {"rollouts": elements * rollout_bytes(options, footprint.storage_bytes) * local}
@@ -137,8 +144,7 @@ def plan_memory(footprint: Footprint, options: TrainingOptions, plan: EpochPlan)
         | scored
         | {"activations": footprint.decoding},
         "update": resident | denoiser | kept | gradients | {"activations": footprint.update},
-        # AdamW takes a square root of all second moments at once
-        "step": resident | denoiser | kept | gradients | {"activations": 0 if options.train_use_8bit_adam else trained},
+        "step": resident | denoiser | kept | gradients | {"activations": step_bytes(trained, options, sharded)},
     }
     return MemoryPlan(
         {phase: {k: v for k, v in parts.items() if v} for phase, parts in phases.items()},
@@ -146,6 +152,25 @@ def plan_memory(footprint: Footprint, options: TrainingOptions, plan: EpochPlan)
         prompt=footprint.conditioning,
         notes=footprint.notes,
     )
+
+
+def step_bytes(trained: int, options: TrainingOptions, sharded: bool) -> int:
+    """Return what an optimizer step holds besides: AdamW's square root of all second moments, before it the mean.
+
+    Beside shards the gradients are averaged in one message, which is a copy of them, and the sum another.
+    """
+    return max(2 * trained if sharded else 0, 0 if options.train_use_8bit_adam else trained)
+
+
+def gathered_bytes(denoiser: nn.Module, whole: int) -> int:
+    """Return what a sharded denoiser of `whole` bytes gathers at once: two blocks, and what is outside of blocks.
+
+    While a block computes, the next one's weights arrive.
+    """
+    names = block_names(denoiser)
+    blocks = [cast_bytes(module, None) for module in denoiser.modules() if type(module).__name__ in names]
+    share = whole / max(cast_bytes(denoiser, None), 1)
+    return round(share * (cast_bytes(denoiser, None) - sum(blocks) + sum(sorted(blocks)[-2:])))
 
 
 def rollout_bytes(options: TrainingOptions, storage_bytes: int) -> int:
@@ -256,6 +281,7 @@ def measure_footprint(
         fake_parameters=update.trained if options.matches_distribution else 0,
         rewards=rewards,
         loaded=weight_bytes(modules),
+        gathered=gathered_bytes(pipeline.denoiser, weights[pipeline.denoiser_name]),
         notes=tuple(simulation.notes),
     )
 

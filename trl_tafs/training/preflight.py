@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trl_tafs.pipelines.finite import NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
+from trl_tafs.policy.sharding import is_sharded, shards_line
 from trl_tafs.processes import any_process
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.source import PromptSource, expand_groups
@@ -63,6 +64,8 @@ class Preflight:
         if config.push_to_hub:
             self.prepare_push()
         self._say(self.plan.line(config.train_num_inner_epochs))
+        if is_sharded(self.policy.accelerator):
+            self._say(shards_line(self.policy.pipeline.denoiser))
         prompt, metadata = self.prompts.groups(epoch, 1)[0]
         if config.prompt_cache_dir is not None:
             self.encode.prepare(self.prompts.known())

@@ -20,6 +20,8 @@ from trl_tafs.output.out_of_memory import MicroBatch
 from trl_tafs.pipelines.components import casting_once
 from trl_tafs.pipelines.finite import DenoiserWatch, NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
+from trl_tafs.policy.sharding import is_sharded
+from trl_tafs.processes import any_process
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.rewards.scoring import RewardSet, Scores
 from trl_tafs.training.experience import ScoredBatch
@@ -175,13 +177,14 @@ class RolloutSampler:
                         self._score_steps(batch, scoring, executor)
                         waiting.append((batch, scoring))
                         take_finished_scores()
-                        if fault is not None or scoring.fault is not None or self.stop():
+                        if self._agreed(fault is not None or scoring.fault is not None or self.stop()):
                             break
                 for batch, scoring in sampled if devices.shared else ():  # drawn before the fault
                     done.append(batch)
                     waiting.append((batch, scoring))
             except NonFiniteError as error:  # handed on: the other processes wait for this one's rewards
                 fault = error
+                self._agreed(True)
             with self.stopwatch("reward"):  # what sampling didn't hide
                 wait([future for _, scoring in waiting for future in scoring.futures])
         take_finished_scores()
@@ -207,18 +210,27 @@ class RolloutSampler:
             if i < len(kept):
                 batch = self._restore(prompts, kept[i])
             else:
-                if self.stop():
+                if self._agreed(self.stop()):
                     return
                 with self.stopwatch("rollout"):
                     batch = self.roll_out(prompts, epoch, self._scorer(prompts, scoring, executor))
             progress("rollout")
             yield batch, scoring
 
+    def _agreed(self, flag: bool) -> bool:
+        """Whether a flag is up: here or, where all processes draw together, on any; asked before and after a batch."""
+        return any_process(self.policy.accelerator, flag) if is_sharded(self.policy.accelerator) else flag
+
     def _scorer(
         self, prompts: PromptBatch, scoring: Scoring, executor: ThreadPoolExecutor | None
     ) -> Callable[[Tensor], None] | None:
-        """Return what `rollout` hands a step's clean latents to."""
-        return None if executor is None else lambda latents: self.score(prompts, latents, scoring, executor)
+        """Return what `rollout` hands a step's clean latents to.
+
+        Where all processes draw together, none may find a fault in the middle of a rollout: then all is scored later.
+        """
+        if executor is None or is_sharded(self.policy.accelerator):
+            return None
+        return lambda latents: self.score(prompts, latents, scoring, executor)
 
     def _score_steps(self, batch: ScoredBatch, scoring: Scoring, executor: ThreadPoolExecutor | None) -> None:
         """Have each scored step scored, where that hasn't begun and scores aren't there; and the hook's images."""

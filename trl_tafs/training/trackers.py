@@ -23,7 +23,7 @@ from trl_tafs.output.errors import first_line
 from trl_tafs.output.files import tolerating_disk_faults, write_whole
 from trl_tafs.output.pictures import as_images, save_png
 from trl_tafs.processes import any_process
-from trl_tafs.training.launch import check_processes
+from trl_tafs.training.launch import check_processes, fsdp_plugin, shard_on_cpu
 from trl_tafs.training.options import TrainingOptions
 
 
@@ -173,13 +173,16 @@ def make_accelerator(config: TrainingOptions) -> tuple[Accelerator, LocalTracker
     local = LocalTracker(config.project_dir)
     arguments = dict(config.accelerator_kwargs)
     handlers = keyword_handlers(arguments.pop("kwargs_handlers", None) or ())
+    plugin = fsdp_plugin(arguments)
     accelerator = Accelerator(
         log_with=[local] if config.log_with is None else [local, config.log_with],
         mixed_precision=config.mixed_precision,
         project_config=ProjectConfiguration(**project),
         kwargs_handlers=handlers,
-        **arguments,
+        **(arguments | ({} if plugin is None else {"fsdp_plugin": plugin})),
     )
+    if plugin is not None:
+        shard_on_cpu(accelerator, plugin)
     check_processes(accelerator)
     return accelerator, local
 

@@ -14,6 +14,7 @@ from trl_tafs.method.noise import SampleNoise, noise_seed
 from trl_tafs.method.objective import Objective
 from trl_tafs.method.types import Conditioning, KLRows, LossOutput, onto
 from trl_tafs.policy.policy import Policy
+from trl_tafs.policy.sharding import is_sharded
 from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.training.divergence import check_advantages, check_skipped, check_weights
@@ -84,7 +85,7 @@ class Updater:
             if self.matching is not None:
                 self.matching.begin(experience, epoch)
             # Without any advantage on any process, and any other pull, a step would be Adam's momentum alone.
-            idle = not advantages.any() and bool(self._still(items).all())
+            idle = not advantages.any() and self._still_together([bool(self._still(items).all())])[0]
             for inner_epoch in range(0 if idle else inner_epochs):
                 for number, (index, still) in enumerate(self.micro_batches(items, epoch, inner_epoch)):
                     if number % self._asks_every == 0 and self.stop():
@@ -143,11 +144,20 @@ class Updater:
         if config.train_kl_rows == "one":
             self.held = torch.zeros(len(items), dtype=torch.bool)
             self.held[torch.arange(len(images)) * count + chosen[:, 0]] = True
+        found = []
         for update in images.split(self.plan.images_per_update):
             index = (update[:, None] * count + chosen[update]).flatten()
             index = index[still[index].int().argsort(descending=True, stable=True)]
-            for micro in index.split(config.train_batch_size):
-                yield micro, bool(still[micro].all())
+            found += index.split(config.train_batch_size)
+        yield from zip(found, self._still_together([bool(still[micro].all()) for micro in found]), strict=True)
+
+    def _still_together(self, still: list[bool]) -> list[bool]:
+        """Return which micro-batches are skipped: where all processes evaluate together, those that all skip."""
+        if not is_sharded(self.policy.accelerator):
+            return still
+        accelerator = self.policy.accelerator
+        moving = accelerator.reduce(torch.tensor([not flag for flag in still], device=accelerator.device).int())
+        return (moving == 0).tolist()
 
     def _still(self, items: Any) -> Tensor:
         """Return which items can't move the policy, (T,) bool; distribution matching pulls at all of them."""
