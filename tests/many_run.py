@@ -1,4 +1,4 @@
-"""The body of test_four_processes.py: five epochs, and two of unequal groups, by torchrun with gloo or in one process."""
+"""The body of test_four_processes.py: five epochs, and two of unequal groups; by torchrun, or in one process."""
 
 import sys
 from pathlib import Path
