@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trl_tafs.pipelines.skeleton import load_skeleton
+from trl_tafs.policy.carried import adapter_layers
 from trl_tafs.training.simulation import Simulation, block_kinds, example_conditioning
 
 DEEPER = {"num_layers": 5, "num_single_layers": 4, "n_layers": 5}
@@ -126,3 +127,16 @@ def test_blocks_are_of_the_same_kinds_with_an_adapter_and_without():
     before = block_kinds(mine.transformer)
     mine.transformer.add_adapter(LoraConfig(r=4, target_modules=list(mine.lora_target_modules)))
     assert block_kinds(mine.transformer) == before
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_twin_s_adapters_hold_what_the_policy_s_do(precision, tmp_path):
+    """Under autocast PEFT's own cast of an input to float32 would be held for the backward pass."""
+    mine = families.ours(families.stock("sd3"), "sd3")
+    simulation = Simulation(mine, 8, 8)
+    twin = simulation.twin(tiny.config(tmp_path, mixed_precision=precision))
+    policy = tiny.trainer(mine, tmp_path, height=8, width=8, mixed_precision=precision).policy
+    told = [(layer.cast_input_dtype_enabled, set(layer.lora_variant)) for layer in policy.layers]
+    twins = adapter_layers(twin.denoiser)
+    assert [(layer.cast_input_dtype_enabled, set(layer.lora_variant)) for layer in twins] == told
+    assert {enabled for enabled, _ in told} == {precision == "no"}

@@ -30,8 +30,9 @@ from trl_tafs.pipelines.base import TAFSPipelineMixin
 from trl_tafs.pipelines.components import base_dtype, unwrapped
 from trl_tafs.policy.adapter_file import read_adapter
 from trl_tafs.policy.base import DTYPES, cast
-from trl_tafs.policy.carried import carried_config, choose_adapter
+from trl_tafs.policy.carried import adapter_layers, carried_config, choose_adapter
 from trl_tafs.policy.lora import default_lora_config
+from trl_tafs.policy.lora_sum import prepare_layers
 from trl_tafs.policy.options import PolicyOptions
 
 KEPT_BLOCKS = 2  # of each kind in the smallest twin
@@ -270,6 +271,7 @@ class Simulation:
             if f".{chosen.name}." in name:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
+        prepare_layers(adapter_layers(denoiser), config.mixed_precision)  # as the policy does: fewer copies are held
         return twin
 
     def _lora_of(self, twin: TAFSPipelineMixin, config: PolicyOptions, chosen: Any) -> Any:
