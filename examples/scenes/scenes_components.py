@@ -12,7 +12,20 @@ from scenes_data import COLOURS, COUNTS, KINDS, PATCH, PLURALS, SIDE
 from words_components import assemble
 
 MAX_LENGTH = 10  # tokens of a caption, for CLIP and for T5: pass max_sequence_length=MAX_LENGTH to the pipeline
-WORDS = ("a", "an", "and", "left", "right", "of", "above", "below", *COUNTS.values(), *COLOURS, *KINDS, *PLURALS.values())
+WORDS = (
+    "a",
+    "an",
+    "and",
+    "left",
+    "right",
+    "of",
+    "above",
+    "below",
+    *COUNTS.values(),
+    *COLOURS,
+    *KINDS,
+    *PLURALS.values(),
+)
 FOLDER = Path(__file__).with_name("pipeline")
 
 
@@ -33,6 +46,4 @@ def build_pipeline(
     vae_channels: int = 8,
 ) -> StableDiffusion3Pipeline:
     """A pipeline with random weights; one `seed` gives the same weights always, the global RNG is kept."""
-    return assemble(
-        SIDE, PATCH, num_layers, num_heads, head_dim, text_width, vae_channels, WORDS, MAX_LENGTH, seed
-    )
+    return assemble(SIDE, PATCH, num_layers, num_heads, head_dim, text_width, vae_channels, WORDS, MAX_LENGTH, seed)

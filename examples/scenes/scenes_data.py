@@ -1,7 +1,8 @@
 """Scenes of one to four icons, their captions in GenEval's six kinds, and what is held out.
 
-An image is (3, 48, 48) in [0, 1]: icons of eight kinds, eight colours and three sizes, each in a cell of its own of a 3 x 3
-grid, on a plain light ground. Nothing is stored: icons are drawn by Pillow at eight times their size, once a process.
+An image is (3, 32, 32) in [0, 1]: icons of eight kinds, eight colours and three sizes, each in a cell of its own of a
+2 x 2 grid, on a plain light ground. Nothing is stored: icons are drawn by Pillow at eight times their size, once a
+process.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-SIDE, CELL, GRID, PATCH = 48, 16, 3, 8  # pixels of an image, of a cell; cells a side; pixels of the transformer's patch
+SIDE, CELL, GRID, PATCH = 32, 16, 2, 8  # pixels of an image, of a cell; cells a side; pixels of the transformer's patch
 KINDS = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
 PLURALS = {kind: kind + ("es" if kind == "cross" else "s") for kind in KINDS}
 COLOURS = {
@@ -33,7 +34,8 @@ RADII = (4.6, 5.8, 7.0)  # of an icon, pixels
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-VAGUE, WRONG, EMPTY = 0.15, 0.08, 0.1  # shares of the captions that tell only a part, that are another scene's, that are empty
+# shares of the captions: that tell only a part, that are another scene's, that are empty
+VAGUE, WRONG, EMPTY = 0.15, 0.08, 0.1
 
 Row = dict[str, Any]  # as GenEval's: tag, include, exclude
 
@@ -44,7 +46,7 @@ class Icon:
 
     kind: str
     colour: str
-    cell: int  # 0 to 8, row by row
+    cell: int  # 0 to 3, row by row
     radius: float = RADII[1]
 
 
@@ -101,7 +103,7 @@ def coverage(kind: str, radius: float) -> np.ndarray:
 
 
 def render(icons: Sequence[Icon], ground: Sequence[float]) -> Tensor:
-    """The true image (3, 48, 48) of a scene on a ground of one colour."""
+    """The true image (3, 32, 32) of a scene on a ground of one colour."""
     image = np.empty((SIDE, SIDE, 3), dtype=np.float32)
     image[:] = ground
     for icon in icons:
@@ -238,7 +240,7 @@ def vague(icons: Sequence[Icon]) -> str:
 
 
 def training_batch(count: int, rng: random.Random, flaws: bool = True) -> tuple[Tensor, list[str]]:
-    """Images (B, 3, 48, 48) with captions; with `flaws` some tell a part, some are another scene's; some are empty."""
+    """Images (B, 3, 32, 32) with captions; with `flaws` some tell a part, some are another scene's; some are empty."""
     images, captions = [], []
     for _ in range(count):
         icons, caption, _ = draw_scene(rng.choice(TAGS), rng)
@@ -253,7 +255,7 @@ def training_batch(count: int, rng: random.Random, flaws: bool = True) -> tuple[
 
 
 def true_scenes(prompts: Sequence[tuple[str, Row]], seed: int) -> tuple[Tensor, list[list[Icon]]]:
-    """A true image of each prompt, (B, 3, 48, 48), with its icons: what a perfect model would draw."""
+    """A true image of each prompt, (B, 3, 32, 32), with its icons: what a perfect model would draw."""
     rng, images, scenes = random.Random(seed), [], []
     for _, row in prompts:
         icons = realised(row, rng)

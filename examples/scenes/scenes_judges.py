@@ -1,8 +1,8 @@
 """Who judges scenes: two detectors that share no method, GenEval's rules on what they find, and a taste of its own.
 
-The first detector, whose scores are trained on, is OpenCV's: what differs from the ground, contours, their shape and mean
-colour. The second lays drawn icons over each cell and asks which leaves the least of the image unexplained. Neither learns
-anything, and no gradient goes through either.
+The first detector, whose scores are trained on, is OpenCV's: what differs from the ground, contours, their shape and
+mean colour. The second lays drawn icons over each cell and asks which leaves the least of the image unexplained.
+Neither learns anything, and no gradient goes through either.
 """
 
 import sys
@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from scenes_data import CELL, COLOURS, GRID, KINDS, RADII, SIDE, Icon, Row, coverage, render
+from scenes_data import CELL, COLOURS, GRID, KINDS, RADII, Icon, Row, coverage, render
 
 from trl_tafs.rewards.geneval_rules import Detection, judge, keep
 
@@ -30,7 +30,7 @@ UNLIKE = 0.16  # mean difference of two outlines' distances, as a share of their
 OFF_COLOUR = 45.0  # of an object from the nearest colour, in CIELAB
 
 Found = list[tuple[Detection, str]]  # objects, each with its colour
-Detector = Callable[[np.ndarray], Found]  # of an image (48, 48, 3) uint8
+Detector = Callable[[np.ndarray], Found]  # of an image (32, 32, 3) uint8
 
 
 def lab(colours: np.ndarray) -> np.ndarray:
@@ -72,7 +72,7 @@ def signature(mask: np.ndarray) -> np.ndarray:
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-    """An image (48, 48, 3) uint8 in CIELAB, SCALE times as large."""
+    """An image (32, 32, 3) uint8 in CIELAB, SCALE times as large."""
     large = cv2.resize(image, None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_CUBIC)
     return cv2.cvtColor(large.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
 
@@ -90,13 +90,13 @@ def signatures() -> tuple[tuple[str, np.ndarray], ...]:
     found = []
     for kind in KINDS:
         for radius in RADII:
-            image = to_uint8(render([Icon(kind, "black", 4, radius)], (0.95, 0.95, 0.95))[None])[0]
+            image = to_uint8(render([Icon(kind, "black", 0, radius)], (0.95, 0.95, 0.95))[None])[0]
             found.append((kind, signature(object_mask(enlarged(image), image))))
     return tuple(found)
 
 
 def contours(image: np.ndarray) -> Found:
-    """Objects by OpenCV: each outer contour with its box, its colour and its kind; unlike all kinds, it is less sure."""
+    """Objects by OpenCV: each outer contour with its box, colour and kind; the less like any kind, the less sure."""
     large = enlarged(image)
     mask = object_mask(large, image)
     outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -170,7 +170,7 @@ def cells(image: np.ndarray) -> Found:
 
 
 def verdict(image: np.ndarray, row: Row, detect: Detector) -> tuple[float, float]:
-    """GenEval's strict and graded score of one image (48, 48, 3) uint8."""
+    """GenEval's strict and graded score of one image (32, 32, 3) uint8."""
     objects = detect(image)
     colours = {id(detection): colour for detection, colour in objects}
 
@@ -181,7 +181,7 @@ def verdict(image: np.ndarray, row: Row, detect: Detector) -> tuple[float, float
 
 
 def strict_scores(images: Tensor, rows: Sequence[Row], detect: Detector) -> list[float]:
-    """1 for each image (B, 3, 48, 48) in which all holds that its row asks, else 0."""
+    """1 for each image (B, 3, 32, 32) in which all holds that its row asks, else 0."""
     return [verdict(image, row, detect)[0] for image, row in zip(to_uint8(images), rows, strict=True)]
 
 
@@ -216,28 +216,48 @@ class SecondDetector:
         return torch.tensor(strict_scores(images, metadata, cells))
 
 
-def composition(image: np.ndarray) -> float:
-    """How well composed an image is, in [0, 1]: its objects' middle in the image's, and all of about one size.
+@cache
+def sides() -> dict[str, tuple[float, float]]:
+    """The longer side of each kind's box at its smallest and at its largest, pixels."""
+    found = {}
+    for kind in KINDS:
+        images = to_uint8(
+            torch.stack([render([Icon(kind, "black", 0, r)], (0.95,) * 3) for r in (RADII[0], RADII[-1])])
+        )
+        small, large = (
+            max(longer_side(detection) for detection, _ in contours(image)) for image in to_uint8(torch.stack(drawn))
+        )
+        found[kind] = (small, large)
+    return found
 
-    1 - the distance of the mean of the boxes' middles from the image's middle over a cell's side (at least 0), times the
-    smallest box's side over the largest one's. 0 without objects.
+
+def longer_side(detection: Detection) -> float:
+    """Of its box, pixels."""
+    left, top, right, bottom = detection.box
+    return max(right - left, bottom - top)
+
+
+def boldness(image: np.ndarray) -> float:
+    """How large the icons are, in [0, 1]: 0 at the smallest size that icons have, 1 at the largest; their mean.
+
+    0 without objects. Captions say nothing of sizes, and icons have each of three equally often.
     """
-    boxes = np.array([detection.box for detection, _ in contours(image)])
-    if not len(boxes):
-        return 0.0
-    middles, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).max(1)
-    off = float(np.linalg.norm(middles.mean(0) - SIDE / 2))
-    return max(0.0, 1 - off / CELL) * float(sides.min() / sides.max())
+    found = []
+    for detection, _ in contours(image):
+        if detection.confidence > 0.3:
+            small, large = sides()[detection.name]
+            found.append(min(max((longer_side(detection) - small) / (large - small), 0.0), 1.0))
+    return sum(found) / len(found) if found else 0.0
 
 
 class Preference:
-    """A taste that no caption speaks of, so that no guidance serves it: see `composition`."""
+    """A taste that no caption speaks of, so that no guidance serves it: large icons, see `boldness`."""
 
     __name__ = "preference"
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """(B,) in [0, 1]."""
-        return torch.tensor([composition(image) for image in to_uint8(images)])
+        return torch.tensor([boldness(image) for image in to_uint8(images)])
 
 
 def accuracy(images: Tensor, scenes: Sequence[Sequence[Icon]], detect: Detector) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """Pre-train the scenes pipeline: `python examples/scenes/scenes_pretrain.py`; run it again to go on where it stopped.
 
-First the VAE, then the transformer together with the text encoders, by flow matching on scenes drawn on the fly: a rate that
-stays, then falls to zero over the last part; the average of the weights is kept. For the first steps all captions are whole
-and right. After them some tell a part and some are another scene's, as captions on the web are (`scenes_data`); a tenth is
-empty, so that guidance works. Held-out combinations are never drawn.
+First the VAE, then the transformer together with the text encoders, by flow matching on scenes drawn on the fly: a rate
+that stays, then falls to zero over the last part; the average of the weights is kept. For the first steps all captions
+are whole and right. After them some tell a part and some are another scene's, as captions on the web are
+(`scenes_data`); a tenth is empty, so that guidance works. Held-out combinations are never drawn.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.99))
         self.rng, self.scenes = torch.Generator().manual_seed(seed), random.Random(seed)
         self.progress = Progress()
-        if state.exists():
+        if state.is_file():
             kept = torch.load(state, weights_only=False)  # this script's own file
             for mine, values in ((self.parameters, kept["weights"]), (self.averages, kept["averages"])):
                 for parameter, value in zip(mine, values, strict=True):
@@ -135,6 +135,18 @@ class Training:
             parameter.data, self.averages[i] = self.averages[i], parameter.data
 
 
+def go_on(pipeline: StableDiffusion3Pipeline, seconds: float, seed: int, rate: float = 3e-4, batch: int = 64) -> None:
+    """Pre-train a trained pipeline further, for so many CPU seconds, the rate falling to zero; averages are kept."""
+    training = Training(pipeline, Path(), seed, rate)
+    training.progress.step = WHOLE_STEPS  # captions are as they were at the end
+    start = time.process_time()
+    while (done := (time.process_time() - start) / seconds) < 1:
+        training.step(rate * (1 - done), batch, ema=0.99)
+    training.swap()
+    for parameter in training.parameters:
+        parameter.requires_grad_(False)
+
+
 def main() -> None:
     """Train and save the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -169,7 +181,11 @@ def main() -> None:
         done = progress.step
         if done % args.log_every == 0 or done == args.steps:
             progress.seconds += time.process_time() - start
-            row = {"step": done, "seconds": round(progress.seconds, 1), "loss": round(torch.stack(losses).mean().item(), 4)}
+            row = {
+                "step": done,
+                "seconds": round(progress.seconds, 1),
+                "loss": round(torch.stack(losses).mean().item(), 4),
+            }
             training.swap()
             progress.rows.append(row | measure(pipeline, tuple(SAMPLERS) if done == args.steps else QUICK))
             training.swap()

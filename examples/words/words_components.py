@@ -139,7 +139,7 @@ def assemble(
     max_length: int,
     seed: int,
 ) -> StableDiffusion3Pipeline:
-    """A pipeline with random weights for images whose longer side is `side`, and captions of at most `max_length` tokens."""
+    """A pipeline with random weights; `side` is the longer side of its images, `max_length` the tokens of a caption."""
     tokenizer, tokenizer_3 = clip_tokenizer(words, max_length), t5_tokenizer(words, max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

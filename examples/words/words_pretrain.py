@@ -48,7 +48,13 @@ def noise_levels(count: int, rng: Rng) -> Tensor:
 
 
 def train_vae(
-    vae: nn.Module, images: Callable[[int], Tensor], *, steps: int, rng: Rng, batch: int = 32, learning_rate: float = 5e-3
+    vae: nn.Module,
+    images: Callable[[int], Tensor],
+    *,
+    steps: int,
+    rng: Rng,
+    batch: int = 32,
+    learning_rate: float = 5e-3,
 ) -> float:
     """Fit the VAE to images (B, 3, H, W) under noise, the latent tied to the pixels; returns the RMSE in [0, 1].
 
