@@ -221,12 +221,8 @@ def sides() -> dict[str, tuple[float, float]]:
     """The longer side of each kind's box at its smallest and at its largest, pixels."""
     found = {}
     for kind in KINDS:
-        images = to_uint8(
-            torch.stack([render([Icon(kind, "black", 0, r)], (0.95,) * 3) for r in (RADII[0], RADII[-1])])
-        )
-        small, large = (
-            max(longer_side(detection) for detection, _ in contours(image)) for image in to_uint8(torch.stack(drawn))
-        )
+        drawn = [render([Icon(kind, "black", 0, radius)], (0.95, 0.95, 0.95)) for radius in (RADII[0], RADII[-1])]
+        small, large = (longer_side(contours(image)[0][0]) for image in to_uint8(torch.stack(drawn)))
         found[kind] = (small, large)
     return found
 
