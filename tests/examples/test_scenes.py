@@ -326,6 +326,41 @@ def stopped_at(folder, step, monkeypatch):
             pretrain(folder, 3)
 
 
+def figures(*pairs):
+    return [{"vae_rmse": 0.03, "seconds": 9.0}] + [{"seconds": s, scenes_pretrain.FOLLOWED: f} for s, f in pairs]
+
+
+def test_pre_training_has_settled_once_ten_minutes_gain_nothing():
+    assert not scenes_pretrain.settled(figures())
+    assert not scenes_pretrain.settled(figures((100, 0.3), (400, 0.3), (690, 0.3))), "not ten minutes yet"
+    assert not scenes_pretrain.settled(figures((100, 0.3), (400, 0.31), (700, 0.1))), "a gain, even if lost again"
+    assert scenes_pretrain.settled(figures((100, 0.3), (400, 0.305), (700, 0.309)))
+
+
+def test_a_settled_pre_training_lets_the_rate_fall_and_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes_pretrain, "WARMUP", 1)
+    rates = []
+
+    def step(self, rate, batch, ema):
+        rates.append(rate)
+        self.progress.step += 1
+        return torch.zeros(())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scenes_pretrain.Training, "step", step)
+        patch.setattr(scenes_pretrain, "measure", lambda pipeline, names=(): {scenes_pretrain.FOLLOWED: 0.5})
+        patch.setattr(scenes_pretrain, "settled", lambda rows: rows[-1]["step"] >= 6)
+        patch.setattr(scenes_pretrain, "build_pipeline", lambda seed: tiny_pipeline())
+        options = {"vae_steps": 1, "steps": 100, "log_every": 2, "save_every": 3, "learning_rate": 1}
+        paths = ["--state", str(tmp_path / "state.pt"), "--output", str(tmp_path / "pipeline")]
+        given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        patch.setattr("sys.argv", ["scenes_pretrain.py", *given, *paths])
+        scenes_pretrain.main()
+    assert rates[:6] == [1.0] * 6 and len(rates) == 8 and rates == sorted(rates, reverse=True) and rates[-1] == 0.5
+    assert torch.load(tmp_path / "state.pt", weights_only=False)["progress"]["steps"] == 8
+    assert (tmp_path / "pipeline" / "model_index.json").exists()
+
+
 @pytest.mark.skipif(not scenes_components.FOLDER.exists(), reason="no weights")
 def test_the_shipped_weights_are_small_and_the_base_leaves_something_to_learn():
     files = list(scenes_components.FOLDER.rglob("*.safetensors"))
