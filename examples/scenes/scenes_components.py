@@ -42,8 +42,11 @@ def build_pipeline(
     num_layers: int = 3,
     num_heads: int = 7,
     head_dim: int = 32,
-    text_width: int = 64,
+    text_width: int = 128,
+    text_layers: int = 2,
     vae_channels: int = 8,
 ) -> StableDiffusion3Pipeline:
     """A pipeline with random weights; one `seed` gives the same weights always, the global RNG is kept."""
-    return assemble(SIDE, PATCH, num_layers, num_heads, head_dim, text_width, vae_channels, WORDS, MAX_LENGTH, seed)
+    return assemble(
+        SIDE, PATCH, num_layers, num_heads, head_dim, text_width, vae_channels, WORDS, MAX_LENGTH, seed, text_layers
+    )

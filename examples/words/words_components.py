@@ -57,14 +57,14 @@ def t5_tokenizer(whole: Sequence[str] = WHOLE_WORDS, max_length: int = MAX_LENGT
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
-def _clip(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
+def _clip(tokenizer: CLIPTokenizer, width: int, layers: int = 1) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=2 * width,
             projection_dim=width,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
@@ -74,14 +74,14 @@ def _clip(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
     )
 
 
-def _t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
+def _t5(tokenizer: T5Tokenizer, width: int, layers: int = 1) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
             d_model=width,
             d_kv=width // 2,
             d_ff=2 * width,
-            num_layers=1,
+            num_layers=layers,
             num_heads=2,
             relative_attention_num_buckets=16,
             relative_attention_max_distance=16,
@@ -138,8 +138,12 @@ def assemble(
     words: Sequence[str],
     max_length: int,
     seed: int,
+    text_layers: int = 1,
 ) -> StableDiffusion3Pipeline:
-    """A pipeline with random weights; `side` is the longer side of its images, `max_length` the tokens of a caption."""
+    """A pipeline with random weights; `side` is the longer side of its images, `max_length` the tokens of a caption.
+
+    Diffusers gives the transformer CLIP's last state but one: with one of `text_layers`, tokens that know no other.
+    """
     tokenizer, tokenizer_3 = clip_tokenizer(words, max_length), t5_tokenizer(words, max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -160,11 +164,11 @@ def assemble(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
             vae=_vae(vae_channels),
-            text_encoder=_clip(tokenizer, text_width // 2),
+            text_encoder=_clip(tokenizer, text_width // 2, text_layers),
             tokenizer=tokenizer,
-            text_encoder_2=_clip(tokenizer, text_width // 2),
+            text_encoder_2=_clip(tokenizer, text_width // 2, text_layers),
             tokenizer_2=clip_tokenizer(words, max_length),
-            text_encoder_3=_t5(tokenizer_3, text_width),
+            text_encoder_3=_t5(tokenizer_3, text_width, text_layers),
             tokenizer_3=tokenizer_3,
         )
     pipeline.set_progress_bar_config(disable=True)

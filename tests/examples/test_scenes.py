@@ -20,6 +20,7 @@ import scenes_judges as judges  # noqa: E402
 import scenes_pretrain  # noqa: E402
 import scenes_report  # noqa: E402
 from scenes_data import CELL, GRID, KINDS, TAGS, Icon, render  # noqa: E402
+from words_sampling import encode_prompts  # noqa: E402
 
 from trl_tafs.prompts.files import read_prompt_file  # noqa: E402
 
@@ -111,6 +112,16 @@ def test_captions_are_tokenized_whole_and_differently():
         tokens = [tuple(tokenizer(text).input_ids) for text in texts]
         assert len(set(tokens)) == len(texts) and max(map(len, tokens)) <= scenes_components.MAX_LENGTH
         assert len(tokenizer("an orange star").input_ids) - len(tokenizer("star").input_ids) == 2
+
+
+def test_each_word_that_the_transformer_reads_knows_of_the_others():
+    """By CLIP, too, of which diffusers takes the last state but one: of one layer, words that know of none."""
+    tokens, _ = encode_prompts(scenes_components.build_pipeline(), ["a red star", "a blue star"])
+    length, star = scenes_components.MAX_LENGTH, 3  # after the start, "a" and the colour
+    width = scenes_components.build_pipeline().text_encoder.config.hidden_size
+    for clip in (tokens[:, star, :width], tokens[:, star, width : 2 * width]):
+        assert not torch.allclose(clip[0], clip[1], rtol=1e-4)
+    assert not torch.allclose(*tokens[:, length + star - 1], rtol=1e-4)  # T5 has no start
 
 
 # Judges -------------------------------------------------------------------------------------------------------
