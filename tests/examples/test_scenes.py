@@ -1,7 +1,9 @@
 """The third embedded default: what it draws, what its captions ask, who judges it, and that its scripts run."""
 
 import json
+import os
 import random
+import subprocess
 import sys
 
 import numpy as np
@@ -370,6 +372,39 @@ def test_a_settled_pre_training_lets_the_rate_fall_and_ends(tmp_path, monkeypatc
     assert rates[:6] == [1.0] * 6 and len(rates) == 8 and rates == sorted(rates, reverse=True) and rates[-1] == 0.5
     assert torch.load(tmp_path / "state.pt", weights_only=False)["progress"]["steps"] == 8
     assert (tmp_path / "pipeline" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_configuration_trains_and_evaluates_from_the_command_line(processes, small_model, tmp_path):
+    """In processes of their own, by torchrun with gloo, one of which writes the run."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    base, prompts = ["--pretrained_model", str(small_model)], [{"prompt": text} | row for text, row in PROMPTS[:96:48]]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    sizes = {"num_epochs": 1, "eval_freq": 1, "sample_batch_size": 2, "num_generations": 4, "train_batch_size": 2}
+    options = [item for name, value in sizes.items() for item in (f"--{name}", str(value))]
+    held = ["--eval_prompts", str(tmp_path / "held.jsonl"), "--logdir", str(tmp_path)]
+    train = ["train", "--config", "examples/configs/scenes.yaml", *base, *options, *held]
+    rewards = ["--reward", "examples/scenes/scenes_judges.py:StrictReward=1.0"]
+    judged = ["--prompts", str(tmp_path / "held.jsonl"), "--output_dir", str(tmp_path / "judged")]
+    evaluate = ["evaluate", str(tmp_path / "scenes" / "adapter"), *base, *rewards, *judged]
+    for arguments in (train, [*evaluate, "--max_sequence_length", "10", "--size", "32x32"]):
+        launch = torchrun if arguments is train else []
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "trl_tafs.cli", *arguments]
+            if not launch
+            else [sys.executable, *launch, "--module", "trl_tafs.cli", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    settings = json.loads((tmp_path / "scenes" / "settings.json").read_text())
+    assert settings["num_processes"] == processes
+    lines = [json.loads(line) for line in (tmp_path / "scenes" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("eval/annealed_4/second_detector" in line for line in lines) == 2
+    assert "geneval" in (tmp_path / "judged" / "results.json").read_text()
 
 
 @pytest.mark.skipif(not scenes_components.FOLDER.exists(), reason="no weights")
