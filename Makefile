@@ -8,11 +8,12 @@ ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MKL_NUM_THREADS=1
 
 BASE ?= HEAD
 
-.PHONY: help setup quickstart words bench-methods bench-speed test test-method test-slow test-wheel gauge lint format docs clean
+.PHONY: help setup quickstart words scenes bench-methods bench-speed test test-method test-slow test-wheel gauge lint format docs clean
 
 help:
 	@echo "make quickstart   train a 4-step generator on the embedded pipeline, with a before/after table"
 	@echo "make words        teach a model that writes words to be read by an OCR engine, with a before/after table"
+	@echo "make scenes       teach a model to draw what a caption asks, by GenEval's rules, with a before/after table"
 	@echo "make bench-methods  every preset on both embedded tasks, into docs/benchmarks.md (an hour and a half on two cores)"
 	@echo "make bench-speed  an iteration over the evaluations that it asks for, methods against each other (15 minutes)"
 	@echo "make test         the tests (under 8 minutes on two cores)"
@@ -41,6 +42,9 @@ quickstart: setup
 
 words: setup
 	$(ONE_THREAD) $(BIN)/python examples/words_ocr.py
+
+scenes: setup
+	$(ONE_THREAD) $(BIN)/python examples/scenes_geneval.py
 
 bench-methods: setup
 	$(ONE_THREAD) $(BIN)/python examples/benchmarks/methods.py

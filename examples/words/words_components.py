@@ -4,6 +4,7 @@ Every class is diffusers' or transformers' own, only small: a one-block VAE whos
 channels), two CLIP text encoders, a T5 encoder and a flow-matching scheduler. Tokenizers spell words letter by letter.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,10 +35,10 @@ def load(size: str, pipeline_class: type = StableDiffusion3Pipeline) -> StableDi
     return pipeline
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """Colours and "in" are one token each, words are spelled in letters, but for endings that a colour has (ag-ed)."""
+def clip_tokenizer(whole: Sequence[str] = WHOLE_WORDS, max_length: int = MAX_LENGTH) -> CLIPTokenizer:
+    """Words that are one token each; others are spelled in letters, but for endings that such a word has (ag-ed)."""
     merges, pieces = [], []
-    for word in WHOLE_WORDS:
+    for word in whole:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:  # from the end: only a word's ending can be merged
             merges.append((parts[-2], parts[-1]))
@@ -45,27 +46,27 @@ def clip_tokenizer() -> CLIPTokenizer:
             pieces.append(parts[-1])
     pieces = ["<|startoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS), *dict.fromkeys(pieces)]
     vocab = {piece: i for i, piece in enumerate([*pieces, "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=MAX_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=max_length)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer(whole: Sequence[str] = WHOLE_WORDS, max_length: int = MAX_LENGTH) -> T5Tokenizer:
     """The same pieces by a unigram model."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    pieces += [("▁" + word, -1.0) for word in WHOLE_WORDS]
+    pieces += [("▁" + word, -1.0) for word in whole]
     pieces += [(letter, -4.0) for letter in LETTERS]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_LENGTH)
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
-def _clip(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
+def _clip(tokenizer: CLIPTokenizer, width: int, layers: int = 1) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=2 * width,
             projection_dim=width,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_attention_heads=2,
-            max_position_embeddings=MAX_LENGTH,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -73,14 +74,14 @@ def _clip(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
     )
 
 
-def _t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
+def _t5(tokenizer: T5Tokenizer, width: int, layers: int = 1) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
             d_model=width,
             d_kv=width // 2,
             d_ff=2 * width,
-            num_layers=1,
+            num_layers=layers,
             num_heads=2,
             relative_attention_num_buckets=16,
             relative_attention_max_distance=16,
@@ -122,12 +123,33 @@ def build_pipeline(
     vae_channels: int = 8,
 ) -> StableDiffusion3Pipeline:
     """A pipeline with random weights; one `seed` gives the same weights always, the global RNG is kept."""
-    layout, tokenizer, tokenizer_3 = LAYOUTS[size], clip_tokenizer(), t5_tokenizer()
+    layout, widths = LAYOUTS[size], (num_heads, head_dim, text_width, vae_channels)
+    return assemble(layout.width, layout.patch, num_layers, *widths, WHOLE_WORDS, MAX_LENGTH, seed)
+
+
+def assemble(
+    side: int,
+    patch: int,
+    num_layers: int,
+    num_heads: int,
+    head_dim: int,
+    text_width: int,
+    vae_channels: int,
+    words: Sequence[str],
+    max_length: int,
+    seed: int,
+    text_layers: int = 1,
+) -> StableDiffusion3Pipeline:
+    """A pipeline with random weights; `side` is the longer side of its images, `max_length` the tokens of a caption.
+
+    Diffusers gives the transformer CLIP's last state but one: with one of `text_layers`, tokens that know no other.
+    """
+    tokenizer, tokenizer_3 = clip_tokenizer(words, max_length), t5_tokenizer(words, max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = SD3Transformer2DModel(
-            sample_size=layout.width,
-            patch_size=layout.patch,
+            sample_size=side,
+            patch_size=patch,
             in_channels=3,
             out_channels=3,
             num_layers=num_layers,
@@ -136,17 +158,17 @@ def build_pipeline(
             joint_attention_dim=text_width,
             caption_projection_dim=num_heads * head_dim,
             pooled_projection_dim=text_width,
-            pos_embed_max_size=layout.width // layout.patch,
+            pos_embed_max_size=side // patch,
         )
         pipeline = StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
             vae=_vae(vae_channels),
-            text_encoder=_clip(tokenizer, text_width // 2),
+            text_encoder=_clip(tokenizer, text_width // 2, text_layers),
             tokenizer=tokenizer,
-            text_encoder_2=_clip(tokenizer, text_width // 2),
-            tokenizer_2=clip_tokenizer(),
-            text_encoder_3=_t5(tokenizer_3, text_width),
+            text_encoder_2=_clip(tokenizer, text_width // 2, text_layers),
+            tokenizer_2=clip_tokenizer(words, max_length),
+            text_encoder_3=_t5(tokenizer_3, text_width, text_layers),
             tokenizer_3=tokenizer_3,
         )
     pipeline.set_progress_bar_config(disable=True)

@@ -47,16 +47,24 @@ def noise_levels(count: int, rng: Rng) -> Tensor:
     return torch.where(torch.rand(count, generator=rng) < 0.5, uniform, middle)
 
 
-def train_vae(vae: nn.Module, size: str, *, steps: int, rng: Rng, batch: int = 32) -> float:
-    """Fit the VAE to words under noise, the latent tied to the pixels; returns the RMSE in [0, 1].
+def train_vae(
+    vae: nn.Module,
+    images: Callable[[int], Tensor],
+    *,
+    steps: int,
+    rng: Rng,
+    batch: int = 32,
+    learning_rate: float = 5e-3,
+) -> float:
+    """Fit the VAE to images (B, 3, H, W) under noise, the latent tied to the pixels; returns the RMSE in [0, 1].
 
     At this size there is nothing to compress: the latent is the picture up to scale, and the VAE costs no fidelity.
     """
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     vae.train()
     for _ in range(steps):
-        x = 2 * draw(batch, size, 0.0, rng)[0] - 1
+        x = 2 * images(batch) - 1
         x = x + 0.3 * torch.rand((batch, 1, 1, 1), generator=rng) * torch.randn(x.shape, generator=rng)
         posterior = vae.encode(x).latent_dist
         spread = (posterior.logvar + 8).square().mean()
@@ -67,7 +75,7 @@ def train_vae(vae: nn.Module, size: str, *, steps: int, rng: Rng, batch: int = 3
         optimizer.step()
         schedule.step()
     vae.eval().requires_grad_(False)
-    x = 2 * draw(256, size, 0.0, rng)[0] - 1
+    x = 2 * images(256) - 1
     latents = vae.encode(x).latent_dist.mode()
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     return (vae.decode(latents).sample - x).square().mean().sqrt().item() / 2
@@ -180,7 +188,7 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     pipeline = build_pipeline(args.size, args.seed)
-    error = train_vae(pipeline.vae, args.size, steps=args.vae_steps, rng=rng)
+    error = train_vae(pipeline.vae, lambda n: draw(n, args.size, 0.0, rng)[0], steps=args.vae_steps, rng=rng)
     log({"vae_rmse": round(error, 4), "seconds": round(time.perf_counter() - start, 1)})
     train_flow(
         pipeline,

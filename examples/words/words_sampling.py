@@ -6,7 +6,6 @@ Convention: x_s = (1 - s) x_0 + s eps, the transformer predicts v = eps - x_0 an
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
-from words_components import MAX_LENGTH
 from words_data import LAYOUTS, Layout
 
 Text = tuple[Tensor, Tensor]  # (B, L, C) tokens and (B, P) pooled
@@ -17,10 +16,18 @@ def layout_of(pipeline: StableDiffusion3Pipeline) -> Layout:
     return next(layout for layout in LAYOUTS.values() if layout.patch == pipeline.transformer.config.patch_size)
 
 
+def size_of(pipeline: StableDiffusion3Pipeline) -> tuple[int, int]:
+    """Height and width of a pipeline's images: of its layout, or a square."""
+    config = pipeline.transformer.config
+    sizes = {layout.patch: (layout.height, layout.width) for layout in LAYOUTS.values()}
+    return sizes.get(config.patch_size, (config.sample_size, config.sample_size))
+
+
 def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> Text:
-    """The three text encoders' tokens (B, 2 * MAX_LENGTH, C) and the pooled embedding (B, P)."""
+    """The three text encoders' tokens (B, 2 L, C), L of the pipeline's tokenizers, and the pooled embedding (B, P)."""
+    length = pipeline.tokenizer.model_max_length
     tokens, _, pooled, _ = pipeline.encode_prompt(
-        prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_LENGTH
+        prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=length
     )
     return tokens, pooled
 
@@ -73,8 +80,7 @@ def _sample(
     generator: torch.Generator,
 ) -> Tensor:
     text, no_text = encode_prompts(pipeline, prompts), encode_prompts(pipeline, [""] * len(prompts))
-    layout = layout_of(pipeline)
-    x = torch.randn((len(prompts), 3, layout.height, layout.width), generator=generator)
+    x = torch.randn((len(prompts), 3, *size_of(pipeline)), generator=generator)
     levels = torch.linspace(1, 1 / steps, steps).tolist() + [0.0]
     for s, following in zip(levels, levels[1:], strict=False):
         level = torch.full((len(prompts),), s)
