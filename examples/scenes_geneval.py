@@ -223,6 +223,7 @@ def main() -> None:
     if args.report:
         write_report(Path("runs"))
         return
+    pipeline = load(TAFSStableDiffusion3Pipeline)  # first: it may not be there
     folder = args.output_dir or Path("runs") / f"scenes_{args.reward}_{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     diffusers.utils.logging.disable_progress_bar()
@@ -234,7 +235,6 @@ def main() -> None:
     for detect in (contours, cells):
         found = ", ".join(f"{name} {share:.3f}" for name, share in accuracy(panel.real, panel.scenes, detect).items())
         print(f"true scenes by {detect.__name__}: {found}", flush=True)
-    pipeline = load(TAFSStableDiffusion3Pipeline)
     print(f"judging the base on {len(panel.texts)} images ...", flush=True)
     full = not args.without_base and not args.choose
     base = judged_base(pipeline, panel, choice, full, args.base if full else folder / "base.json")

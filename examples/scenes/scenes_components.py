@@ -30,7 +30,13 @@ FOLDER = Path(__file__).with_name("pipeline")
 
 
 def load(pipeline_class: type = StableDiffusion3Pipeline, folder: Path = FOLDER) -> StableDiffusion3Pipeline:
-    """The trained pipeline; it is kept in half precision and computes in float32."""
+    """The trained pipeline; it is kept in half precision and computes in float32.
+
+    Raises:
+        FileNotFoundError: it has not been pre-trained.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no pipeline; make it first: python examples/scenes/scenes_pretrain.py")
     pipeline = pipeline_class.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
