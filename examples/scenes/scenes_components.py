@@ -26,6 +26,8 @@ WORDS = (
     *KINDS,
     *PLURALS.values(),
 )
+# Of the noise levels: what a scene shows is decided above s = .85, for the hundreds of values of an icon tell the same.
+SHIFT = 5.0
 FOLDER = Path(__file__).with_name("pipeline")
 
 
@@ -54,5 +56,16 @@ def build_pipeline(
 ) -> StableDiffusion3Pipeline:
     """A pipeline with random weights; one `seed` gives the same weights always, the global RNG is kept."""
     return assemble(
-        SIDE, PATCH, num_layers, num_heads, head_dim, text_width, vae_channels, WORDS, MAX_LENGTH, seed, text_layers
+        SIDE,
+        PATCH,
+        num_layers,
+        num_heads,
+        head_dim,
+        text_width,
+        vae_channels,
+        WORDS,
+        MAX_LENGTH,
+        seed,
+        text_layers,
+        SHIFT,
     )

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from words_pretrain import flow_loss, train_vae
 from words_sampling import sample
 
-WHOLE_STEPS = 2000  # of these all captions are whole and right
+WHOLE_STEPS = 6000  # of these all captions are whole and right
 WARMUP = 200
 SAMPLERS = {  # sampler, steps, guidance
     "annealed_4": ("annealed", 4, 1.0),

@@ -139,10 +139,12 @@ def assemble(
     max_length: int,
     seed: int,
     text_layers: int = 1,
+    shift: float = 1.0,
 ) -> StableDiffusion3Pipeline:
     """A pipeline with random weights; `side` is the longer side of its images, `max_length` the tokens of a caption.
 
     Diffusers gives the transformer CLIP's last state but one: with one of `text_layers`, tokens that know no other.
+    `shift` is the scheduler's, of the noise levels.
     """
     tokenizer, tokenizer_3 = clip_tokenizer(words, max_length), t5_tokenizer(words, max_length)
     with torch.random.fork_rng(devices=[]):
@@ -162,7 +164,7 @@ def assemble(
         )
         pipeline = StableDiffusion3Pipeline(
             transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
             vae=_vae(vae_channels),
             text_encoder=_clip(tokenizer, text_width // 2, text_layers),
             tokenizer=tokenizer,

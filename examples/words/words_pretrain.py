@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from words_components import build_pipeline, pipeline_folder
 from words_data import COLOURS, HELD_OUT_WORDS, LAYOUTS, LETTERS, prompt_for, random_ground, render, training_letters
 from words_judges import OCRReward
-from words_sampling import encode_images, encode_prompts, layout_of, sample, velocity
+from words_sampling import encode_images, encode_prompts, layout_of, sample, shifted, velocity
 
 WRONG_CAPTIONS = 0.6
 EMPTY_CAPTIONS = 0.1
@@ -85,7 +85,7 @@ def flow_loss(pipeline: StableDiffusion3Pipeline, images: Tensor, prompts: list[
     """Mean squared error of v = eps - x_0 at x_s = (1 - s) x_0 + s eps."""
     with torch.no_grad():
         x0 = encode_images(pipeline, images)
-    s, eps = noise_levels(len(x0), rng), torch.randn(x0.shape, generator=rng)
+    s, eps = shifted(pipeline, noise_levels(len(x0), rng)), torch.randn(x0.shape, generator=rng)
     level = s.view(-1, 1, 1, 1)
     v = velocity(pipeline.transformer, (1 - level) * x0 + level * eps, s, encode_prompts(pipeline, prompts))
     return F.mse_loss(v, eps - x0)

@@ -45,6 +45,12 @@ def decode_latents(pipeline: StableDiffusion3Pipeline, latents: Tensor) -> Tenso
     return (images / 2 + 0.5).clamp(0, 1).float()
 
 
+def shifted(pipeline: StableDiffusion3Pipeline, levels: Tensor) -> Tensor:
+    """Noise levels as the pipeline's scheduler shifts them."""
+    shift = pipeline.scheduler.config.shift
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
 def velocity(transformer: nn.Module, x: Tensor, s: Tensor, text: Text) -> Tensor:
     """v(x, s, c); s is (B,)."""
     return transformer(
@@ -81,7 +87,7 @@ def _sample(
 ) -> Tensor:
     text, no_text = encode_prompts(pipeline, prompts), encode_prompts(pipeline, [""] * len(prompts))
     x = torch.randn((len(prompts), 3, *size_of(pipeline)), generator=generator)
-    levels = torch.linspace(1, 1 / steps, steps).tolist() + [0.0]
+    levels = shifted(pipeline, torch.linspace(1, 1 / steps, steps)).tolist() + [0.0]
     for s, following in zip(levels, levels[1:], strict=False):
         level = torch.full((len(prompts),), s)
         v = velocity(pipeline.transformer, x, level, text)

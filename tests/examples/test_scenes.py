@@ -21,9 +21,12 @@ import scenes_geneval  # noqa: E402
 import scenes_judges as judges  # noqa: E402
 import scenes_pretrain  # noqa: E402
 import scenes_report  # noqa: E402
+import words_pretrain  # noqa: E402
+import words_sampling  # noqa: E402
 from scenes_data import CELL, GRID, KINDS, TAGS, Icon, render  # noqa: E402
 from words_sampling import encode_prompts  # noqa: E402
 
+from trl_tafs import TAFSStableDiffusion3Pipeline  # noqa: E402
 from trl_tafs.prompts.files import read_prompt_file  # noqa: E402
 
 DETECTORS = {"contours": judges.contours, "cells": judges.cells}
@@ -124,6 +127,23 @@ def test_each_word_that_the_transformer_reads_knows_of_the_others():
     for clip in (tokens[:, star, :width], tokens[:, star, width : 2 * width]):
         assert not torch.allclose(clip[0], clip[1], rtol=1e-4)
     assert not torch.allclose(*tokens[:, length + star - 1], rtol=1e-4)  # T5 has no start
+
+
+def test_pre_training_and_sampling_shift_levels_as_the_trainer_does(monkeypatch):
+    pipeline = scenes_components.build_pipeline(num_layers=1, num_heads=2, head_dim=8, text_width=8, vae_channels=2)
+    seen = []
+
+    def velocity(transformer, x, s, text):
+        seen.append(s)
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(words_sampling, "velocity", velocity)
+    monkeypatch.setattr(words_pretrain, "velocity", velocity)
+    words_sampling.sample(pipeline, ["a star"])
+    levels = TAFSStableDiffusion3Pipeline(**pipeline.components).rollout_levels(4, data.SIDE, data.SIDE)
+    assert torch.stack(seen)[:, 0].tolist() == pytest.approx(levels[:4].tolist(), abs=1e-6)
+    words_pretrain.flow_loss(pipeline, *data.training_batch(256, random.Random(0)), torch.Generator().manual_seed(0))
+    assert (seen[-1] > 0.8).float().mean() > 0.5
 
 
 # Judges -------------------------------------------------------------------------------------------------------
@@ -411,9 +431,8 @@ def test_the_configuration_trains_and_evaluates_from_the_command_line(processes,
 def test_the_shipped_weights_are_small_and_the_base_leaves_something_to_learn():
     files = list(scenes_components.FOLDER.rglob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) <= 12e6
-    pipeline = scenes_components.load()
+    pipeline = scenes_components.load(TAFSStableDiffusion3Pipeline)
     panel = scenes_geneval.Panel(data.held_out_prompts()[::3], 1, 0)
-    pipeline.__class__ = scenes_geneval.TAFSStableDiffusion3Pipeline
     score = panel.row(pipeline, "annealed", 4)["geneval"]
     assert 0.02 < score < 0.7
 
