@@ -420,11 +420,11 @@ def test_the_configuration_trains_and_evaluates_from_the_command_line(processes,
             env=environment,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    settings = json.loads((tmp_path / "scenes" / "settings.json").read_text())
+    settings = json.loads((tmp_path / "scenes" / "config.json").read_text())
     assert settings["num_processes"] == processes
     lines = [json.loads(line) for line in (tmp_path / "scenes" / "metrics.jsonl").read_text().splitlines()]
-    assert sum("eval/annealed_4/second_detector" in line for line in lines) == 2
-    assert "geneval" in (tmp_path / "judged" / "results.json").read_text()
+    assert sum("eval/annealed_4/SecondDetector" in line for line in lines) == 2
+    assert "StrictReward" in (tmp_path / "judged" / "results.json").read_text()
 
 
 @pytest.mark.skipif(not scenes_components.FOLDER.exists(), reason="no weights")
