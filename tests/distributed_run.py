@@ -58,7 +58,6 @@ def run(
         tiny.load(model) if isinstance(model, (str, Path)) else model,
         folder,
         reward=reward,
-        sample_batch_size=4,
         train_batch_size=4,
         sample_num_batches_per_epoch=batches,
         num_generations=8,
@@ -69,7 +68,7 @@ def run(
         eval_prompts=["one", "two", "three"],
         eval_reward_function={"judge": lambda images, p, m: images.mean((1, 2, 3))},
         resume_from=resume,
-        **({"num_epochs": 2, "prompt_function": chosen} | changes),
+        **({"num_epochs": 2, "sample_batch_size": 4, "prompt_function": chosen} | changes),
     )
     if trainer.accelerator.process_index == spoiled:
         trainer.sd_pipeline.vae.decoder.conv_in.weight.data.fill_(torch.nan)

@@ -7,13 +7,13 @@ import distributed_run
 import torch
 
 SETTINGS = {"num_epochs": 5, "save_freq": 5}
-UNEQUAL = {"group_allocation": "streaming", "min_generations": 4}
+UNEQUAL = {"group_allocation": "streaming", "min_generations": 4, "sample_batch_size": 2}
 
 
 def runs(folder, model, world, **changes):
     """16 images an epoch in batches of 4, in two groups of 8: with four processes each group lies on two of them."""
     found = {"equal": distributed_run.run(folder / "equal", model, 4 // world, **SETTINGS, **changes)}
-    found["unequal"] = distributed_run.run(folder / "unequal", model, 4 // world, **UNEQUAL, **changes)
+    found["unequal"] = distributed_run.run(folder / "unequal", model, 8 // world, **UNEQUAL, **changes)
     return found
 
 
