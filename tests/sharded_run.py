@@ -74,6 +74,7 @@ def main(folder, model, *names):
     for name in names:
         size = families.FAMILIES[name].size
         settings = {"height": size, "width": size, "prompt_function": ["a cat", "red dog", "two"]}
+        settings["max_sequence_length"] = families.LENGTH
 
         def model_of(name=name):
             return families.ours(families.stock(name), name)

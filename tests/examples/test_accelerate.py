@@ -84,11 +84,10 @@ def test_the_slurm_script_starts_a_task_a_gpu_and_resumes(shard, tmp_path):
     tools.mkdir()
     (tools / "srun").write_text(SRUN.format(python=sys.executable))
     (tools / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
-    (tools / "python").symlink_to(sys.executable)
     for tool in ("srun", "scontrol"):
         (tools / tool).chmod(0o755)
     job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "here", "SHARD": shard}
-    job |= {"PATH": f"{tools}:{os.environ['PATH']}"}
+    job |= {"PATH": f"{tools}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     command = ["bash", str(FOLDER / "slurm.sh"), *RUN, "--logdir", str(tmp_path), "--run_name", "run"]
     output = started(command, **job)
     assert_trained(output, 2, tmp_path / "run")
