@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from scenes_components import FOLDER, MAX_LENGTH, load
 from scenes_data import SIDE, TAGS, Row, held_out_prompts, training_prompts, true_scenes
 from scenes_judges import Preference, SceneReward, SecondDetector, StrictReward, accuracy, cells, contours
 from scenes_report import picture, write_report
+from timed_training import train
 from torch import Tensor
 
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer, TAFSStableDiffusion3Pipeline
@@ -86,13 +85,13 @@ class Panel:
     def row(self, pipeline: Any, sampler: str, steps: int, guidance: float = 1.0) -> dict[str, Any]:
         """One way of sampling, with its evaluations an image."""
         judged = self.judged(self.images(pipeline, sampler, steps, guidance))
-        return judged | {"guidance": guidance, "evaluations": steps * (1 if guidance == 1 else 2)}
+        return judged | {"sampler": sampler, "guidance": guidance, "evaluations": steps * (1 if guidance == 1 else 2)}
 
-    def best_of(self, pipeline: Any, count: int, steps: int, guidance: float) -> dict[str, Any]:
-        """The best of `count` images of each by the graded reward."""
+    def best_of(self, pipeline: Any, count: int, sampler: str, steps: int, guidance: float) -> dict[str, Any]:
+        """The best of `count` images of each by the graded reward; `guidance` is above 1."""
         reward, best, kept = SceneReward(), None, None
         for k in range(count):
-            images = self.images(pipeline, "ode", steps, guidance, seed=self.seed + 1 + k)
+            images = self.images(pipeline, sampler, steps, guidance, seed=self.seed + 1 + k)
             scores = reward(images, self.texts, self.rows)
             if best is None or kept is None:
                 best, kept = scores, images
@@ -100,7 +99,7 @@ class Panel:
                 kept = torch.where((scores > best)[:, None, None, None], images, kept)
                 best = torch.maximum(scores, best)
         assert kept is not None
-        return self.judged(kept) | {"guidance": guidance, "evaluations": 2 * steps * count}
+        return self.judged(kept) | {"sampler": sampler, "guidance": guidance, "evaluations": 2 * steps * count}
 
 
 def guided_rows(pipeline: Any, panel: Panel, choice: Panel) -> dict[str, dict[str, Any]]:
@@ -121,9 +120,15 @@ def base_rows(pipeline: Any, panel: Panel, choice: Panel, full: bool) -> dict[st
     rows = {"base, 4 annealed steps": panel.row(pipeline, "annealed", 4)}
     if full:
         rows |= guided_rows(pipeline, panel, choice)
-        scale = next(row["guidance"] for name, row in rows.items() if name.startswith("base, 4 guided"))
-        rows[f"base, best of {BEST_OF} of 4 guided steps"] = panel.best_of(pipeline, BEST_OF, 4, scale)
+        best = panel.best_of(pipeline, BEST_OF, *guided_way(rows))
+        rows[f"base, best of {BEST_OF} of 4 guided steps"] = best
     return rows
+
+
+def guided_way(rows: dict[str, dict[str, Any]]) -> tuple[str, int, float]:
+    """Sampler, steps and scale of the base's best 4 guided steps; a common choice where it wasn't looked for."""
+    found = [row for name, row in rows.items() if name.startswith("base, 4 guided")]
+    return (found[0]["sampler"], 4, found[0]["guidance"]) if found else ("ode", 4, 3.0)
 
 
 def judged_base(pipeline: Any, panel: Panel, choice: Panel, full: bool, path: Path) -> dict[str, dict[str, Any]]:
@@ -164,20 +169,6 @@ def make_config(args: argparse.Namespace, folder: Path) -> TAFSGRPOConfig:
     }
     project = {"project_dir": str(folder)}
     return TAFSGRPOConfig(exp_name="scenes", seed=args.seed, project_kwargs=project, **options | args.options)
-
-
-def train(trainer: TAFSGRPOTrainer, seconds: float | None) -> tuple[float, float]:
-    """Train the set number of epochs, or whole epochs until `seconds` of CPU time are spent; (wall, CPU) seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    if seconds is None:
-        trainer.train()
-    while seconds is not None and time.process_time() - cpu < seconds:
-        trainer.progress.global_step = trainer.step(trainer.progress.epoch, trainer.progress.global_step)
-        trainer.progress.epoch += 1
-    spent = time.perf_counter() - wall, time.process_time() - cpu
-    if seconds is not None:
-        trainer.save_pretrained()
-    return spent
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
@@ -223,13 +214,15 @@ def main() -> None:
     if args.report:
         write_report(Path("runs"))
         return
-    pipeline = load(TAFSStableDiffusion3Pipeline)  # first: it may not be there
+    try:
+        pipeline = load(TAFSStableDiffusion3Pipeline)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
     folder = args.output_dir or Path("runs") / f"scenes_{args.reward}_{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=UserWarning)
     choice = Panel(training_prompts(16, seed=1), 1, CHOSEN)
     panel = choice if args.choose else Panel(held_out_prompts(), args.images_per_prompt, REPORTED)
     for detect in (contours, cells):
@@ -255,9 +248,7 @@ def main() -> None:
 
         further = load(TAFSStableDiffusion3Pipeline)
         go_on(further, cpu_seconds, args.seed)
-        guided = [row["guidance"] for name, row in base.items() if name.startswith("base, 4 guided")]
-        row = panel.row(further, "ode", 4, *guided or (3.0,))
-        after["base pre-trained as long again, 4 guided steps"] = row
+        after["base pre-trained as long again, 4 guided steps"] = panel.row(further, *guided_way(base))
     print_table(base | after)
     print_tags(base | after, ["base, 4 annealed steps", "after, 4 annealed steps"])
     summary = {"reward": args.reward, "seed": args.seed, "options": args.options, "epochs": epochs}

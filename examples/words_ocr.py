@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "words"))
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "words"))
 import diffusers
 import torch
 import transformers
+from timed_training import train
 from words_components import MAX_LENGTH, load
 from words_data import COLOURS, HELD_OUT_WORDS, LAYOUTS, TRAIN_WORDS, prompt_for, random_strings
 from words_judges import ColourJudge, OCRJudge, OCRReward, PrintJudge
@@ -169,20 +169,6 @@ def judged_base(panel: Panel, pipeline, path: Path | None) -> dict[str, dict[str
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1))
     return rows
-
-
-def train(trainer: TAFSGRPOTrainer, seconds: float | None) -> tuple[float, float]:
-    """Train the set number of epochs, or whole epochs until `seconds` of CPU time are spent; (wall, CPU) seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    if seconds is None:
-        trainer.train()
-    while seconds is not None and time.process_time() - cpu < seconds:
-        trainer.progress.global_step = trainer.step(trainer.progress.epoch, trainer.progress.global_step)
-        trainer.progress.epoch += 1
-    spent = time.perf_counter() - wall, time.process_time() - cpu
-    if seconds is not None:
-        trainer.save_pretrained()
-    return spent
 
 
 def main() -> None:

@@ -160,9 +160,7 @@ def cells(image: np.ndarray) -> Found:
         kind, radius = names[icon]
         x, y = left + CELL / 2, top + CELL / 2
         box = (x - radius, y - radius, x + radius, y + radius)
-        # surer than counting asks where nine tenths are explained
-        confidence = min(1.0, explained)
-        found.append((Detection(kind, confidence, box), tuple(COLOURS)[colour]))
+        found.append((Detection(kind, min(1.0, explained), box), tuple(COLOURS)[colour]))
     return found
 
 
@@ -177,7 +175,7 @@ def verdict(image: np.ndarray, row: Row, detect: Detector) -> tuple[float, float
     def colours_of(name: str, detections: Sequence[Detection]) -> list[str]:
         return [colours[id(detection)] for detection in detections]
 
-    return judge(row, keep([detection for detection, _ in objects], "colors"), colours_of)
+    return judge(row, keep([detection for detection, _ in objects], row["tag"]), colours_of)
 
 
 def strict_scores(images: Tensor, rows: Sequence[Row], detect: Detector) -> list[float]:

@@ -206,6 +206,22 @@ def test_the_two_detectors_share_no_method(monkeypatch):
         judges.contours(image)
 
 
+def test_each_judge_asks_its_own_detector(monkeypatch):
+    monkeypatch.setattr(judges, "contours", lambda image: [])
+    image, rows = render([Icon("star", "red", 3)], GROUND)[None], [data.coloured("star", "red")[1]]
+    found = [judge(image, ["a red star"], rows).item() for judge in (judges.StrictReward(), judges.SecondDetector())]
+    assert found == [0, 1]
+
+
+def test_counting_asks_for_sure_objects_as_genevals_rules_do():
+    def unsure(image):
+        return [(judges.Detection("heart", 0.5, (0.0, 0.0, 14.0, 14.0)), "pink")] * 2
+
+    image = judges.to_uint8(render([], GROUND)[None])[0]
+    assert judges.verdict(image, data.counted("heart", 2)[1], unsure)[0] == 0
+    assert judges.verdict(image, data.asked("two_object", data.need("heart", 2)), unsure)[0] == 1
+
+
 def test_preference_is_for_large_icons_whatever_is_drawn():
     def taste(*icons):
         return judges.boldness(judges.to_uint8(render(icons, GROUND)[None])[0])
@@ -285,7 +301,8 @@ def test_the_base_is_judged_with_guidance_and_by_the_best_of_several(monkeypatch
 
     def images(self, pipeline, sampler, steps, guidance=1.0, seed=None):
         drawn.append((sampler, steps, guidance, seed))
-        return self.real if guidance == 3.0 and seed in (None, 3) else torch.ones_like(self.real)
+        good = guidance == 3.0 and (steps == 32 or sampler == "annealed") and seed in (None, 3)
+        return self.real if good else torch.ones_like(self.real)
 
     monkeypatch.setattr(scenes_geneval.Panel, "images", images)
     rows = scenes_geneval.base_rows(None, panel, panel, full=True)
@@ -293,6 +310,9 @@ def test_the_base_is_judged_with_guidance_and_by_the_best_of_several(monkeypatch
     assert names[0] == "base, 4 annealed steps" and rows[names[0]]["evaluations"] == 4
     assert [rows[name]["evaluations"] for name in names[1:]] == [8, 64, 64]
     assert [rows[name]["guidance"] for name in names[1:]] == [3.0] * 3
+    assert rows[names[1]]["sampler"] == rows[names[3]]["sampler"] == "annealed", (
+        "the better one, for all rows of 4 steps"
+    )
     assert rows[names[-1]]["geneval"] == 1.0, "the one good draw of eight is kept"
     assert rows[names[0]]["geneval"] == 0.0
     assert {guidance for _, _, guidance, _ in drawn} == {1.0, *scenes_geneval.SCALES}
@@ -323,7 +343,7 @@ def pretrain(folder, steps):
     made = tiny_pipeline()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes_components, "build_pipeline", lambda seed: made)
-        patch.setattr(data, "held_out_prompts", lambda: PROMPTS[:1])
+        patch.setattr(data, "training_prompts", lambda each, seed: PROMPTS[:1])
         paths = ("--state", folder / "state.pt", "--output", folder / "pipeline")
         run_script(EXAMPLES / "scenes" / "scenes_pretrain.py", *arguments, *paths, cwd=folder)
 

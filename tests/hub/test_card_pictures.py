@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import replace
 
@@ -6,7 +7,8 @@ import tiny
 import torch
 from PIL import Image
 
-from trl_tafs.output.pictures import tensor_to_image
+from trl_tafs.hub import publisher
+from trl_tafs.output.pictures import save_png, tensor_to_image
 
 PROMPTS = ["one", "two", "three", "four"]
 
@@ -43,3 +45,31 @@ def test_what_is_published_is_sampled_as_it_was_trained(pipeline, tmp_path, kern
     )
     shown = Image.open(tmp_path / "adapter" / "images" / "after_0.png").tobytes()
     assert shown == tensor_to_image(drawn[0]).tobytes(), "the card's pictures, too"
+
+
+def test_the_weights_are_there_whatever_stops_the_pictures(pipeline, tmp_path, monkeypatch):
+    trainer = tiny.trainer(pipeline, tmp_path, num_epochs=1)
+
+    def out_of_memory(*args):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.policy, "reference", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.save_pretrained(tmp_path / "saved")
+    assert list((tmp_path / "saved").glob("*.safetensors"))
+
+
+def test_a_disk_that_fails_at_the_pictures_leaves_a_whole_adapter_elsewhere(pipeline, tmp_path, monkeypatch):
+    trainer, full = tiny.trainer(pipeline, tmp_path, num_epochs=1), []
+
+    def save(image, path):
+        if tmp_path in path.parents:
+            full.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_png(image, path)
+
+    monkeypatch.setattr(publisher, "save_png", save)
+    with pytest.warns(UserWarning, match="can't be written .*the adapter is in"):
+        place = trainer.save_pretrained()
+    assert full and tmp_path not in place.parents
+    assert list(place.glob("*.safetensors")) and (place / "README.md").exists() and list(place.glob("images/*.png"))

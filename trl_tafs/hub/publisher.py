@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,31 @@ from trl_tafs.training.divergence import check_weights
 from trl_tafs.training.progress import Progress
 
 CARD_PICTURES = 4
+Write = Callable[[Path], None]  # writes something in a folder
+
+
+def written(place: Path, moved: str | None, steps: Sequence[Write], before: Sequence[Write] = ()) -> Path:
+    """Take these steps of writing in a folder; return it, or a temporary one where the disk fails.
+
+    Args:
+        place: the folder.
+        moved: how the temporary folder's name begins; None: a disk's fault is raised.
+        steps: what to write.
+        before: what was written in the folder before: it is written in the temporary one, too.
+    """
+    try:
+        for step in steps:
+            step(place)
+        return place
+    except Exception as error:  # safetensors' disk errors share no base class with OSError
+        if moved is None or not is_disk_fault(error):
+            raise
+        reason = first_line(error)
+    failed, place = place, Path(tempfile.mkdtemp(prefix=moved))
+    for step in (*before, *steps):
+        step(place)
+    warnings.warn(f"{failed} can't be written ({reason}): the adapter is in {place}", stacklevel=5)
+    return place
 
 
 @dataclass
@@ -81,26 +107,23 @@ class Publisher:
         """
         place, accelerator = Path(folder or self.default_folder), self.policy.accelerator
         check_weights(self.policy, self.config, f"after {self.progress.epoch} epochs")
-        pictures, fault = (
-            self._pictures() if accelerator.is_main_process or is_sharded(self.policy.accelerator) else ({}, None)
-        )
-        if accelerator.is_main_process:
-            try:
-                self._write(place, pictures, repo_id)
-            except Exception as error:  # safetensors' disk errors share no base class with OSError
-                if folder is not None or not is_disk_fault(error):
-                    raise
-                failed, place = place, Path(tempfile.mkdtemp(prefix=f"{Path(self.config.run_name).name}-adapter-"))
-                self._write(place, pictures, repo_id)
-                said = f"{failed} can't be written ({first_line(error)}): the adapter is in {place}"
-                warnings.warn(said, stacklevel=4)
+        main, name = accelerator.is_main_process, None if folder else f"{Path(self.config.run_name).name}-adapter-"
+        if main:  # the weights first: whatever happens to the pictures, they are there
+            place = written(place, name, [self._write_weights])
+        pictures, fault = self._pictures() if main or is_sharded(accelerator) else ({}, None)
+        if main:
+            name = name if place == Path(self.default_folder) else None
+            show = partial(self._write_pictures_and_card, pictures=pictures, repo_id=repo_id)
+            place = written(place, name, [show], before=[self._write_weights])
         raise_everywhere(accelerator, fault, NonFiniteError, f"the weights in {place} can't be sampled")
         return place
 
-    def _write(self, folder: Path, pictures: dict[str, Tensor], repo_id: str | None) -> None:
-        """Write the weights, the pictures by their names, those that the prompts came with, and the card."""
+    def _write_weights(self, folder: Path) -> None:
         with self.policy.averaged():
             self.policy.publish(folder)
+
+    def _write_pictures_and_card(self, folder: Path, pictures: Mapping[str, Tensor], repo_id: str | None) -> None:
+        """Write the pictures by their names, those that the prompts came with, and the card."""
         for name, image in pictures.items():
             save_png(tensor_to_image(image), folder / "images" / f"{name}.png")
         prompts = self.card_prompts()
