@@ -82,7 +82,7 @@ def test_the_hooks_images_are_those_that_were_scored(pipeline, tmp_path, threads
     changes = changes | {"hook": lambda *args: None}
     trainer, batches = parts_of(pipeline, tmp_path, tiny.brightness, threads, **changes)
     decode = trainer.collector.sampler.decode
-    trainer.collector.sampler.decode = lambda latents: decoded.append(len(latents)) or decode(latents)
+    trainer.collector.sampler.decode = lambda latents, *more: decoded.append(len(latents)) or decode(latents)
     parts, _ = trainer.collector.sampler.sample(batches, 0)
     scored = [count for part in parts for count in [len(part.prompts) * part.scores.shape[2]] * part.scores.shape[1]]
     assert decoded == scored, "nothing is decoded twice"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trl_tafs.options import Options, check_at_least_1_or_none, check_not_empty, option
+from trl_tafs.options import Options, check_at_least_1_or_none, check_choice, check_not_empty, option
 
 
 @dataclass
@@ -28,6 +28,14 @@ class PipelineOptions(Options):
     )
     vae_tiling: bool = option(False, "The VAE decodes large images in tiles, whose seams are blended.")
     decode_batch_size: int | None = option(None, "Images that the VAE decodes at once. None: sample_batch_size.")
+    tiny_decoder: str | None = option(
+        None,
+        "Folder or Hub name of an AutoencoderTiny (madebyollin/taesd3, taef1) that decodes images only rewards see, in "
+        "a fraction of the VAE's time; evaluations and cards keep the VAE. None: the VAE decodes all.",
+    )
+    tiny_decoder_steps: str = option(
+        "intermediate", "Which scored steps it decodes: intermediate, all but the last scored one; or all."
+    )
     prompt_cache_dir: str | None = option(
         None,
         "Folder for encoded prompts. A list or dataset of prompts is encoded before training, and what is found there "
@@ -37,4 +45,10 @@ class PipelineOptions(Options):
     def check(self) -> None:
         """Raise ValueError for what can't work."""
         check_at_least_1_or_none(self, "height", "width", "max_sequence_length", "decode_batch_size")
-        check_not_empty(self, "prompt_cache_dir")
+        check_not_empty(self, "prompt_cache_dir", "tiny_decoder")
+        check_choice(self, "tiny_decoder_steps", ("intermediate", "all"))
+        if self.tiny_decoder is None and self.tiny_decoder_steps != "intermediate":
+            raise ValueError(
+                f"tiny_decoder_steps={self.tiny_decoder_steps!r} has no effect without tiny_decoder; name one, or "
+                "leave it out"
+            )

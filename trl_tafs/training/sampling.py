@@ -16,7 +16,6 @@ from trl_tafs.algorithm import Algorithm
 from trl_tafs.method.noise import SampleNoise
 from trl_tafs.method.rollout import LAST, rollout
 from trl_tafs.method.types import PromptBatch, Rollout
-from trl_tafs.output.out_of_memory import MicroBatch
 from trl_tafs.pipelines.components import casting_once
 from trl_tafs.pipelines.finite import DenoiserWatch, NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
@@ -24,6 +23,7 @@ from trl_tafs.policy.sharding import is_sharded
 from trl_tafs.processes import any_process
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.rewards.scoring import RewardSet, Scores
+from trl_tafs.training.decoding import ImageDecoder
 from trl_tafs.training.experience import ScoredBatch
 from trl_tafs.training.logs import Stopwatch
 from trl_tafs.training.options import TrainingOptions
@@ -62,7 +62,9 @@ class RolloutSampler:
     stopwatch: Stopwatch
     keep: frozenset[str] = frozenset()  # of each rollout, besides what the objective needs: names of `rollout.KEPT`
     stop: Callable[[], bool] = lambda: False  # whether this process was told to stop: asked before each batch
-    decode_batch: MicroBatch | None = None  # of the VAE; None: of `decode_size` images
+
+    def __post_init__(self) -> None:
+        self.decoder = ImageDecoder.of(self.config, self.policy, len(self.algorithm.scored_steps_at(0)))
 
     def roll_out(
         self, prompts: PromptBatch, epoch: int, on_scored: Callable[[Tensor], None] | None = None
@@ -98,38 +100,39 @@ class RolloutSampler:
             trajectories = dataclasses.replace(trajectories, clean=trajectories.clean.cpu())
         return ScoredBatch(prompts, trajectories)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, *) to images (B, 3, H, W) on the CPU, a few at a time."""
-        self.decode_batch = self.decode_batch or MicroBatch(self.config.decode_size, "decoding", "decode_batch_size")
-        with self.policy.devices.decoding():
-            return self.decode_batch(lambda size: self.policy.pipeline.decode_in_batches(latents, size))
+    def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
+        """Latents (B, *) to images (B, 3, H, W) on the CPU."""
+        return self.decoder(latents, tiny)
 
     def score(
-        self, prompts: PromptBatch, latents: Tensor, scoring: Scoring, executor: ThreadPoolExecutor | None = None
+        self,
+        prompts: PromptBatch,
+        latents: Tensor,
+        scoring: Scoring,
+        executor: ThreadPoolExecutor | None = None,
+        last: bool = True,
     ) -> None:
-        """Decode one step's clean latents (B, K, *) and have them scored: a future of their `Scores` is added.
+        """Decode clean latents (B, K, *) of one step, the `last` or not; a future of their `Scores` is added.
 
         Raises:
             NonFiniteError: an image is; no reward sees it.
         """
         kinds = latents.shape[1]
+        tiny = self.decoder.is_tiny(last)
         with self.stopwatch("decode"):
-            images = self.decode(latents.flatten(0, 1))
+            images = self.decode(latents.flatten(0, 1), tiny)
             check_images(self.policy.pipeline, images, latents)
         if self.keep_images:
-            scoring.images = images[::kinds].clone()
+            scoring.images = None if tiny else images[::kinds].clone()
         texts = [prompt for prompt in prompts.prompts for _ in range(kinds)]
         metadata = [entry for entry in prompts.metadata for _ in range(kinds)]
+        if tiny:
+            self.decoder.compare(self.rewards, latents.flatten(0, 1), images, texts, metadata)
         if executor is not None:
             scoring.futures.append(executor.submit(self.rewards, images, texts, metadata))
             return
-        future: Future = Future()
-        scoring.futures.append(future)
         with self.stopwatch("reward"):
-            try:
-                future.set_result(self.rewards(images, texts, metadata))
-            except Exception as error:  # handed on through the future, as the executor does
-                future.set_exception(error)
+            scoring.futures.append(answered(lambda: self.rewards(images, texts, metadata)))
 
     def sample(
         self,
@@ -208,12 +211,12 @@ class RolloutSampler:
         for i, prompts in enumerate(batches):
             scoring = Scoring()
             if i < len(kept):
-                batch = self._restore(prompts, kept[i])
+                batch = restored(prompts, kept[i], self.algorithm.levels.device)
             else:
                 if self._agreed(self.stop()):
                     return
                 with self.stopwatch("rollout"):
-                    batch = self.roll_out(prompts, epoch, self._scorer(prompts, scoring, executor))
+                    batch = self.roll_out(prompts, epoch, self._scorer(prompts, scoring, executor, epoch))
             progress("rollout")
             yield batch, scoring
 
@@ -222,7 +225,7 @@ class RolloutSampler:
         return any_process(self.policy.accelerator, flag) if is_sharded(self.policy.accelerator) else flag
 
     def _scorer(
-        self, prompts: PromptBatch, scoring: Scoring, executor: ThreadPoolExecutor | None
+        self, prompts: PromptBatch, scoring: Scoring, executor: ThreadPoolExecutor | None, epoch: int
     ) -> Callable[[Tensor], None] | None:
         """Return what `rollout` hands a step's clean latents to.
 
@@ -230,13 +233,15 @@ class RolloutSampler:
         """
         if executor is None or is_sharded(self.policy.accelerator):
             return None
-        return lambda latents: self.score(prompts, latents, scoring, executor)
+        scored = self.algorithm.scored_steps_at(epoch)
+        return lambda latents: self.score(prompts, latents, scoring, executor, len(scoring.futures) == len(scored) - 1)
 
     def _score_steps(self, batch: ScoredBatch, scoring: Scoring, executor: ThreadPoolExecutor | None) -> None:
         """Have each scored step scored, where that hasn't begun and scores aren't there; and the hook's images."""
         if batch.scores is None and not scoring.futures:
-            for latents in batch.rollout.scored.unbind(1):
-                self.score(batch.prompts, latents, scoring, executor)
+            steps = batch.rollout.scored.unbind(1)
+            for k, latents in enumerate(steps):
+                self.score(batch.prompts, latents, scoring, executor, k == len(steps) - 1)
                 if executor is None and scoring.fault is not None:
                     break
         if self.keep_images:
@@ -245,9 +250,21 @@ class RolloutSampler:
             with self.stopwatch("decode"):
                 batch.images = self.decode(batch.rollout.final)
 
-    def _restore(self, prompts: PromptBatch, payload: dict[str, Any]) -> ScoredBatch:
-        fields = {name: value.to(self.algorithm.levels.device) for name, value in payload["rollout"].items()}
-        return ScoredBatch(prompts, Rollout(**fields), scores=payload["scores"], metadata={})
+
+def answered(call: Callable[[], Scores]) -> Future:
+    """Call here and now; the future of what it gives, or of its error, as an executor hands it on."""
+    future: Future = Future()
+    try:
+        future.set_result(call())
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def restored(prompts: PromptBatch, payload: dict[str, Any], device: torch.device) -> ScoredBatch:
+    """Return a batch that an earlier try kept."""
+    fields = {name: value.to(device) for name, value in payload["rollout"].items()}
+    return ScoredBatch(prompts, Rollout(**fields), scores=payload["scores"], metadata={})
 
 
 def shows_result(batch: ScoredBatch, scoring: Scoring, storage: torch.dtype) -> bool:
