@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from tasks import TASKS, Task
+from tasks import CHOICE_NOISE, TASKS, Task
 
 from trl_tafs import TAFSGRPOConfig, TAFSGRPOTrainer
 from trl_tafs.method.kernels import Annealed
@@ -22,12 +22,16 @@ from trl_tafs.method.rollout import sample_steps
 from trl_tafs.presets import preset
 from trl_tafs.prompts.encoder import PromptEncoder
 
-EVALUATED = {"annealed 4": ("annealed", 4), "ode 4": ("ode", 4), "ode 10": ("ode", 10)}
+SAMPLERS = ("annealed", "ode")
+EVALUATED = {f"{sampler} {steps}": (sampler, steps) for steps in (2, 4, 8) for sampler in SAMPLERS}
 STEP_COUNTS = (1, 2, 3, 4, 5, 6, 8)
 
 
 class Evaluations:
-    """Counts what training asks of the denoiser, in images, by phase: `rollout`, `policy` (with gradient), `other`."""
+    """Counts what training asks for, in images: of the denoiser by phase (`rollout`, `policy` with gradient, `other`).
+
+    And `decodes`, images that the VAE decodes.
+    """
 
     def __init__(self, trainer: TAFSGRPOTrainer) -> None:
         """Listen to the trainer's denoiser; nothing is counted outside of `training`."""
@@ -44,6 +48,11 @@ class Evaluations:
                 self.phase = "other"
 
         trainer.collector.collect = collecting
+        trainer.sd_pipeline.vae.decoder.register_forward_pre_hook(self._decode)
+
+    def _decode(self, module: torch.nn.Module, args: tuple) -> None:
+        if self.phase is not None:
+            self.counts["decodes"] += len(args[0])
 
     def _count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.phase is not None:
@@ -58,8 +67,8 @@ class Evaluations:
 
     @property
     def total(self) -> int:
-        """All phases."""
-        return sum(self.counts.values())
+        """Of the denoiser, all phases."""
+        return sum(self.counts.values()) - self.counts["decodes"]
 
 
 def make_trainer(task: Task, method: dict[str, Any], seed: int, folder: str) -> TAFSGRPOTrainer:
@@ -84,7 +93,7 @@ def make_trainer(task: Task, method: dict[str, Any], seed: int, folder: str) -> 
     return TAFSGRPOTrainer(config, task.rewards(), task.train_prompts, task.pipeline())
 
 
-def epoch_seconds(task_name: str, methods: dict[str, dict], rounds: int = 5, epochs: int = 2) -> dict[str, Any]:
+def epoch_seconds(task_name: str, methods: dict[str, dict], rounds: int = 3, epochs: int = 1) -> dict[str, Any]:
     """What an epoch of each method takes, in CPU seconds of one thread: `seconds`.
 
     The least of `rounds` times `epochs`; each round goes through all methods, so that a slow minute of the machine
@@ -133,7 +142,8 @@ def train(
     while "at_time" not in result or short_of_evaluations():
         with counter.training():
             train_epoch(trainer)
-        facts = {"evaluations": counter.total, "epochs": trainer.progress.epoch}
+        updates = trainer.progress.global_step
+        facts = {"evaluations": counter.total, "epochs": trainer.progress.epoch, "updates": updates}
         if trainer.progress.epoch in looks:
             curve.append(facts | look())
         if trainer.progress.epoch == epochs:
@@ -156,15 +166,60 @@ def correlations(task: Task, pipeline: Any, num_steps: int = 4) -> dict[str, flo
     levels = pipeline.rollout_levels(num_steps, task.height, task.width)
     steps = sample_steps(pipeline.velocity, Annealed(), encode(task.prompts), levels, x, noise)
     ((_, reward),) = task.rewards().items()
-    nothing: list[dict] = [{} for _ in task.prompts]
-    scored = [reward(pipeline.decode_latents(step.clean), task.prompts, nothing) for step in steps]
+    told = [dict(task.metadata.get(prompt, {})) for prompt in task.prompts]
+    scored = [reward(pipeline.decode_latents(step.clean), task.prompts, told) for step in steps]
     rewards = torch.stack([torch.as_tensor(item[0] if isinstance(item, tuple) else item) for item in scored]).double()
     r = torch.corrcoef(rewards)[-1].nan_to_num(0.0).tolist()
     return {f"R^{n + 1} with R^{num_steps}": round(r[n], 3) for n in range(num_steps - 1)}
 
 
-def run(task_name: str, method: dict[str, Any], seed: int, epochs: int, evaluations: int | None, full: bool) -> dict:
-    """One run; `full` adds what the figures need: step counts, correlations, the base's own figures."""
+def chosen(task_name: str, method: dict[str, Any], seed: int, epochs: int) -> dict[str, Any]:
+    """What a learning rate is chosen by: `best` of both samplers at 4 steps, on prompts and noise of its own."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    task = TASKS[task_name]()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(task, method, seed, folder)
+        while trainer.progress.epoch < epochs:
+            train_epoch(trainer)
+        best = max(choice_value(task, trainer.sd_pipeline, sampler, 4) for sampler in SAMPLERS)
+    return {"task": task_name, "method": method, "seed": seed, "best": best}
+
+
+def choice_value(task: Task, pipeline: Any, sampler: str, steps: int, guidance: float = 1.0) -> float:
+    """The rewarding metric on prompts and noise that nothing is reported of."""
+    prompts = task.choice_prompts
+    images = task.images(pipeline, sampler, steps, guidance, prompts=prompts, seed=CHOICE_NOISE)
+    return round(task.quick(images, prompts), 4)
+
+
+def judged(task: Task, pipeline: Any, sampler: str, steps: int, guidance: float = 1.0) -> dict[str, Any]:
+    """All judges, and the rewarding metric of each image."""
+    images = task.images(pipeline, sampler, steps, guidance)
+    row = {name: round(value, 4) for name, value in task.judge(images).items()}
+    return row | {"values": [round(value, 3) for value in task.values(images, task.prompts).tolist()]}
+
+
+def guided(task_name: str) -> dict[str, Any]:
+    """The untrained base with guidance at 4 and 32 steps: sampler and scale by prompts and noise of their own."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    task = TASKS[task_name]()
+    pipeline, rows = task.pipeline(), {}
+    for steps, samplers in ((4, SAMPLERS), (32, ("ode",))):
+        tried = {
+            (sampler, scale): choice_value(task, pipeline, sampler, steps, scale)
+            for sampler in samplers
+            for scale in task.guidance
+        }
+        sampler, scale = max(tried, key=lambda way: tried[way])
+        row = judged(task, pipeline, sampler, steps, scale)
+        rows[str(steps)] = row | {"sampler": sampler, "guidance": scale, "evaluations": 2 * steps}
+    return {"task": task_name, "rows": rows, "seconds": 0.0}
+
+
+def run(task_name: str, method: dict[str, Any], seed: int, epochs: int, evaluations: int | None) -> dict[str, Any]:
+    """One run, judged by all at 2, 4 and 8 steps of both samplers; seed 0 has step counts and correlations, too."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     task = TASKS[task_name]()
@@ -179,18 +234,15 @@ def run(task_name: str, method: dict[str, Any], seed: int, epochs: int, evaluati
             return {"value": value("annealed", 4)}
 
         def judge(by_all: bool) -> dict[str, Any]:
-            if not (full and by_all):
-                return {"best": max(value("annealed", 4), value("ode", 4))}
-            rows = {
-                name: task.judge(task.images(pipeline, *how)) for name, how in EVALUATED.items() if name in task.judged
-            }
-            rows = {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}
-            return {"rows": rows, "best": max(rows["annealed 4"]["reward"], rows["ode 4"]["reward"])}
+            if not by_all:
+                return {"best": max(value(sampler, 4) for sampler in SAMPLERS)}
+            rows = {name: judged(task, pipeline, *how) for name, how in EVALUATED.items()}
+            return {"rows": rows, "best": max(rows[f"{sampler} 4"]["reward"] for sampler in SAMPLERS)}
 
-        before = correlations(task, pipeline) if full and seed == 0 else None
+        before = correlations(task, pipeline) if seed == 0 else None
         result = train(trainer, epochs, evaluations, look, judge, task.points)
-        if full and seed == 0:
-            pairs = [(sampler, n) for sampler in ("annealed", "ode") for n in STEP_COUNTS]
+        if seed == 0:
+            pairs = [(sampler, n) for sampler in SAMPLERS for n in STEP_COUNTS]
             result["steps"] = {f"{sampler} {n}": value(sampler, n) for sampler, n in pairs}
             result["correlations"] = {"before": before, "after": correlations(task, pipeline)}
     return {"task": task_name, "method": method, "seed": seed} | result

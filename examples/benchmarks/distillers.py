@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_run import EVALUATED
+from bench_run import EVALUATED, SAMPLERS, choice_value, judged
 from tasks import Digits
 from torch import Tensor
 
@@ -128,16 +128,27 @@ def step_seconds(name: str, steps: int = 20) -> dict[str, Any]:
     return {"seconds": min(after - before for before, after in pairwise(times))}
 
 
-def run_distiller(name: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
-    """One baseline for `steps` optimizer steps, judged as the methods are."""
+def trained(name: str, rate: float, seed: int, steps: int) -> tuple[Digits, Any]:
+    """The task, and its pipeline after `steps` optimizer steps of one baseline."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     task = Digits()
     pipeline = task.pipeline()
     for _ in islice(updates(pipeline, task, DISTILLERS[name], rate, seed), steps):
         pass
-    rows = {how: task.judge(task.images(pipeline, *EVALUATED[how])) for how in EVALUATED}
-    rows = {how: {k: round(v, 4) for k, v in row.items()} for how, row in rows.items()}
+    return task, pipeline
+
+
+def chosen_distiller(name: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+    """What a baseline's learning rate is chosen by, as the methods' are: `best`."""
+    task, pipeline = trained(name, rate, seed, steps)
+    return {"best": max(choice_value(task, pipeline, sampler, 4) for sampler in SAMPLERS)}
+
+
+def run_distiller(name: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+    """One baseline for `steps` optimizer steps, judged as the methods are."""
+    task, pipeline = trained(name, rate, seed, steps)
+    rows = {how: judged(task, pipeline, *EVALUATED[how]) for how in EVALUATED}
     best = max(rows["annealed 4"]["reward"], rows["ode 4"]["reward"])
-    facts = {"steps": steps, "rows": rows, "best": best}
+    facts = {"updates": steps, "rows": rows, "best": best}
     return {"method": {"preset": name, "rate": rate}, "seed": seed, "at_time": facts}

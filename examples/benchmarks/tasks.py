@@ -1,4 +1,4 @@
-"""The two embedded tasks of the benchmark: what is trained, on which prompts, and who judges it."""
+"""The embedded tasks of the benchmark: what is trained, on which prompts, and who judges it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from trl_tafs.evaluation.drawing import Drawer, DrawSpec
 from trl_tafs.prompts.encoder import PromptEncoder
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(EXAMPLES / "digits"), str(EXAMPLES / "words"), str(EXAMPLES)]
+sys.path[:0] = [str(EXAMPLES / name) for name in ("digits", "words", "scenes")] + [str(EXAMPLES)]
+
+NOISE, CHOICE_NOISE = 1000, 2000  # seeds: of what is reported, and of what rates and scales are chosen by
+
+
+def cells_distance(images: Tensor, real: Tensor, cells: tuple[int, int]) -> float:
+    """Frechet distance of the mean colours of so many cells, times 100."""
+    from digits_judges import frechet_distance
+
+    means = [torch.nn.functional.adaptive_avg_pool2d(item, cells).flatten(1) for item in (images, real)]
+    return 100 * frechet_distance(*means)
 
 
 class Task(ABC):
@@ -26,11 +36,12 @@ class Task(ABC):
     seconds: float  # of CPU time, each run's
     options: dict[str, Any]  # of TAFSGRPOConfig: sizes that are the same for every method
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # learning rates that are tried for every method alike
-    judged: tuple[str, ...] = ("annealed 4", "ode 4", "ode 10")  # samplers
+    guidance: tuple[float, ...] = (1.5, 2.0, 3.0, 4.5, 7.0)  # scales that are tried for the base
     points: int = 4  # of the curve of rewards
     prompts: list[str]  # judged
     choice_prompts: list[str]  # by which a learning rate is chosen
     train_prompts: list[tuple[str, dict]]
+    metadata: dict[str, dict] = {}  # of prompts, for the reward
 
     @abstractmethod
     def pipeline(self) -> Any:
@@ -45,8 +56,12 @@ class Task(ABC):
         """All judges on images of `prompts`; `reward` first."""
 
     @abstractmethod
+    def values(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The rewarding metric of each image of these prompts, (B,)."""
+
     def quick(self, images: Tensor, prompts: list[str] | None = None) -> float:
-        """The rewarding metric alone, by default on images of `prompts`."""
+        """The rewarding metric's mean, by default on images of `prompts`."""
+        return self.values(images, self.prompts if prompts is None else prompts).mean().item()
 
     @abstractmethod
     def real(self) -> Tensor:
@@ -69,7 +84,7 @@ class Task(ABC):
         guidance: float = 1.0,
         *,
         prompts: list[str] | None = None,
-        seed: int = 1000,
+        seed: int = NOISE,
     ) -> Tensor:
         """(B, 3, H, W) of `prompts`, by default the judged ones, with noise that is the same for every method."""
         prompts = self.prompts if prompts is None else prompts
@@ -117,9 +132,9 @@ class Digits(Task):
         values = {name: judge.accuracy(images, self.prompts) for name, judge in self.judges.items()}
         return values | {"fidelity": fidelity(images, self.labels), "diversity": diversity(images, self.labels)}
 
-    def quick(self, images: Tensor, prompts: list[str] | None = None) -> float:
-        """Accuracy by the rewarding classifier."""
-        return self.judges["reward"].accuracy(images, self.prompts if prompts is None else prompts)
+    def values(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Whether the rewarding classifier sees the asked digit."""
+        return self.judges["reward"].hits(images, prompts)
 
     def real(self) -> Tensor:
         """Digits of the split that judges."""
@@ -138,8 +153,7 @@ class Words(Task):
     """D = 1,536: an OCR engine's reward on random words, judged on held-out ones by it, an older one, and pixels."""
 
     name, size = "words", "small"
-    seconds, rates, points = 30.0, (1e-3, 3e-3), 2
-    judged = ("annealed 4", "ode 4")
+    seconds, rates, points = 30.0, (1e-3, 3e-3, 1e-2), 2
 
     def __init__(self) -> None:
         """One image of each of 92 held-out words."""
@@ -171,9 +185,9 @@ class Words(Task):
         values = {n: torch.as_tensor(j(images, self.prompts)).mean().item() for n, j in self.judges.items()}
         return values | {"diversity": images.std(0).mean().item()}
 
-    def quick(self, images: Tensor, prompts: list[str] | None = None) -> float:
-        """The rewarding engine's mean."""
-        return torch.as_tensor(self.judges["reward"](images, prompts or self.prompts)).mean().item()
+    def values(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The rewarding engine's."""
+        return torch.as_tensor(self.judges["reward"](images, prompts))
 
     def real(self) -> Tensor:
         """Eight renderings of each word, on grounds of their own."""
@@ -186,16 +200,71 @@ class Words(Task):
 
     def frechet(self, images: Tensor) -> float:
         """Of the mean colours of 4 x 8 cells, times 100: it sees ink, ground and burnt pictures, no letters."""
-        from digits_judges import frechet_distance
-
-        cells = [torch.nn.functional.adaptive_avg_pool2d(item, (4, 8)).flatten(1) for item in (images, self.real())]
-        return 100 * frechet_distance(*cells)
+        return cells_distance(images, self.real(), (4, 8))
 
 
 class LargeWords(Words):
     """D = 4,320: larger letters, and so more pixels."""
 
     name, size = "large", "large"
+
+
+class Scenes(Task):
+    """D = 3,072: GenEval's graded score of what OpenCV finds; judged strictly on held-out combinations."""
+
+    name, height, width = "scenes", 32, 32
+    seconds, points = 90.0, 2
+    each = 2  # images of each of 96 prompts
+
+    def __init__(self) -> None:
+        """Two images of each held-out prompt; rates are chosen by prompts of training's combinations."""
+        from scenes_components import MAX_LENGTH
+        from scenes_data import held_out_prompts, training_prompts, true_scenes
+        from scenes_judges import Preference, SecondDetector, StrictReward
+
+        judged, choice = held_out_prompts(), training_prompts(16, seed=1)
+        self.train_prompts = training_prompts()
+        self.metadata = dict(judged) | dict(choice) | dict(self.train_prompts)
+        self.prompts = [text for text, _ in judged for _ in range(self.each)]
+        self.choice_prompts = [text for text, _ in choice for _ in range(self.each)]
+        self.judges = {"reward": StrictReward(), "held_out": SecondDetector(), "preference": Preference()}
+        self.true = true_scenes([(text, self.metadata[text]) for text in self.prompts], NOISE)[0]
+        self.options = {"sample_batch_size": 48, "sample_num_batches_per_epoch": 4, "num_generations": 12}
+        self.options |= {"train_batch_size": 192, "max_sequence_length": MAX_LENGTH}
+
+    def pipeline(self) -> Any:
+        """Pre-trained on scenes."""
+        from scenes_components import load
+
+        from trl_tafs import TAFSStableDiffusion3Pipeline
+
+        return load(TAFSStableDiffusion3Pipeline)
+
+    def rewards(self) -> dict[str, Any]:
+        """The graded score."""
+        from scenes_judges import SceneReward
+
+        return {"reward": SceneReward()}
+
+    def judge(self, images: Tensor) -> dict[str, float]:
+        """Means by the strict score, the second detector and the preference; distance to true scenes; diversity."""
+        rows = [self.metadata[text] for text in self.prompts]
+        values = {name: judge(images, self.prompts, rows).float().mean().item() for name, judge in self.judges.items()}
+        spread = (images[::2] - images[1::2]).square().mean((1, 2, 3)).sqrt().mean()
+        true = (self.true[::2] - self.true[1::2]).square().mean((1, 2, 3)).sqrt().mean()
+        return values | {"fidelity": self.frechet(images), "diversity": (spread / true).item()}
+
+    def values(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The strict score by contours."""
+        return self.judges["reward"](images, prompts, [self.metadata[text] for text in prompts]).float()
+
+    def real(self) -> Tensor:
+        """A true scene of each."""
+        return self.true
+
+    def frechet(self, images: Tensor) -> float:
+        """Of the mean colours of 4 x 4 cells, times 100."""
+        return cells_distance(images, self.real(), (4, 4))
 
 
 class Mixed(Digits):
@@ -225,4 +294,4 @@ class Mixed(Digits):
         return {"reward": reward}
 
 
-TASKS = {"digits": Digits, "words": Words, "large": LargeWords, "mixed": Mixed}
+TASKS = {"digits": Digits, "words": Words, "large": LargeWords, "scenes": Scenes, "mixed": Mixed}

@@ -106,9 +106,13 @@ class _ClassifierJudge:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None):
         return self.probabilities(images).gather(1, _asked(prompts)[:, None])[:, 0], {}
 
+    def hits(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,): 1 where the most probable class is the asked digit, else 0; garbage counts as wrong."""
+        return (self.probabilities(images).argmax(-1) == _asked(prompts)).float()
+
     def accuracy(self, images: Tensor, prompts: list[str]) -> float:
-        """The share of images whose most probable class is the asked digit; garbage counts as wrong."""
-        return (self.probabilities(images).argmax(-1) == _asked(prompts)).float().mean().item()
+        """The share of `hits`."""
+        return self.hits(images, prompts).mean().item()
 
 
 class DigitReward(_ClassifierJudge):
