@@ -166,3 +166,35 @@ def test_what_sampling_does_not_hide_is_told_as_the_rewards_time(pipeline, tmp_p
     trainer.collector.sampler.sample(batches, 0)
     told = watch.pop()["time/reward"]
     assert told > 0.05, "all rewards came when nothing was left to hide them"
+
+
+def test_threads_are_the_default_where_every_reward_may_run_in_them(pipeline_folder, tmp_path):
+    def threads_of(index, reward, **changes):
+        return tiny.trainer(
+            tiny.load(pipeline_folder), tmp_path / str(index), reward=reward, **changes
+        ).collector.sampler
+
+    def safe(images, prompts, metadata):
+        seen.append(threading.current_thread() is threading.main_thread())
+        return images.mean((1, 2, 3))
+
+    safe.runs_in_threads, seen = True, []
+    unsafe = lambda images, prompts, metadata: images.mean((1, 2, 3))  # noqa: E731
+    assert threads_of(0, safe).threaded
+    assert not threads_of(1, {"safe": safe, "unsafe": unsafe}).threaded
+    assert not threads_of(2, safe, async_reward_computation=False).threaded
+    assert not threads_of(3, safe, model_cpu_offload=True).threaded
+    assert threads_of(4, unsafe, async_reward_computation=True).threaded
+    trainer = tiny.trainer(
+        tiny.load(pipeline_folder), tmp_path / "run", reward=safe, num_epochs=1, preflight_rollout=False
+    )
+    trainer.train()
+    assert len(seen) > 2 and not any(seen[1:]), "in threads alone, but for the check before training"
+
+
+def test_rewards_of_servers_run_in_threads():
+    from trl_tafs.rewards.jpeg import jpeg_compressibility
+    from trl_tafs.rewards.remote import RemoteReward
+    from trl_tafs.rewards.unified_reward import UnifiedReward
+
+    assert RemoteReward.runs_in_threads and UnifiedReward.runs_in_threads and jpeg_compressibility.runs_in_threads

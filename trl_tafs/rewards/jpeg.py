@@ -34,3 +34,7 @@ def jpeg_incompressibility(images: Tensor, prompts: Sequence[str], metadata: Seq
 def jpeg_compressibility(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
     """Return minus the size: smooth images are rewarded."""
     return -jpeg_size(images)
+
+
+for _reward in (jpeg_incompressibility, jpeg_compressibility):
+    _reward.runs_in_threads = True

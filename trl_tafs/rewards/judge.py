@@ -39,6 +39,7 @@ class VisionJudge(ABC):
 
     __name__: str
     title: str
+    runs_in_threads = True
 
     def __init__(
         self,

@@ -26,7 +26,11 @@ class RewardOptions(Options):
     scale_rewards: str = option(
         "group", "Divide by the deviation of the group (paper, Eq. 9), of the whole batch, or by none."
     )
-    async_reward_computation: bool = option(False, "Score in threads while the next batch is drawn.")
+    async_reward_computation: bool | None = option(
+        None,
+        "Score in threads while the next step or batch is drawn. None: where every reward says that it may be "
+        "(`runs_in_threads`, as those of a server do), and not with model_cpu_offload.",
+    )
     max_workers: int = option(2, "Threads of async_reward_computation.")
     reward_max_retries: int = option(2, "How often a reward that raises is called again before the run stops.")
     reward_retry_delay: float = option(1.0, "Seconds before the first retry; doubled each time.")

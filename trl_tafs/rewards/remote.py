@@ -52,6 +52,8 @@ class RemoteReward:
         secret: for servers that ask for one; by default from the environment's TRL_TAFS_REWARD_SECRET.
     """
 
+    runs_in_threads = True
+
     def __init__(
         self,
         endpoints: str | Sequence[str],

@@ -86,6 +86,11 @@ class RewardSet:
         self.weights = torch.tensor(chosen, dtype=torch.float64)
         self.max_retries, self.retry_delay, self.on_failure = max_retries, retry_delay, on_failure
 
+    @property
+    def run_in_threads(self) -> bool:
+        """Whether each says, by an attribute `runs_in_threads`, that several threads may call it beside the sampler."""
+        return all(getattr(function, "runs_in_threads", False) is True for function in self.functions)
+
     @classmethod
     def of(cls, options: RewardOptions, rewards: Any, weights: Sequence[float] | None = None) -> RewardSet:
         """Make the set of a training run, with its retries."""

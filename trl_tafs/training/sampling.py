@@ -64,6 +64,8 @@ class RolloutSampler:
     stop: Callable[[], bool] = lambda: False  # whether this process was told to stop: asked before each batch
 
     def __post_init__(self) -> None:
+        asked, safe = self.config.async_reward_computation, not self.policy.devices.shared
+        self.threaded = self.rewards.run_in_threads and safe if asked is None else asked  # or between the rollouts
         self.decoder = ImageDecoder.of(self.config, self.policy, len(self.algorithm.scored_steps_at(0)))
 
     def roll_out(
@@ -168,8 +170,7 @@ class RolloutSampler:
                 progress("reward")
 
         devices = self.policy.devices
-        threads = self.config.async_reward_computation  # else rewards are computed between the rollouts
-        with ThreadPoolExecutor(self.config.max_workers) if threads else nullcontext() as executor:
+        with ThreadPoolExecutor(self.config.max_workers) if self.threaded else nullcontext() as executor:
             sampled = self._sampled_batches(batches, epoch, kept, progress, executor)
             try:
                 # Where models share the device, all is drawn before anything is scored: one exchange an epoch.
