@@ -29,6 +29,7 @@ MAY_IMPORT["report"] = {"config", "output", "training"}
 MAY_IMPORT["trainer"] = set(MAY_IMPORT) - {"presets"}
 MAY_IMPORT["trl_tafs"] = set(MAY_IMPORT)  # the package itself, lazily
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
+MAY_IMPORT["__main__"] = {"cli"}
 
 # Within the mathematics: which files a file may import.
 METHOD = {
