@@ -44,8 +44,8 @@ train_kl_rows train_center_ratio train_kl_limit delta train_negative_weight old_
 train_gradient_checkpointing torch_compile torch_compile_backend
 attention_backend train_use_ema train_ema_decay full_finetuning lora_rank lora_alpha lora_target_modules
 adapter_name_or_path model_adapter_name eval_freq eval_num_steps eval_samplers eval_images_per_prompt eval_batch_size
-metric_for_best_model greater_is_better early_stopping_patience sample_grid_freq sample_grid_rows push_to_hub
-hub_model_id hub_private_repo
+metric_for_best_model greater_is_better early_stopping_patience sample_grid_freq sample_grid_rows
+picture_freq picture_prompts push_to_hub hub_model_id hub_private_repo
 """.split()
 FIELDS = {field.name: field for field in dataclasses.fields(TAFSGRPOConfig)}
 

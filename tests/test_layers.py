@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "output": set(),
     "presets": {"output"},
     "options": {"output"},
-    "processes": set(),
+    "processes": {"output"},
     "method": {"options", "output"},
     "algorithm": {"method"},  # takes levels and a shape, no pipeline
     "pipelines": {"method", "options", "output"},
@@ -25,9 +25,11 @@ MAY_IMPORT = {
     "hub": {"evaluation", "method", "options", "output", "pipelines", "policy", "processes", "rewards", "training"},
     "config": {"hub", "method", "options", "output", "presets", "training"},
 }
+MAY_IMPORT["report"] = {"config", "output", "training"}
 MAY_IMPORT["trainer"] = set(MAY_IMPORT) - {"presets"}
 MAY_IMPORT["trl_tafs"] = set(MAY_IMPORT)  # the package itself, lazily
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
+MAY_IMPORT["__main__"] = {"cli"}
 
 # Within the mathematics: which files a file may import.
 METHOD = {
@@ -54,7 +56,7 @@ METHOD["sampling_options"] = {"kernels", "levels"}
 METHOD["options"] = set(METHOD)
 
 HEAVY = {"diffusers", "transformers", "open_clip", "accelerate", "peft", "trl", "datasets", "huggingface_hub"}
-HEAVY |= {"rapidocr", "onnxruntime", "httpx2", "starlette", "uvicorn", "openai", "matplotlib", "sklearn"}
+HEAVY |= {"jinja2", "rapidocr", "onnxruntime", "httpx2", "starlette", "uvicorn", "openai", "matplotlib", "sklearn"}
 LIGHT = (
     "config",
     "algorithm",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -182,15 +183,15 @@ def test_prompts_from_a_dataset(pipeline, tmp_path):
     assert set(seen) == {("one", 1), ("two", 2), ("three", 3), ("four", 4)}
 
 
-def test_groups_without_variance_are_counted_and_skipped(pipeline, tmp_path):
+def test_groups_without_variance_are_counted_and_skipped(pipeline, tmp_path, caplog):
     trainer = tiny.trainer(
         pipeline, tmp_path, reward=lambda images, p, m: [1.0] * len(images), num_epochs=1, train_adam_weight_decay=0.0
     )
     before, calls = lora(trainer), []
     compute = trainer.compute_loss
     trainer.compute_loss = lambda *args: calls.append(1) or compute(*args)
-    with pytest.warns(UserWarning, match="no image has an advantage, .*1 such in a row.: lambda gave the same"):
-        trainer.train()
+    trainer.train()
+    assert re.search("WARNING.*no image has an advantage, .*1 such in a row.: lambda gave the same", caplog.text)
     line = next(line for line in log(tmp_path) if "reward" in line)
     assert line["frac_reward_zero_std"] == line["frac_zero_advantage"] == 1.0
     assert not calls and trainer.progress.global_step == 0, "no pass, no optimizer step"
@@ -337,10 +338,10 @@ def test_dropout_in_the_lora_is_refused(pipeline, tmp_path):
         tiny.trainer(pipeline, tmp_path, peft_config=LoraConfig(r=2, lora_dropout=0.1, target_modules=["attn.to_q"]))
 
 
-def test_clipping_too_much_warns(pipeline, tmp_path):
+def test_clipping_too_much_warns(pipeline, tmp_path, caplog):
     trainer = tiny.trainer(pipeline, tmp_path, train_clip_range=1e-9, train_gradient_accumulation_steps=1, num_epochs=1)
-    with pytest.warns(UserWarning, match="of the ratios are clipped at train_clip_range=1e-09"):
-        trainer.train()
+    trainer.train()
+    assert re.search("WARNING.*of the ratios are clipped at train_clip_range=1e-09", caplog.text)
 
 
 # Adapters -----------------------------------------------------------------------------------------------------

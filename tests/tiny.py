@@ -42,6 +42,7 @@ def config(folder, **changes):
         "disable_tqdm": True,
         "reward_retry_delay": 0.0,
         "sample_grid_freq": 0,
+        "picture_freq": 0,
         "save_freq": 1,
     }
     if changes.get("full_finetuning"):

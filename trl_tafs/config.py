@@ -117,6 +117,7 @@ def idle_options(config: TAFSGRPOConfig) -> dict[str, str]:
         "lora_rank": (not config.full_finetuning, "full_finetuning=False"),
         "lora_alpha": (not config.full_finetuning, "full_finetuning=False"),
         "greater_is_better": (config.metric_for_best_model is not None, "a metric_for_best_model"),
+        "picture_prompts": (config.picture_freq > 0, "picture_freq above 0"),
         "sample_grid_rows": (config.sample_grid_freq > 0, "sample_grid_freq above 0"),
     }
     of_parts = (

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_tafs.output.speech import on_terminal
+
 
 def any_process(accelerator: Any, flag: bool) -> bool:
     """Return whether the flag is up on any process."""
@@ -47,7 +49,8 @@ def gather_rows(accelerator: Any, rows: Tensor) -> Tensor:
 
 
 def progress_bar(accelerator: Any, disable: bool, *args: Any, **options: Any) -> Any:
-    """Return a tqdm bar that is shown by each machine's first process, if at all."""
+    """Return a tqdm bar that is shown by each machine's first process, where there is a terminal or a notebook."""
     from tqdm.auto import tqdm
 
-    return tqdm(*args, disable=disable or not accelerator.is_local_main_process, **options)
+    hidden = disable or not accelerator.is_local_main_process or not on_terminal()
+    return tqdm(*args, disable=hidden, **options)

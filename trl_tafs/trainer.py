@@ -14,17 +14,19 @@ from accelerate.utils import set_seed
 from trl_tafs.algorithm import build_algorithm
 from trl_tafs.config import TAFSGRPOConfig
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec
-from trl_tafs.evaluation.held_out import Evaluator
+from trl_tafs.evaluation.fixed_pictures import FixedPictures
+from trl_tafs.evaluation.held_out import Evaluator, held_out_metrics, prompts_to_show
 from trl_tafs.hub.closing import ClosingLines
 from trl_tafs.hub.publisher import Publisher
 from trl_tafs.options import own_copy
 from trl_tafs.pipelines.base import TAFSPipelineMixin
+from trl_tafs.pipelines.identity import base_identity
 from trl_tafs.policy.base import image_size, normal_mode
 from trl_tafs.policy.carried import frozen_settings
 from trl_tafs.policy.policy import Policy
-from trl_tafs.processes import progress_bar
 from trl_tafs.prompts.encoder import PromptEncoder
 from trl_tafs.prompts.source import PromptSource
+from trl_tafs.report.write import report_of_run
 from trl_tafs.rewards.scoring import RewardSet
 from trl_tafs.training.advice import announce_plan
 from trl_tafs.training.checkpoint import Checkpoints
@@ -33,8 +35,9 @@ from trl_tafs.training.doctor import Doctor
 from trl_tafs.training.experience import Experience
 from trl_tafs.training.hooks import DDPOHooks
 from trl_tafs.training.launch import check_launch
-from trl_tafs.training.logs import EpochLog, Stopwatch, warn_main
+from trl_tafs.training.logs import EpochLog, Meter, Stopwatch, warn_main
 from trl_tafs.training.matching import Matching
+from trl_tafs.training.narrator import Narrator
 from trl_tafs.training.notes import run_notes
 from trl_tafs.training.plan import plan_epoch
 from trl_tafs.training.preflight import Preflight
@@ -46,7 +49,7 @@ from trl_tafs.training.sampling import RolloutSampler
 from trl_tafs.training.settings import lasting, resolved_settings
 from trl_tafs.training.simulation import Simulation
 from trl_tafs.training.stopping import Stopper
-from trl_tafs.training.trackers import make_accelerator, start_trackers
+from trl_tafs.training.trackers import make_accelerator, show_pictures, start_trackers
 from trl_tafs.training.updater import Updater
 
 
@@ -119,11 +122,11 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         """Make what acts in an epoch: collection, update, logs, pictures, checkpoints, publication."""
         config, accelerator, policy, algorithm = self.config, self.accelerator, self.policy, self.algorithm
         hook = self.image_samples_callback
-        keep_images = hook is not None and accelerator.is_main_process
         states, log, stop, watch = algorithm.states(), self.local_tracker, self.stopper, self.stopwatch
         saved = (config, accelerator, policy, self.progress, states, self.settings, log, watch, stop)
         self.checkpoints = Checkpoints(*saved)
         self.rollback = Rollback(self.checkpoints)
+        keep_images = hook is not None and accelerator.is_main_process
         drawn = (config, policy, algorithm, self.encode, self.rewards, keep_images, watch)
         sampler = RolloutSampler(*drawn, stop=lambda: stop.requested)
         self.collector = Collector(config, accelerator, sampler, self.prompts, self.plan, lasting(self.settings))
@@ -132,26 +135,23 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         matching = Matching.of(config, policy, algorithm.distribution, self.encode)
         # a lambda, so that a compute_loss that is overridden later is found
         self.updater = Updater(*trained, lambda *b: self.compute_loss(*b), *after, matching)
-        varying_groups = algorithm.prompt_tracker is not None
-        actions, limit = algorithm.kernel.num_actions, algorithm.ratio_limit
-        self.logs = EpochLog(accelerator, actions, limit, varying_groups, self.progress)
-        self.logs.memory_plan = self.memory_plan
+        self.logs = EpochLog(accelerator, algorithm, self.progress, self.memory_plan)
+        self.meter = Meter(policy, self.plan.local_images * config.num_replayed_rows * config.train_num_inner_epochs)
         self.viewer = SampleViewer(config, accelerator, self.local_tracker, sampler.decode, algorithm.levels, hook)
         self.drawer = Drawer.of(config, policy, self.encode)
         spec = self.draw_spec("annealed" if config.anneals else "ode", config.sample_num_steps)
-        levels, prompts, papers = algorithm.levels[:-1].tolist(), self._card_prompts, algorithm.papers()
+        levels, papers = algorithm.levels[:-1].tolist(), algorithm.papers()
+        prompts = partial(prompts_to_show, self.prompts, self.evaluator)
         self.publisher = Publisher(
             policy, config, self.settings, levels, self.rewards, self.progress, prompts, self.drawer, spec, papers
         )
         tried = (config, accelerator, policy, self.encode, self.prompts, self.rewards, self.plan, sampler)
-        push, size = partial(self.publisher.prepare_repo, None, config.hub_private_repo), (self.height, self.width)
-        self.preflight = Preflight(*tried, size, self.logs, self.evaluator, push)
+        push = partial(self.publisher.prepare_repo, None, config.hub_private_repo)
+        self.pictures = FixedPictures.of(config, policy, self.drawer, spec, prompts, show_pictures, watch)
+        said = (base_identity(self.sd_pipeline).source, held_out_metrics(config, self.evaluator), self.logs.latest)
+        self.narrator = Narrator(config, accelerator, self.plan, self.progress, *said)
+        self.preflight = Preflight(*tried, (self.height, self.width), self.logs, self.evaluator, push)
         self.doctor = Doctor(self.preflight, self.collector, self.updater, self.progress)
-
-    def _card_prompts(self) -> list[str]:
-        """Return prompts to show: held-out ones, or those of the first epoch."""
-        pairs = self.prompts.groups(0, 16) if self.evaluator is None else self.evaluator.items
-        return [prompt for prompt, _ in pairs]
 
     # Algorithm 1 ----------------------------------------------------------------------------------------------
 
@@ -166,15 +166,18 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
 
     def _train(self, last: int) -> None:
         config, progress = self.config, self.progress
+        self.narrator.opening(progress.epoch, last)
         self.preflight(progress.epoch)
+        self.pictures(progress.epoch, last, progress.global_step)
         if config.eval_freq and progress.epoch % config.eval_freq == 0 and not progress.evaluated(progress.epoch):
             self.evaluate(progress.epoch)
         enough = progress.out_of_patience(config.early_stopping_patience)
         remaining = range(progress.epoch, progress.epoch if enough else last)
-        for epoch in progress_bar(self.accelerator, config.disable_tqdm, remaining, desc="epochs"):
+        for epoch in self.narrator.epochs(remaining):
             progress.global_step = self.step(epoch, progress.global_step)
             progress.epoch = epoch + 1
             enough = config.evaluates_at(epoch + 1, last) and self.evaluate(epoch + 1)
+            self.pictures(epoch + 1, epoch + 1 if enough else last, progress.global_step)
             if self.checkpoints.due(epoch + 1):
                 self.save_checkpoint()
             if enough:
@@ -187,9 +190,10 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         Returns:
             The number of optimizer steps done so far.
         """
-        self._evaluated = self.policy.evaluations
+        self.meter.begin()
         with self.checkpoints.saved_on_failure():
             experience = self.collector.collect(epoch, global_step)
+        self.meter.sampled()
         with self.rollback.on_stop(partial(self.collector.keep, epoch)):
             return self._learn(experience, epoch, global_step)
 
@@ -206,8 +210,7 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
             self.logs.update(metrics.values, metrics.inner_epoch, rate, epoch, global_step)
             global_step += 1
         self.policy.after_epoch()
-        evaluations = self.policy.evaluations - self._evaluated
-        self.logs.timing(self.stopwatch, len(prompts), evaluations, epoch, global_step)
+        self.logs.timing(self.stopwatch, len(prompts), self.meter.work(), epoch, global_step)
         self.collector.forget()
         return global_step
 
@@ -222,11 +225,12 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         with saved, self.stopwatch("evaluate"), self.policy.averaged(), torch.no_grad():
             specs = [self.draw_spec(name, steps) for name in config.eval_samplers for steps in config.eval_num_steps]
             drawer = replace(self.drawer, before_batch=self.stopper.check_alone)
-            results = self.evaluator(drawer, specs, self.accelerator)
+            results = self.evaluator(drawer, specs, self.accelerator, ranges=not progress.evaluations)
         self.accelerator.log(results | {"epoch": epoch}, step=progress.global_step)
         metric = config.metric_for_best_model
         if progress.add_evaluation(epoch, results, metric, config.greater_is_better):
             self.checkpoints.save_best(epoch, metric, results[metric])
+        self.narrator.evaluated(epoch, self.stopwatch.seconds["evaluate"])
         return progress.out_of_patience(config.early_stopping_patience)
 
     def draw_spec(self, sampler: str, num_steps: int) -> DrawSpec:
@@ -241,9 +245,11 @@ class TAFSGRPOTrainer(DDPOHooks, ClosingLines):
         return self.checkpoints.save()
 
     def _finish(self) -> None:
-        """The last checkpoint, the adapter, the push."""
+        """The last checkpoint, the adapter, the report, the push."""
         self.checkpoints.save_last()
-        self.save_pretrained()
+        adapter, repository = self.save_pretrained(), self.publisher.default_repo
+        report = report_of_run(self.config.project_dir) if self.accelerator.is_main_process else None
+        self.narrator.closing(adapter, repository, report, self.publisher.card_prompts())
         if self.config.push_to_hub:
             self.push_to_hub()
         self.accelerator.wait_for_everyone()

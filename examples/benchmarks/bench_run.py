@@ -88,6 +88,7 @@ def make_trainer(task: Task, method: dict[str, Any], seed: int, folder: str) -> 
         width=task.width,
         disable_tqdm=True,
         sample_grid_freq=0,
+        picture_freq=0,
         **settings,
     )
     return TAFSGRPOTrainer(config, task.rewards(), task.train_prompts, task.pipeline())

@@ -105,7 +105,7 @@ def brightness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
 def make_trainer(pipeline: Any, name: str, **options: Any) -> TAFSGRPOTrainer:
     """Return a trainer that has its prompts' embeddings already."""
     settings = {"project_kwargs": {"project_dir": tempfile.mkdtemp(prefix="speed_")}, "disable_tqdm": True}
-    settings |= {"sample_grid_freq": 0, "save_freq": 0, "preflight_rollout": False}
+    settings |= {"sample_grid_freq": 0, "picture_freq": 0, "save_freq": 0, "preflight_rollout": False}
     trainer = TAFSGRPOTrainer(TAFSGRPOConfig(**settings | options), brightness, PROMPTS, pipeline)
     if name != "digits":
         trainer.encode.cache.update({prompt: conditioning(pipeline, name) for prompt in PROMPTS})

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import torch
 from digits_components import DIGIT_WORDS
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 TEMPLATES = ("a handwritten {}", "the digit {}", "a {} written by hand", "the handwritten number {}")
@@ -34,6 +33,13 @@ def digit_of(prompt: str) -> int:
     if len(found) != 1:
         raise ValueError(f"the prompt {prompt!r} names {len(found)} of {DIGIT_WORDS}; name one")
     return found[0]
+
+
+def load_digits():
+    """What scikit-learn ships: images and labels."""
+    from sklearn.datasets import load_digits
+
+    return load_digits()
 
 
 @lru_cache

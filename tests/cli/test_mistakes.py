@@ -1,14 +1,14 @@
 """A user's mistakes: each is one line that names the mistake and the remedy, before a model is loaded; no traceback."""
 
-import argparse
 import json
 import os
 import sys
 
 import pytest
 
-from trl_tafs.cli.arguments import add_prompt_options
+from trl_tafs.cli.arguments import PromptOptions
 from trl_tafs.cli.main import main
+from trl_tafs.cli.sample import sampling_parser
 from trl_tafs.method.levels import LEVELS
 from trl_tafs.method.options import MethodOptions
 
@@ -157,12 +157,12 @@ COMMANDS = [  # (command, exit code, what is said)
     (f"train {PROMPTS} --reward jpeg_compressibility --quantization nf4", 1, 'pip install "trl_tafs[8bit]"'),
     (f"train {PROMPTS} --train_use_8bit_adam True", 1, 'pip install "trl_tafs[8bit]"'),
     # sample
-    ("sample", 2, "the following arguments are required: adapter, --pretrained_model, --prompt"),
+    ("sample", 2, "the following arguments are required: --prompt, --pretrained_model, adapter"),
     (f"sample {SAMPLE} --num_step 3", 2, "did you mean '--num_steps'?"),
     (f"sample {SAMPLE} --num_steps 0", 2, "--num_steps is 0; it must be at least 1"),
     (f"sample {SAMPLE} --height -8", 2, "--height is -8"),
     (f"sample {SAMPLE} --seed -1", 2, "--seed is -1"),
-    (f"sample {SAMPLE} --guidance_scale nan", 2, "--guidance_scale is nan"),
+    (f"sample {SAMPLE} --guidance_scale nan", 1, "guidance_scale is nan; it must be a finite number"),
     (f"sample {SAMPLE} --sampler ddim", 2, "invalid choice: 'ddim'"),
     (f"sample {SAMPLE} --dtype fp16", 2, "invalid choice: 'fp16'"),
     (f"sample {SAMPLE} --quantization x", 1, "use nf4 or int8"),
@@ -200,7 +200,7 @@ COMMANDS = [  # (command, exit code, what is said)
     ("serve-reward jpeg_compressibility --port x", 2, "invalid int value"),
     ("serve-reward jpeg_compressibility --max_images 0", 2, "--max_images is 0"),
     ("serve-reward jpeg_compressibility --host 0.0.0.0", 1, "can be reached from other machines"),
-    ("serve-reward jpeg_compressibility --options x", 1, "--options isn't JSON"),
+    ("serve-reward jpeg_compressibility --options x", 1, "options isn't JSON"),
     ('serve-reward jpeg_compressibility --options {{"a":1}}', 1, "is a function, which takes no options"),
     ('serve-reward remote --options {{"endpoint":"http://h"}}', 1, "did you mean 'endpoints'?"),
 ]  # fmt: skip
@@ -259,7 +259,7 @@ def test_an_interrupt_is_one_line_and_130(places, capsys, tmp_path):
 
 
 def test_help_is_no_mistake_and_has_every_group_under_its_title(capsys):
-    assert main(["train", "--help"]) == 0
+    assert main(["train", "--help-all"]) == 0
     shown = capsys.readouterr().out
     titles = ("Script:", "Run:", "Sampling:", "Images and models:", "Rewards:", "Credit:", "Objective:", "Hub:")
     where = [shown.index(f"\n{title}") for title in titles]
@@ -294,7 +294,6 @@ def test_one_command_reads_what_python_reads(tmp_path):
 
 
 def test_the_command_line_offers_the_levels_that_there_are():
-    parser = argparse.ArgumentParser()
-    add_prompt_options(parser)
-    (action,) = [action for action in parser._actions if action.dest == "levels"]
+    assert PromptOptions().levels == MethodOptions().sample_levels
+    (action,) = [action for action in sampling_parser()._actions if action.dest == "levels"]
     assert tuple(action.choices) == LEVELS and action.default == MethodOptions().sample_levels

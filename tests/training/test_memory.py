@@ -187,14 +187,15 @@ def test_rewards_are_counted_by_what_their_classes_say_and_by_what_they_hold():
     assert reward_bytes([one, one, min], "cpu") == 4 * (3 * 2 + 2) and reward_bytes([one], "cuda") == 0
 
 
-def test_the_plan_is_printed_before_anything_is_moved(pipeline, tmp_path, capsys, monkeypatch):
+def test_the_plan_is_said_before_anything_is_moved(pipeline, tmp_path, caplog, monkeypatch):
     from trl_tafs.policy import policy
 
     printed = []
     prepare = policy.prepare_base
-    monkeypatch.setattr(policy, "prepare_base", lambda *a: printed.append(capsys.readouterr().out) or prepare(*a))
+    caplog.set_level("INFO", "trl_tafs")
+    monkeypatch.setattr(policy, "prepare_base", lambda *a: printed.append(caplog.text) or prepare(*a))
     trainer = tiny.trainer(pipeline, tmp_path, disable_tqdm=False)
-    assert "memory plan, GiB" in printed[0]
+    assert f"memory: {trainer.logs.memory_plan.peak() / 2**30:.2f} GiB planned at the peak" in printed[0]
     real = sum(4 * p.numel() for n, p in pipeline.transformer.named_parameters() if "lora_" not in n)
     buffers = sum(b.numel() * b.element_size() for b in pipeline.transformer.buffers())
     plan = trainer.logs.memory_plan
@@ -202,8 +203,9 @@ def test_the_plan_is_printed_before_anything_is_moved(pipeline, tmp_path, capsys
     assert plan.phases["update"]["trained weights"] == sum(4 * p.numel() for p in trainer.policy.parameters)
 
 
-def test_a_plan_that_cannot_be_made_costs_a_warning(pipeline, tmp_path, monkeypatch):
+def test_a_plan_that_cannot_be_made_costs_a_warning(pipeline, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(type(pipeline), "embedding_shapes", lambda self, length: {})
+    caplog.set_level("INFO", "trl_tafs")  # somebody would read it
     with pytest.warns(UserWarning, match="memory plan can't be made .TypeError"):
         trainer = tiny.trainer(pipeline, tmp_path, disable_tqdm=False)
     assert trainer.logs.memory_plan is None

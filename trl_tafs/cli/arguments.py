@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from trl_tafs.cli.adapters import load_frozen, read_frozen
-from trl_tafs.cli.parsing import OneLineParser, UsageError, check_numbers, read_options
-from trl_tafs.options import Options
+from trl_tafs.cli.command import CommandOptions, make_parser, parse
+from trl_tafs.cli.parsing import check_numbers
+from trl_tafs.options import Options, check_choice
 from trl_tafs.output.errors import did_you_mean, first_line, one_line, require, shown
 
-SCALARS = (str, int, float)
+DTYPES = ("float32", "float16", "bfloat16")
+SAMPLERS = ("annealed", "ode")
+LEVELS = ("uniform", "scheduler")  # levels.LEVELS, which would import torch
 QUANTIZATIONS = ("nf4", "int8")
 IMPORT_HELP = (
     "Files or modules, run before anything else, that register kernels, credit rules, objectives or families of your "
@@ -26,6 +27,58 @@ FROZEN_HELP = (
     "where it isn't 1 (docs/adapters.md)."
 )
 PIPELINE_HELP = "A pipeline class of your own, file.py:Name or module:Name (docs/new_family.md)."
+
+
+@dataclass
+class ModelOptions(CommandOptions):
+    """Which base model is loaded, and how, as in training."""
+
+    title: ClassVar[str] = "Model"
+    required: ClassVar[tuple[str, ...]] = ("pretrained_model",)
+
+    pretrained_model: str = field(
+        default="", metadata={"help": "The adapter's base model: a repository or a local folder."}
+    )
+    pretrained_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Of the weights.", "choices": DTYPES})
+    quantization: str | None = field(
+        default=None, metadata={"help": "Parts of the base in 4 bit (nf4) or 8 bit (int8), as it was trained."}
+    )
+    quantized_components: list[str] = field(
+        default_factory=lambda: ["transformer"], metadata={"help": "The parts that `quantization` is for."}
+    )
+    imports: list[str] | None = field(default=None, metadata={"help": IMPORT_HELP, "aliases": ["--import"]})
+    pipeline_class: str | None = field(default=None, metadata={"help": PIPELINE_HELP})
+    frozen_adapters: list[str] | None = field(
+        default=None, metadata={"help": FROZEN_HELP.replace("the trained one", "the adapter")}
+    )
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_choice(self, "dtype", DTYPES)
+
+
+@dataclass
+class PromptOptions(CommandOptions):
+    """What an image is drawn with, as in training."""
+
+    title: ClassVar[str] = "Guidance and prompts"
+
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1: none."})
+    embedded_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Of a distilled model; None: the pipeline's."}
+    )
+    levels: str = field(
+        default="uniform", metadata={"help": "Of the steps, as sample_levels in training.", "choices": LEVELS}
+    )
+    negative_prompt: str | None = field(default=None, metadata={"help": "With guidance; None: the empty one."})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt; None: the pipeline's."}
+    )
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_choice(self, "levels", LEVELS)
 
 
 @dataclass
@@ -88,8 +141,34 @@ class ScriptArguments(Options):
         read_frozen(self.frozen_adapters)
 
 
-def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) -> tuple[ScriptArguments, Any]:
-    """Return the script's arguments and a `TAFSGRPOConfig`.
+# What `trl-tafs train --help` shows of some 150 options.
+SHORT = (
+    *("pretrained_model", "prompts", "reward", "preset", "eval_prompts", "eval_reward", "run_name", "logdir", "seed"),
+    *("num_epochs", "resume_from", "mixed_precision", "log_with", "sample_num_steps", "sample_batch_size"),
+    *("sample_num_batches_per_epoch", "num_generations", "height", "width", "offload_text_encoders", "objective"),
+    *("train_batch_size", "train_learning_rate", "beta", "train_gradient_checkpointing", "lora_rank", "eval_freq"),
+    *("metric_for_best_model", "picture_freq", "push_to_hub", "hub_model_id"),
+)
+USAGE = "%(prog)s --prompts PROMPTS --reward NAME=WEIGHT ... [options]"
+
+
+def training_kinds() -> list[type]:
+    """Return the groups of options of `trl-tafs train`, in their order."""
+    from trl_tafs.config import TAFSGRPOConfig
+
+    return [ScriptArguments, *(group for group in reversed(TAFSGRPOConfig.__mro__) if "title" in vars(group))]
+
+
+def training_parser(more: Sequence[type] = (), **parser_options: Any) -> Any:
+    """Return the parser of `trl-tafs train`: each group of options under its title, those of `more` first."""
+    own = [option.name for kind in more for option in fields(kind)]
+    return make_parser([*more, *training_kinds()], short=[*SHORT, *own], **({"usage": USAGE} | parser_options))
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None, more: Sequence[type] = (), **parser_options: Any
+) -> tuple[Any, ...]:
+    """Return the script's arguments, a `TAFSGRPOConfig`, and an object of each kind of `more`.
 
     Each value is the command line's, else the file's, else the preset's, else the default. What is to be imported is
     imported first, so that its kernels, credit rules and objectives can be named.
@@ -101,81 +180,12 @@ def parse_arguments(argv: Sequence[str] | None = None, **parser_options: Any) ->
     from trl_tafs.config import TAFSGRPOConfig
     from trl_tafs.presets import preset
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = training_parser(**parser_options)
-    first, _ = _first_parser().parse_known_args(argv)
-    names = [option.name for kind in (ScriptArguments, TAFSGRPOConfig) for option in dataclasses.fields(kind)]
-    values = read_options(first.config, [*names, "import", "env"]) if first.config else {}
-    if "import" in values:
-        values["imports"] = values.pop("import")
-    _set_environment(values.pop("env", None))
-    imports = values.get("imports") if first.imports is None else first.imports
-    import_all([imports] if isinstance(imports, str) else imports)
-    if (name := values.get("preset") if first.preset is None else first.preset) is not None:
-        parser.set_defaults(**preset(name))
-    parser.set_defaults_with_config(**values)
-    found = vars(parser.parse_args(argv))
-    return tuple(
-        kind(**{option.name: found[option.name] for option in dataclasses.fields(kind)})
-        for kind in (ScriptArguments, TAFSGRPOConfig)
+    return parse(
+        [ScriptArguments, TAFSGRPOConfig, *more],
+        sys.argv[1:] if argv is None else argv,
+        lambda name: {} if name is None else preset(name),
+        parser=training_parser(more, **parser_options),
     )
-
-
-def training_parser(**parser_options: Any) -> Any:
-    """Return the parser of `trl-tafs train`: each group of options under its title."""
-    from trl import TrlParser
-
-    from trl_tafs.config import TAFSGRPOConfig
-
-    class Parser(OneLineParser, TrlParser):
-        def set_defaults_with_config(self, **values: Any) -> list[str]:
-            """Take over a file's values; one value for a list becomes a list, not a list of its letters."""
-            lists = {action.dest: action.type for action in self._actions if action.nargs in ("+", "*")}
-            for name in lists.keys() & values.keys():
-                items = [values[name]] if isinstance(values[name], SCALARS) else values[name]
-                if isinstance(items, list):  # YAML takes 1e-4 for text
-                    items = [_converted(item, lists[name]) for item in items]
-                values[name] = items
-            return super().set_defaults_with_config(**values)
-
-    groups = [ScriptArguments, *(group for group in reversed(TAFSGRPOConfig.__mro__) if "title" in vars(group))]
-    titled = [type(group.__name__, (group,), {"_argument_group_name": group.title}) for group in groups]
-    usage = "%(prog)s --prompts PROMPTS --reward NAME=WEIGHT ... [options]"
-    parser = Parser(titled, **({"usage": usage} | parser_options))
-    parser.add_argument("--config", help="a YAML file of these options, or the training_settings.json of a run")
-    return parser
-
-
-def _first_parser() -> OneLineParser:
-    """Return a parser of what decides how the rest is read."""
-    parser = OneLineParser(add_help=False)
-    parser.add_argument("--config")
-    parser.add_argument("--preset")
-    parser.add_argument("--import", "--imports", dest="imports", nargs="+")
-    return parser
-
-
-def _converted(item: Any, kind: Any) -> Any:
-    try:
-        return kind(item) if isinstance(item, str) else item
-    except ValueError:  # the field's check names it
-        return item
-
-
-def _set_environment(variables: Any) -> None:
-    if variables is None:
-        return
-    if not isinstance(variables, dict):
-        raise UsageError(f"env is {shown(variables)}; it must be a mapping of environment variables")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
-
-
-def import_all(names: Sequence[str] | None) -> None:
-    """Run the files or modules of `--import`, which register parts of the user's own; raise ValueError if one can't."""
-    from trl_tafs.rewards.loading import import_module_or_file
-
-    for name in names or ():
-        import_module_or_file(str(name), f"--import {name}")
 
 
 def check_quantization(name: str | None) -> None:
@@ -284,19 +294,6 @@ def load_rewards(arguments: ScriptArguments) -> tuple[dict[str, Any], dict[str, 
     return training, held_out
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that an image is drawn with, as in training."""
-    parser.add_argument("--embedded_guidance_scale", type=float, help="of a distilled model (default: the pipeline's)")
-    parser.add_argument(
-        "--levels",
-        choices=["uniform", "scheduler"],  # levels.LEVELS, which would import torch
-        default="uniform",
-        help="of the steps, as sample_levels in training",
-    )
-    parser.add_argument("--negative_prompt", help="with guidance (default: the empty one)")
-    parser.add_argument("--max_sequence_length", type=int, help="tokens of a prompt (default: the pipeline's)")
-
-
 def check_drawing(options: argparse.Namespace) -> None:
     """Raise ValueError for options of `sample` and `evaluate` that can't work, whatever the model."""
     check_numbers(options, num_steps=1, guidance_scale=0, embedded_guidance_scale=0, max_sequence_length=1, seed=0)
@@ -307,16 +304,3 @@ def check_drawing(options: argparse.Namespace) -> None:
             f"--negative_prompt is {options.negative_prompt!r}, and without guidance it has no effect; give "
             "--guidance_scale above 1, or leave it out"
         )
-    import_all(options.imports)
-
-
-def add_model_options(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add the options that say which base model is loaded, and how, as in training."""
-    parser.add_argument("--pretrained_model", required=True, help=what)
-    parser.add_argument("--pretrained_revision", help="branch, tag or commit of the base model")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
-    parser.add_argument("--quantization", help="parts of the base in 4 bit (nf4) or 8 bit (int8), as it was trained")
-    parser.add_argument("--quantized_components", nargs="+", default=["transformer"])
-    parser.add_argument("--import", dest="imports", nargs="+", help=IMPORT_HELP)
-    parser.add_argument("--pipeline_class", help=PIPELINE_HELP)
-    parser.add_argument("--frozen_adapters", nargs="+", help=FROZEN_HELP.replace("the trained one", "the adapter"))

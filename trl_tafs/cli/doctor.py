@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from trl_tafs.cli.arguments import parse_arguments
-from trl_tafs.cli.parsing import OneLineParser
+from trl_tafs.cli.command import CommandOptions
 from trl_tafs.cli.train import make_trainer
+
+
+@dataclass
+class DoctorOptions(CommandOptions):
+    """Where the report goes beside the terminal."""
+
+    title: ClassVar[str] = "Doctor"
+
+    json: str | None = field(default=None, metadata={"help": "A file for the report, for a machine."})
 
 
 def doctor(argv: Sequence[str]) -> Callable[[], int]:
     """Try one rollout and one update, and say what is wrong; takes the arguments of `train`, and --json FILE."""
     from trl_tafs.training.launch import check_launch
 
-    own = OneLineParser(add_help=False)
-    own.add_argument("--json", type=Path)
-    options, rest = own.parse_known_args(list(argv))
-    told = "--json FILE writes the report for a machine. The exit code is 1 if the run can't train so."
-    arguments, config = parse_arguments(rest, prog="trl-tafs doctor", epilog=told)
+    told = {"prog": "trl-tafs doctor", "epilog": "The exit code is 1 if the run can't train so."}
+    arguments, config, options = parse_arguments(argv, [DoctorOptions], description=doctor.__doc__, **told)
     check_launch(config)
     folder = TemporaryDirectory(prefix="trl-tafs-doctor-")
     keep_away(config, folder.name)
@@ -32,7 +39,7 @@ def doctor(argv: Sequence[str]) -> Callable[[], int]:
         if trainer.accelerator.is_main_process:
             print(report)
             if options.json is not None:
-                options.json.write_text(report.to_json() + "\n", encoding="utf-8")
+                Path(options.json).write_text(report.to_json() + "\n", encoding="utf-8")
         return 0 if report.healthy else 1
 
     return examine

@@ -4,69 +4,85 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
 
-from trl_tafs.cli.doctor import doctor
-from trl_tafs.cli.evaluate import evaluate
-from trl_tafs.cli.parsing import OneLineParser, UsageError
-from trl_tafs.cli.plan import plan
-from trl_tafs.cli.sample import sample
-from trl_tafs.cli.serve import serve_reward
-from trl_tafs.cli.train import train
+from trl_tafs.cli.parsing import UsageError
 from trl_tafs.output.errors import did_you_mean, one_line, shown
 
 
-def env(argv: Sequence[str]) -> Callable[[], None]:
-    """Print versions and devices, to paste into an issue."""
-    OneLineParser(prog="trl-tafs env", description=env.__doc__).parse_args(list(argv))
-    return _env
+class Command(NamedTuple):
+    """A command: where it is, and what it does."""
+
+    topic: str
+    summary: str
+    module: str  # of trl_tafs.cli
+    function: str
+
+    def load(self) -> Callable[[Sequence[str]], Callable[[], int | None]]:
+        """Import it."""
+        return getattr(import_module(f"trl_tafs.cli.{self.module}"), self.function)
 
 
-def _env() -> None:
-    import platform
-
-    import torch
-
-    from trl_tafs.hub.facts import library_versions
-
-    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name, version in library_versions().items():
-        print(f"{name} {version}")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"devices: {', '.join(devices) if devices else 'CPU only'}")
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], Callable[[], int | None]]] = {
-    "train": train,
-    "plan": plan,
-    "doctor": doctor,
-    "sample": sample,
-    "evaluate": evaluate,
-    "serve-reward": serve_reward,
-    "env": env,
+COMMANDS = {
+    "quickstart": Command(
+        "Begin", "train a tiny generator of digits on this machine, in minutes", "quickstart", "quickstart"
+    ),
+    "env": Command("Begin", "print versions and devices, to paste into an issue", "environment", "env"),
+    "plan": Command("Train", "what a run needs of GPU, host and disk, without loading weights", "plan", "plan"),
+    "doctor": Command("Train", "try one rollout and one update, and say what is wrong", "doctor", "doctor"),
+    "train": Command("Train", "train an adapter for any rewards", "train", "train"),
+    "serve-reward": Command("Train", "serve a reward to trainers elsewhere", "serve", "serve_reward"),
+    "report": Command("Look", "one HTML page of a run, or of several side by side", "report", "report"),
+    "sample": Command("Look", "draw images with an adapter", "sample", "sample"),
+    "evaluate": Command("Look", "compare adapters and their base: tables, grids, plots", "evaluate", "evaluate"),
+    "push": Command("Publish", "push an adapter's folder to the Hub", "push", "push"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 1 for what can't be, 2 for what isn't understood, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--version"]:
+        from trl_tafs import __version__
+
+        print(f"trl_tafs {__version__}")
+        return 0
     if not argv or argv[0] not in COMMANDS:
         return _usage(argv)
+    usual = warnings.formatwarning
+    warnings.formatwarning = _warning_line
     try:
         return _run(argv[0], argv[1:])
     except KeyboardInterrupt:
         return _say(argv[0], "interrupted", 130)
-    except SystemExit as end:  # argparse's, after --help; a server's
+    except SystemExit as end:  # after --help; a server's
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        warnings.formatwarning = usual
+
+
+def _warning_line(message: Warning | str, category: type[Warning], filename: str, *place: Any, **line: Any) -> str:
+    """Return a warning as a user reads it; of a programmer's kind, with the place."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return f"{category.__name__}: {message} ({filename})\n"
 
 
 def _usage(argv: Sequence[str]) -> int:
-    asked = bool(argv) and argv[0] in ("-h", "--help")
+    asked = bool(argv) and argv[0] in ("-h", "--help", "--help-all")
     if argv and not asked:
-        print(f"trl-tafs: there is no command {shown(argv[0])}{did_you_mean(argv[0], COMMANDS)}", file=sys.stderr)
-    print("usage: trl-tafs {" + ",".join(COMMANDS) + "} [options]; trl-tafs COMMAND --help")
+        known = did_you_mean(argv[0], [*COMMANDS, "--version", "--help"])
+        print(f"trl-tafs: there is no command {shown(argv[0])}{known}", file=sys.stderr)
+    print("usage: trl-tafs COMMAND [options]; trl-tafs COMMAND --help; trl-tafs --version")
+    topic = ""
     for name, command in COMMANDS.items():
-        print(f"  {name:13} {(command.__doc__ or '').splitlines()[0]}")
+        if command.topic != topic:
+            topic = command.topic
+            print(f"\n{topic}")
+        print(f"  {name:13} {command.summary}")
     return 0 if asked else 2
 
 
@@ -81,7 +97,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
     refused: tuple[type[Exception], ...] = (RewardError, NonFiniteError, CheckpointError, PushError, RunFolderError)
     try:
         try:
-            work = COMMANDS[name](argv)
+            work = COMMANDS[name].load()(argv)
         except (ValueError, OSError, ImportError) as error:  # while setting up: what was asked for can't be
             return _say(name, one_line(error), 2 if isinstance(error, UsageError) else 1)
         return work() or 0

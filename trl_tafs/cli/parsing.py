@@ -15,30 +15,6 @@ class UsageError(ValueError):
     """A command line, or a file of options, that can't be understood."""
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are `UsageError`s, with the option that may have been meant; nothing is abbreviated."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **({"allow_abbrev": False} | options))
-
-    def error(self, message: str) -> Any:
-        """Raise UsageError."""
-        raise UsageError(" ".join(message.split()))
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; raise UsageError for what is unknown, or a list that is given twice."""
-        found, unknown = self.parse_known_args(args, namespace)
-        options = [word for action in self._actions for word in action.option_strings]
-        if unknown:
-            word = unknown[0].partition("=")[0]
-            kind = "option" if word.startswith("--") else "argument"
-            raise UsageError(f"unknown {kind} {shown(word)}{did_you_mean(word, options) if kind == 'option' else ''}")
-        for action in self._actions:
-            if action.nargs == "+" and action.option_strings:
-                check_repeated(args or (), action.option_strings)
-        return found
-
-
 def check_repeated(argv: Sequence[str], names: Sequence[str]) -> None:
     """Raise UsageError if a list option is given twice, by any of its names, of which only the last would count."""
     if sum(word.partition("=")[0] in names for word in argv) > 1:

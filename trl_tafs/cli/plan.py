@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from trl_tafs.cli.arguments import ScriptArguments, parse_arguments, pipeline_class
-from trl_tafs.cli.parsing import OneLineParser, check_numbers
+from trl_tafs.cli.command import CommandOptions
+from trl_tafs.cli.parsing import check_numbers
 
 # Bytes of a linear layer's weight: nf4 with a float32 scale for each 64, int8 with one a row.
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 GIB = 2**30
-TOLD = (
-    "--gpu_memory GIB is the card's, --processes the number of GPUs (default 1), --processes_per_machine those that "
-    "share a host (default: at most 8), --fsdp2 shards the denoiser among all of them, --json FILE writes the plan for "
-    "a machine. No weights are loaded. The exit code is 1 if it doesn't fit."
-)
+
+
+@dataclass
+class PlanOptions(CommandOptions):
+    """What the run is planned for."""
+
+    title: ClassVar[str] = "Plan"
+
+    gpu_memory: float | None = field(default=None, metadata={"help": "Of the card, in GiB."})
+    processes: int = field(default=1, metadata={"help": "GPUs."})
+    processes_per_machine: int | None = field(
+        default=None, metadata={"help": "Those that share a host; None: at most 8."}
+    )
+    fsdp2: bool = field(default=False, metadata={"help": "Shard the denoiser among all of them."})
+    json: str | None = field(default=None, metadata={"help": "A file for the plan, for a machine."})
+
+
+TOLD = "All options of `train` count. No weights are loaded. The exit code is 1 if it doesn't fit."
 
 
 def plan(argv: Sequence[str]) -> Callable[[], int]:
     """Say what a run will need of a GPU, the host and the disk, from configurations alone; takes train's arguments."""
-    own = OneLineParser(add_help=False)
-    own.add_argument("--gpu_memory", type=float)
-    own.add_argument("--processes", type=int, default=1)
-    own.add_argument("--processes_per_machine", type=int)
-    own.add_argument("--fsdp2", action="store_true")
-    own.add_argument("--json", type=Path)
-    options, rest = own.parse_known_args(list(argv))
-    arguments, config = parse_arguments(rest, prog="trl-tafs plan", epilog=TOLD)
+    told = {"prog": "trl-tafs plan", "epilog": TOLD, "description": plan.__doc__}
+    arguments, config, options = parse_arguments(argv, [PlanOptions], **told)
     check_numbers(options, processes=1, processes_per_machine=1, gpu_memory=0)
     return lambda: _plan(options, arguments, config)
 
 
-def _plan(options: argparse.Namespace, arguments: ScriptArguments, config: Any) -> int:
+def _plan(options: PlanOptions, arguments: ScriptArguments, config: Any) -> int:
     from trl_tafs.pipelines.skeleton import load_skeleton
     from trl_tafs.policy.base import DTYPES, image_size
     from trl_tafs.policy.sharding import check_shards
@@ -70,7 +78,7 @@ def _plan(options: argparse.Namespace, arguments: ScriptArguments, config: Any) 
     if options.json is not None:
         told = {"peak": made.peak(), "phases": made.phases, "host": made.host, "prompt": made.prompt}
         told |= {"advice": list(made.advice), "notes": list(made.notes), "capacity": capacity}
-        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        Path(options.json).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return int(capacity is not None and made.peak() > capacity)
 
 

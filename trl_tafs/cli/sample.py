@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
+from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from trl_tafs.cli.adapters import check_adapter
-from trl_tafs.cli.arguments import (
-    add_model_options,
-    add_prompt_options,
-    check_drawing,
-    load_pipeline,
-)
-from trl_tafs.cli.parsing import OneLineParser, check_numbers
+from trl_tafs.cli.arguments import SAMPLERS, ModelOptions, PromptOptions, check_drawing, load_pipeline
+from trl_tafs.cli.command import CommandOptions, make_parser, merged, parse
+from trl_tafs.cli.parsing import check_numbers
+from trl_tafs.options import check_choice
 from trl_tafs.output.errors import one_line
 from trl_tafs.output.writable import check_writable
 
 
+@dataclass
+class SampleOptions(CommandOptions):
+    """What is drawn, and where it is written."""
+
+    title: ClassVar[str] = "Sampling"
+    positional: ClassVar[dict[str, str | None]] = {"adapter": None}
+    required: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    adapter: str = field(default="", metadata={"help": "Folder or repository of the adapter; `none`: the base model."})
+    prompt: list[str] | None = field(default=None, metadata={"help": "One or more prompts, an image each."})
+    image: list[str] | None = field(
+        default=None, metadata={"help": "Source pictures, for models that edit: the same for each prompt."}
+    )
+    output: str = field(default="image.png", metadata={"help": "PNG; several images side by side."})
+    num_steps: int = field(default=4, metadata={"help": "Steps."})
+    sampler: str = field(default="annealed", metadata={"help": "How.", "choices": SAMPLERS})
+    height: int | None = field(default=None, metadata={"help": "Pixels; None: the model's own, at most 512."})
+    width: int | None = field(default=None, metadata={"help": "As height."})
+    seed: int = field(default=0, metadata={"help": "Of the noise."})
+    model_cpu_offload: bool = field(default=False, metadata={"help": "Each model is on the GPU only while it works."})
+
+    def check(self) -> None:
+        """Raise ValueError for what can't work."""
+        check_choice(self, "sampler", SAMPLERS)
+
+
+KINDS = (SampleOptions, ModelOptions, PromptOptions)
+SHORT = ("prompt", "output", "num_steps", "seed", "pretrained_model", "guidance_scale", "height", "width", "sampler")
+
+
 def sample(argv: Sequence[str]) -> Callable[[], None]:
     """Draw images with an adapter, by the sampler that it was trained for."""
-    options = sampling_parser().parse_args(list(argv))
+    options = Namespace(**merged(parse(KINDS, argv, parser=sampling_parser())))
     check_numbers(options, height=1, width=1)
     check_drawing(options)
     if Path(options.output).suffix.lower() != ".png":
@@ -35,26 +63,13 @@ def sample(argv: Sequence[str]) -> Callable[[], None]:
     return partial(_sample, options, load_pipeline(options, options.dtype))
 
 
-def sampling_parser() -> OneLineParser:
+def sampling_parser() -> Any:
     """Return the parser of `trl-tafs sample`."""
-    parser = OneLineParser(prog="trl-tafs sample", description=sample.__doc__)
-    parser.add_argument("adapter", help="folder or repository of the adapter; `none` for the base model")
-    add_model_options(parser, "its base model")
-    parser.add_argument("--model_cpu_offload", action="store_true", help="each model is on the GPU only while it works")
-    parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts, an image each")
-    parser.add_argument("--image", nargs="+", help="source pictures, for models that edit: the same for each prompt")
-    parser.add_argument("--output", default="image.png", help="PNG; several images side by side (default: image.png)")
-    parser.add_argument("--num_steps", type=int, default=4, help="steps (default: 4)")
-    parser.add_argument("--sampler", choices=["annealed", "ode"], default="annealed")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, off)")
-    add_prompt_options(parser)
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
+    usage = "%(prog)s ADAPTER --pretrained_model MODEL --prompt TEXT ... [options]"
+    return make_parser(KINDS, short=SHORT, prog="trl-tafs sample", description=sample.__doc__, usage=usage)
 
 
-def _sample(options: argparse.Namespace, pipeline: Any) -> None:
+def _sample(options: Namespace, pipeline: Any) -> None:
     import torch
 
     from trl_tafs.output.files import write_whole
@@ -75,7 +90,7 @@ def _sample(options: argparse.Namespace, pipeline: Any) -> None:
     print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {options.output}")
 
 
-def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
+def _draw(pipeline: Any, options: Namespace) -> Any:
     """Return an image of each prompt, (B, 3, H, W)."""
     import torch
 
@@ -122,7 +137,7 @@ def _draw(pipeline: Any, options: argparse.Namespace) -> Any:
     return torch.cat(found)
 
 
-def _sources(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+def _sources(pipeline: Any, options: Namespace) -> dict[str, Any]:
     """Return the stock call's argument of the source pictures; none without `--image`."""
     from trl_tafs.pipelines.pictures import Picture, check_pictures
 

@@ -4,40 +4,48 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, ClassVar
 
-from trl_tafs.cli.parsing import OneLineParser, UsageError, check_numbers
+from trl_tafs.cli.command import CommandOptions, make_parser, parse
+from trl_tafs.cli.parsing import UsageError, check_numbers
 from trl_tafs.output.errors import require
+from trl_tafs.rewards.server import MAX_BYTES, MAX_IMAGES, SECRET, check_exposure, serve
+
+
+@dataclass
+class ServeOptions(CommandOptions):
+    """Which reward is served, and where."""
+
+    title: ClassVar[str] = "Serving"
+    positional: ClassVar[dict[str, str | None]] = {"name": None}
+
+    name: str = field(default="", metadata={"help": "A name of trl_tafs.rewards.REWARDS, module:name or file.py:name."})
+    port: int = field(default=8000, metadata={"help": "Port."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Any other than loopback needs " + SECRET + " set."})
+    options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Of the reward, as JSON."})
+    max_bytes: int = field(default=MAX_BYTES, metadata={"help": "Of one request."})
+    max_images: int = field(default=MAX_IMAGES, metadata={"help": "Of one request."})
 
 
 def serve_reward(argv: Sequence[str]) -> Callable[[], None]:
     """Serve a reward over HTTP, for trainers in other processes and on other machines."""
-    from trl_tafs.options import decode_dict
     from trl_tafs.rewards.loading import load_reward, reward_label
-    from trl_tafs.rewards.server import SECRET, check_exposure, serve
 
-    options = serving_parser().parse_args(list(argv))
+    (options,) = parse([ServeOptions], argv, parser=serving_parser())
     check_numbers(options, port=0, max_bytes=1, max_images=1)
     if options.port > 65535:
         raise UsageError(f"--port is {options.port}; it must be at most 65535")
     check_exposure(options.host, os.environ.get(SECRET))
-    given = decode_dict("--options", options.options)
     for package in ("uvicorn", "starlette"):
         require(package, "serve-reward", "server")
-    reward = load_reward(options.name, given)
+    reward = load_reward(options.name, options.options)
     limits = {"max_bytes": options.max_bytes, "max_images": options.max_images}
     return partial(serve, reward_label(options.name), reward, options.host, options.port, **limits)
 
 
-def serving_parser() -> OneLineParser:
+def serving_parser() -> Any:
     """Return the parser of `trl-tafs serve-reward`."""
-    from trl_tafs.rewards.server import MAX_BYTES, MAX_IMAGES, SECRET
-
-    parser = OneLineParser(prog="trl-tafs serve-reward", description=serve_reward.__doc__)
-    parser.add_argument("name", help="a name of trl_tafs.rewards.REWARDS, module:name or file.py:name")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--host", default="127.0.0.1", help=f"any other than loopback needs {SECRET} set")
-    parser.add_argument("--options", default="{}", help="of the reward, as JSON")
-    parser.add_argument("--max_bytes", type=int, default=MAX_BYTES, help="of one request")
-    parser.add_argument("--max_images", type=int, default=MAX_IMAGES, help="of one request")
-    return parser
+    usage = "%(prog)s NAME [options]"
+    return make_parser([ServeOptions], prog="trl-tafs serve-reward", description=serve_reward.__doc__, usage=usage)

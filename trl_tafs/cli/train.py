@@ -14,7 +14,7 @@ from trl_tafs.prompts.sets import load_prompts
 
 def train(argv: Sequence[str]) -> Callable[[], None]:
     """Train an adapter; all fields of the script's arguments and of `TAFSGRPOConfig` are options, or keys in YAML."""
-    trainer = make_trainer(*parse_arguments(argv, prog="trl-tafs train"))
+    trainer = make_trainer(*parse_arguments(argv, prog="trl-tafs train", description=train.__doc__))
     trainer.stopper.command = resume_command(argv)
     return trainer.train
 

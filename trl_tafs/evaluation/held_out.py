@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trl_tafs.evaluation.drawing import Drawer, DrawSpec, draw_and_score
+from trl_tafs.evaluation.statistics import IMAGE_STATISTICS, image_statistics
 from trl_tafs.pipelines.finite import NonFiniteError
 from trl_tafs.processes import any_process, gather_rows, raise_everywhere
 from trl_tafs.prompts.source import PromptSource
@@ -26,6 +28,11 @@ def metric_names(config: Any, rewards: RewardSet) -> Iterator[str]:
     for sampler in config.eval_samplers:
         for steps in config.eval_num_steps:
             yield from (metric_name(sampler, steps, reward) for reward in rewards.names)
+
+
+def statistic_name(sampler: str, num_steps: int, statistic: str) -> str:
+    """Return what an evaluation calls the mean of a statistic of its images."""
+    return f"image/{sampler}_{num_steps}/{statistic}"
 
 
 def check_nothing_evaluates(config: Any, held_out: Any | None) -> None:
@@ -94,8 +101,13 @@ class Evaluator:
             raise ValueError(f"metric_for_best_model is {metric!r}, which no evaluation has; {hint}{', '.join(names)}")
         return made
 
-    def __call__(self, drawer: Drawer, specs: Sequence[DrawSpec], accelerator: Any) -> dict[str, float]:
+    def __call__(
+        self, drawer: Drawer, specs: Sequence[DrawSpec], accelerator: Any, *, ranges: bool = False
+    ) -> dict[str, float]:
         """Return `eval/<sampler>_<steps>/<reward>` of each way of drawing: the mean over all images with a score.
+
+        Beside them stand `image/<sampler>_<steps>/<statistic>`, the mean of each statistic of the images themselves;
+        with `ranges` also its `/low` and `/high`, the least and the most of any image.
 
         Raises:
             RewardError: a reward failed on any process; raised on all of them.
@@ -108,14 +120,41 @@ class Evaluator:
         fault: Exception | None = None
         for spec in specs:
             try:
-                values = draw_and_score(drawer, spec, self.rewards, items, mine)[1][:, 0]
+                images, values = draw_and_score(drawer, spec, self.rewards, items, mine)
+                values = torch.cat([values[:, 0], image_statistics(images[:, 0])], dim=1)
             except (RewardError, NonFiniteError) as error:  # the others wait in the gather: fail together, below
                 fault = fault or error
-                values = torch.full((len(mine), len(self.rewards.names)), torch.nan, dtype=torch.float64)
+                count = len(self.rewards.names) + len(IMAGE_STATISTICS)
+                values = torch.full((len(mine), count), torch.nan, dtype=torch.float64)
             everyone = gather_rows(accelerator, values)[: len(self.items)]
-            for name, mean in zip(self.rewards.names, everyone.nanmean(dim=0).tolist(), strict=True):
+            scores, measured = everyone.split([len(self.rewards.names), len(IMAGE_STATISTICS)], dim=1)
+            for name, mean in zip(self.rewards.names, scores.nanmean(dim=0).tolist(), strict=True):
                 results[metric_name(spec.sampler, spec.num_steps, name)] = mean
+            results |= _described(spec, measured, ranges)
         if any_process(accelerator, fault is not None):
             raise_everywhere(accelerator, fault, NonFiniteError, "evaluation")
             raise_everywhere(accelerator, fault, RewardError, "evaluation")
         return results
+
+
+def held_out_metrics(config: Any, held_out: Evaluator | None) -> tuple[str, ...]:
+    """Return the metrics that every evaluation of a run will have; none where it has no evaluations."""
+    return () if held_out is None else tuple(metric_names(config, held_out.rewards))
+
+
+def prompts_to_show(training: PromptSource, held_out: Evaluator | None) -> list[str]:
+    """Return prompts for cards and pictures: held-out ones, or those of the first epoch."""
+    pairs = training.groups(0, 16) if held_out is None else held_out.items
+    return [prompt for prompt, _ in pairs]
+
+
+def _described(spec: DrawSpec, measured: Tensor, ranges: bool) -> dict[str, float]:
+    """Return the mean of each statistic of a way of drawing, by name, with its range; measured are (B, 4)."""
+    found = {}
+    for statistic, column in zip(IMAGE_STATISTICS, measured.unbind(1), strict=True):
+        name = statistic_name(spec.sampler, spec.num_steps, statistic)
+        found[name] = column.nanmean().item()
+        if ranges:
+            known = column[~column.isnan()]
+            found |= {f"{name}/low": known.min().item(), f"{name}/high": known.max().item()} if len(known) else {}
+    return found

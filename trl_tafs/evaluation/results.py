@@ -89,7 +89,7 @@ def _row(name: str, sampling: DrawSpec, scores: list[dict[str, Any]], task: Task
     for reward in task.rewards.names:
         per_prompt[reward] = prompt_means([row["rewards"][reward] for row in scores], numbers)
     for statistic in IMAGE_STATISTICS:
-        per_prompt[statistic] = prompt_means([row["statistics"][statistic] for row in scores], numbers)
+        per_prompt[statistic] = prompt_means([row["statistics"].get(statistic) for row in scores], numbers)
     if task.images_per_prompt > 1:
         groups: dict[int, list[torch.Tensor]] = {}
         for row in scores:

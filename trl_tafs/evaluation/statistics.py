@@ -91,6 +91,14 @@ def colour_entropy(images: Tensor, bins: int = 8) -> Tensor:
     return -(shares * shares.clamp(min=1e-12).log2()).sum(1).float()
 
 
+def saturated_pixels(images: Tensor, margin: float = 1 / 255) -> Tensor:
+    """Return the share of values of images (B, 3, H, W) at either end of [0, 1], within `margin`: (B,) in [0, 1].
+
+    Black and white that a picture is asked for count too; it is the rise over the base's that tells.
+    """
+    return ((images <= margin) | (images >= 1 - margin)).float().mean((1, 2, 3))
+
+
 def thumbnails(images: Tensor) -> Tensor:
     """Return images (B, 3, H, W) reduced to (B, 3, 16, 16) uint8."""
     small = F.interpolate(images, size=(THUMBNAIL, THUMBNAIL), mode="area")
@@ -106,4 +114,14 @@ def diversity(small: Tensor) -> float:
     return (distances.sum() / (len(flat) * (len(flat) - 1))).item()
 
 
-IMAGE_STATISTICS = {"saturation": saturation, "sharpness": sharpness, "colour_entropy": colour_entropy}
+IMAGE_STATISTICS = {
+    "saturation": saturation,
+    "sharpness": sharpness,
+    "colour_entropy": colour_entropy,
+    "saturated_pixels": saturated_pixels,
+}
+
+
+def image_statistics(images: Tensor) -> Tensor:
+    """Return every statistic of images (B, 3, H, W): (B, 4) float64, in the order of `IMAGE_STATISTICS`."""
+    return torch.stack([measure(images.float()) for measure in IMAGE_STATISTICS.values()], dim=1).double()

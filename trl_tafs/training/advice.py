@@ -11,6 +11,7 @@ import torch
 
 from trl_tafs.options import own_copy
 from trl_tafs.output.errors import first_line
+from trl_tafs.output.speech import is_heard, say, warn
 from trl_tafs.policy.sharding import is_sharded
 from trl_tafs.training.memory import MemoryPlan, measure_footprint, plan_memory, reward_bytes
 from trl_tafs.training.options import TrainingOptions
@@ -118,10 +119,10 @@ def with_settings(options: TrainingOptions, changes: Mapping[str, Any]) -> Train
 def announce_plan(
     simulation: Simulation, options: TrainingOptions, plan: EpochPlan, accelerator: Accelerator, rewards: Iterable[Any]
 ) -> MemoryPlan | None:
-    """Print what a run will hold, before anything is moved, on the main process; None where nobody would read it.
+    """Say what a run will hold, before anything is moved, on the main process; None where nobody would read it.
 
-    On a GPU it is always made, and said where it doesn't fit; on a CPU only beside progress bars. A plan that can't be
-    made costs a warning.
+    On a GPU it is always made, and a warning where it doesn't fit; on a CPU only where progress bars are wanted and
+    somebody reads them. A plan that can't be made costs a warning.
 
     Args:
         simulation: of the pipeline.
@@ -131,7 +132,8 @@ def announce_plan(
         rewards: all reward functions.
     """
     device = accelerator.device
-    if not accelerator.is_main_process or (device.type != "cuda" and options.disable_tqdm):
+    silent = options.disable_tqdm or not is_heard()
+    if not accelerator.is_main_process or (device.type != "cuda" and silent):
         return None
     capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     try:
@@ -140,6 +142,8 @@ def announce_plan(
     except Exception as error:  # of a model's code that can't do without values
         warnings.warn(f"the memory plan can't be made ({first_line(error)}); training goes on", stacklevel=2)
         return None
-    if not options.disable_tqdm or (capacity is not None and made.peak() > capacity):
-        print(made.report(capacity))
+    if capacity is not None and made.peak() > capacity:
+        warn(made.report(capacity))
+    elif not silent:
+        say(made.line(capacity))
     return made

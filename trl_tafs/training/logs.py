@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from trl_tafs.algorithm import Algorithm
 from trl_tafs.method.advantages import AdvantageTable, group_mean_std
 from trl_tafs.method.types import RewardTable
+from trl_tafs.output.speech import warn
+from trl_tafs.policy.policy import Policy
 from trl_tafs.training.experience import Experience
 from trl_tafs.training.memory import GIB, MemoryPlan
 from trl_tafs.training.progress import Progress
 
 CLIPPED_WARNING = 0.3
+BACKWARD = 2  # evaluations that a backward pass costs
 PHASES = ("rollout", "decode", "reward", "update")  # of an epoch, by the stopwatch
 
 
@@ -26,6 +32,40 @@ def warn_main(accelerator: Accelerator, message: str) -> None:
     """Warn once for all processes."""
     if accelerator.is_main_process:
         warnings.warn(message, stacklevel=3)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Evaluations of the denoiser in an epoch, on this process."""
+
+    sampled: int  # in the rollout; 0 where an earlier process had done it
+    updated: int  # in the update
+    backward: int  # rows of the update that a gradient goes back through
+
+
+class Meter:
+    """Counts an epoch's evaluations of the denoiser on this process.
+
+    Args:
+        policy: which counts all of them.
+        backward: rows of an update that a gradient goes back through.
+    """
+
+    def __init__(self, policy: Policy, backward: int) -> None:
+        self.policy, self.backward = policy, backward
+        self.begin()
+
+    def begin(self) -> None:
+        """Mark where the rollout begins."""
+        self._first = self._then = self.policy.evaluations
+
+    def sampled(self) -> None:
+        """Mark where the rollout ends."""
+        self._then = self.policy.evaluations
+
+    def work(self) -> Work:
+        """Return what was done since the rollout began."""
+        return Work(self._then - self._first, self.policy.evaluations - self._then, self.backward)
 
 
 class MeanMetrics:
@@ -85,18 +125,28 @@ class EpochLog:
 
     Args:
         accelerator: whose trackers are written.
-        num_actions: M, of the K images of a scored step those that are actions.
-        clip: what clips ratios, with its value, for a warning.
-        varying_groups: whether group sizes are worth a line.
+        algorithm: of the run, whose actions are logged, and the sizes of whose groups where they vary.
+        progress: of the run.
+        memory_plan: to log beside what is measured.
     """
 
     def __init__(
-        self, accelerator: Accelerator, num_actions: int, clip: str, varying_groups: bool, progress: Progress
+        self, accelerator: Accelerator, algorithm: Algorithm, progress: Progress, memory_plan: MemoryPlan | None = None
     ) -> None:
-        self.accelerator, self.clip, self.varying_groups, self.progress = accelerator, clip, varying_groups, progress
-        self.actions = slice(0, num_actions)
-        self.memory_plan: MemoryPlan | None = None
+        self.accelerator, self.progress, self.memory_plan = accelerator, progress, memory_plan
+        self.clip, self.varying_groups = algorithm.ratio_limit, algorithm.prompt_tracker is not None
+        self.actions = slice(0, algorithm.kernel.num_actions)
+        self.latest: dict[str, Any] = {}  # the last value of each name
+        self._pace = math.inf  # seconds of an evaluation of the denoiser in the fastest rollout so far
         self._warned = False
+
+    def _log(self, values: dict[str, Any], global_step: int) -> None:
+        self.latest |= values
+        self.accelerator.log(values, step=global_step)
+
+    def _warn(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            warn(line)
 
     def experience(
         self, experience: Experience, credit: AdvantageTable, scored_steps: range, epoch: int, global_step: int
@@ -107,10 +157,10 @@ class EpochLog:
             del values["reward/group_std"], values["frac_reward_zero_std"]
         values["frac_zero_advantage"] = (credit.advantages == 0).float().mean().item()
         self._warn_idle(experience, credit, epoch)
-        self.accelerator.log({"epoch": epoch} | values, step=global_step)
+        self._log({"epoch": epoch} | values, global_step)
         if self.varying_groups:
             groups = group_values(experience.prompts.group_ids, credit.group_std[:, -1, 0])
-            self.accelerator.log(groups | {"epoch": epoch}, step=global_step)
+            self._log(groups | {"epoch": epoch}, global_step)
         return values["reward"]
 
     def _warn_idle(self, experience: Experience, credit: AdvantageTable, epoch: int) -> None:
@@ -121,8 +171,7 @@ class EpochLog:
             return
         constant = ", ".join(constant_rewards(experience.rewards, experience.prompts.group_ids))
         cause = f"{constant} gave" if constant else "the weighted sum of the rewards is"
-        warn_main(
-            self.accelerator,
+        self._warn(
             f"epoch {epoch}: no image has an advantage, so nothing is learned from it ({count} such in a row): {cause} "
             "the same for all images of each prompt. Use a reward that tells images of one prompt apart, prompts that "
             "are neither too easy nor too hard, or a larger num_generations. No optimizer step is taken, but for the "
@@ -135,34 +184,38 @@ class EpochLog:
         reduced = self.accelerator.reduce(torch.stack([values[name].float() for name in names]), reduction="mean")
         line: dict[str, Any] = dict(zip(names, reduced.tolist(), strict=True))
         line |= {"epoch": epoch, "inner_epoch": inner_epoch, "learning_rate": rate}
-        self.accelerator.log(line, step=global_step)
+        self._log(line, global_step)
         if line.get("clipfrac", 0.0) > CLIPPED_WARNING and not self._warned:
             self._warned = True
-            warn_main(
-                self.accelerator,
+            self._warn(
                 f"epoch {epoch}: {line['clipfrac']:.0%} of the ratios are clipped at {self.clip}, "
                 "which throttles training; raise it, or lower train_learning_rate or the number of updates an "
                 "epoch",
             )
 
-    def timing(self, stopwatch: Stopwatch, images: int, evaluations: int, epoch: int, global_step: int) -> None:
+    def timing(self, stopwatch: Stopwatch, images: int, work: Work, epoch: int, global_step: int) -> None:
         """Log what an epoch cost: seconds by phase, images a second, evaluations; on a GPU its peak memory so far.
 
         Args:
             stopwatch: of its phases.
             images: of all processes.
-            evaluations: of the denoiser on this one, in rollout and update, without backward passes.
+            work: what this one did in them.
             epoch: which.
             global_step: optimizer steps so far.
         """
         values = stopwatch.pop() | {"epoch": epoch}
         seconds = sum(values.get(f"time/{name}", 0.0) for name in PHASES)
         values["images_per_second"] = images / seconds
+        evaluations = work.sampled + work.updated
         values["evaluations_per_image"] = evaluations * self.accelerator.num_processes / images
+        if work.sampled:
+            self._pace = min(self._pace, values.get("time/rollout", math.inf) / work.sampled)
+            asked = (evaluations + BACKWARD * work.backward) * self._pace
+            values["time/floor"] = asked + values.get("time/decode", 0.0) + values.get("time/reward", 0.0)
         if self.memory_plan is not None and torch.cuda.is_available():
             measured = torch.cuda.max_memory_allocated(self.accelerator.device)
             values |= {"memory/peak_gib": measured / GIB, "memory/planned_gib": self.memory_plan.peak() / GIB}
-        self.accelerator.log(values, step=global_step)
+        self._log(values, global_step)
 
 
 def reward_values(

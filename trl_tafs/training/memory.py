@@ -76,6 +76,12 @@ class MemoryPlan:
         """Return what a device must have: the tensors, the allocator's loss, CUDA's context."""
         return round(self.allocated(phase) * (1 + FRAGMENTATION)) + CONTEXT
 
+    def line(self, capacity: int | None = None) -> str:
+        """Return the plan in a line: what a device needs, when, and what it has."""
+        phase = max(self.phases, key=self.allocated)
+        has = "" if capacity is None else f" of {capacity / GIB:.1f}"
+        return f"memory: {self.peak() / GIB:.2f} GiB{has} planned at the peak ({phase}); `trl-tafs plan` has the table"
+
     def report(self, capacity: int | None = None, processes: int = 1) -> str:
         """Return a table in GiB, a column a phase; `capacity` is the device's, `processes` share the host."""
         names = list(dict.fromkeys(name for parts in self.phases.values() for name in parts))

@@ -73,6 +73,14 @@ class EvaluationOptions(Options):
     early_stopping_patience: int | None = option(None, "Stop after so many evaluations without a better one.")
     sample_grid_freq: int = option(10, "Epochs between sample grids (PNG: a row a prompt, a column a step); 0: none.")
     sample_grid_rows: int = option(6, "Images in a sample grid.")
+    picture_freq: int = option(
+        10,
+        "Epochs between pictures of a few fixed prompts, drawn as training samples and from the same noise each time; "
+        "before the first and after the last epoch, too; 0: none.",
+    )
+    picture_prompts: list[str] | None = option(
+        None, "Their prompts; None: the first four held-out ones or, without those, of training."
+    )
 
     def evaluates_at(self, epoch: int, last: int) -> bool:
         """Return whether there is an evaluation when `epoch` epochs are done: every `eval_freq`, and after the last."""
@@ -80,7 +88,7 @@ class EvaluationOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for what can't work."""
-        check_at_least(self, 0, "eval_freq", "sample_grid_freq")
+        check_at_least(self, 0, "picture_freq", "eval_freq", "sample_grid_freq")
         check_at_least(self, 1, "eval_images_per_prompt", "sample_grid_rows")
         check_at_least_1_or_none(self, "eval_batch_size", "early_stopping_patience")
         check_not_empty(self, "metric_for_best_model")

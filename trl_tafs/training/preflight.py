@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from trl_tafs.output.speech import say
 from trl_tafs.pipelines.finite import NonFiniteError, check_images
 from trl_tafs.policy.policy import Policy
 from trl_tafs.policy.sharding import is_sharded, shards_line
@@ -53,7 +54,7 @@ class Preflight:
 
     @kept_generators()
     def __call__(self, epoch: int) -> None:
-        """Try what the epochs from `epoch` on will need, and say how an epoch is made up.
+        """Try what the epochs from `epoch` on will need.
 
         The global generators stay as a checkpoint has them.
 
@@ -63,7 +64,6 @@ class Preflight:
         config = self.config
         if config.push_to_hub:
             self.prepare_push()
-        self._say(self.plan.line(config.train_num_inner_epochs))
         if is_sharded(self.policy.accelerator):
             self._say(shards_line(self.policy.pipeline.denoiser))
         prompt, metadata = self.prompts.groups(epoch, 1)[0]
@@ -116,5 +116,5 @@ class Preflight:
         return images
 
     def _say(self, line: str) -> None:
-        if not self.config.disable_tqdm:
-            self.accelerator.print(line)
+        if self.accelerator.is_main_process:
+            say(line)

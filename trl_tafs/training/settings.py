@@ -23,6 +23,8 @@ NOT_PART_OF_THE_RESULT = {  # may differ between a checkpoint and the run that r
         "prompt_cache_dir",
         "model_cpu_offload",
         "decode_batch_size",
+        "picture_freq",
+        "picture_prompts",
     ),
 }
 

@@ -10,9 +10,11 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import GeneralTracker
@@ -159,6 +161,23 @@ class TolerantTracker(GeneralTracker):
                     "metrics.jsonl has every number",
                     stacklevel=3,
                 )
+
+
+def show_pictures(accelerator: Accelerator, pictures: dict[str, list[Any]], step: int) -> None:
+    """Send PIL images, lists of them by title, to the trackers that were asked for, as each takes them.
+
+    The local log isn't one of them: whoever shows pictures writes them to files.
+    """
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stacked = {title: np.stack([np.asarray(image) for image in images]) for title, images in pictures.items()}
+            tracker.log_images(stacked, step=step, dataformats="NHWC")
+        elif tracker.name == "trackio":  # Accelerate's has no log_images
+            trackio = import_module("trackio")
+            sent = {title: [trackio.Image(image) for image in images] for title, images in pictures.items()}
+            tracker.log({title: images[0] if len(images) == 1 else images for title, images in sent.items()}, step=step)
+        elif not isinstance(tracker, LocalTracker):
+            tracker.log_images(pictures, step=step)
 
 
 def make_accelerator(config: TrainingOptions) -> tuple[Accelerator, LocalTracker]:
