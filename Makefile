@@ -8,7 +8,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MKL_NUM_THREADS=1
 
 BASE ?= HEAD
 
-.PHONY: help setup quickstart words scenes bench-methods bench-speed test test-method test-slow test-wheel gauge lint format docs clean
+.PHONY: help setup quickstart words scenes bench-methods bench-speed test test-method test-slow test-wheel gauge lint format docs docs-site clean
 
 help:
 	@echo "make quickstart   train a 4-step generator on the embedded pipeline, with a before/after table"
@@ -23,6 +23,7 @@ help:
 	@echo "make gauge BASE=COMMIT  whether this tree computes what that commit does, to the bit (3 minutes)"
 	@echo "make lint         ruff, and mypy: the mathematics strictly, signatures everywhere"
 	@echo "make docs         write docs/configuration.md anew"
+	@echo "make docs-site    the documentation as a site, in build/site; any broken link or name is an error"
 	@echo "make clean        remove .venv and runs"
 
 setup: $(VENV)/.installed
@@ -85,6 +86,14 @@ format: setup
 docs: setup
 	$(BIN)/python docs/make_configuration.py
 	$(BIN)/python docs/make_learning.py
+
+$(VENV)/.docs: $(VENV)/.installed
+	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[docs]' || $(BIN)/python -m pip install --quiet -e '.[docs]'; \
+	else $(BIN)/python -m pip install --quiet -e '.[docs]'; fi
+	touch $@
+
+docs-site: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) runs logs build *.egg-info

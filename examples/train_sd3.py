@@ -12,7 +12,7 @@ One GPU of 24 GB:
 Eight GPUs, the settings in a file:
 
     accelerate launch --num_processes 8 examples/train_sd3.py \
-        --config examples/configs/sd35_medium.yaml --prompts prompts.txt
+        --config examples/configs/sd35_medium_8x80gb.yaml --prompts prompts.txt
 
 The embedded pipeline, on a CPU, in a minute:
 

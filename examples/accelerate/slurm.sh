@@ -1,6 +1,6 @@
 #!/bin/bash
 # A run on SLURM, a task a GPU, on eight machines of eight:
-#   sbatch --nodes 8 examples/accelerate/slurm.sh --config examples/configs/flux1_dev.yaml --prompts prompts.txt
+#   sbatch --nodes 8 examples/accelerate/slurm.sh --config examples/configs/flux1_dev_8x80gb.yaml --prompts prompts.txt
 # What outgrows a card, in shards over all GPUs: SHARD=1 sbatch ... as above.
 # Five minutes before its time is over, or when it is preempted, every task is told to end: they stop together and save,
 # and the job goes back into the queue, from where it goes on. There is no launcher in between: torchrun would kill

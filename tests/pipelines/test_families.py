@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shutil
 from unittest import mock
 
 import families
@@ -710,45 +711,57 @@ def test_another_revision_of_the_base_is_another_embedding(tmp_path):
 # The example configurations -----------------------------------------------------------------------------------
 
 TWINS = {
-    "sd35_medium": "sd3",
+    "sd35_medium_24gb": "sd3",
     "sd35_medium_paper": "sd3",
-    "flux1_dev": "flux-dev",
+    "sd35_large_80gb": "sd3",
+    "flux1_dev_24gb": "flux-dev",
     "flux1_dev_paper": "flux-dev",
-    "flux2_klein": "flux2-klein",
-    "qwen_image": "qwen-image",
-    "sana": "sana",
-    "lumina2": "lumina2",
-    "chroma": "chroma",
-    "cogview4": "cogview4",
-    "aura_flow": "aura-flow",
-    "ovis_image": "ovis-image",
-    "longcat_image": "longcat-image",
+    "flux2_klein_24gb": "flux2-klein",
+    "flux2_dev_80gb": "flux2",
+    "qwen_image_24gb": "qwen-image",
+    "z_image_24gb": "z-image",
+    "hidream_80gb": "hidream",
+    "sana_24gb": "sana",
+    "sana_sprint_24gb": "sana-sprint",
+    "lumina2_24gb": "lumina2",
+    "chroma_80gb": "chroma",
+    "cogview4_80gb": "cogview4",
+    "aura_flow_80gb": "aura-flow",
+    "ovis_image_80gb": "ovis-image",
+    "longcat_image_80gb": "longcat-image",
 }
 TWIN_LENGTHS = {"lumina2": 64, "longcat-image": None}  # what holds a system prompt; what takes no other length
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_a_configuration_trains_its_tiny_twin(name, tmp_path, monkeypatch):
+def test_a_recipe_trains_its_tiny_twin(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
     twin = FAMILIES[TWINS[name]]
-    families.stock(TWINS[name]).save_pretrained(tmp_path / "twin")
+    stock = families.stock(TWINS[name])
+    stock.save_pretrained(tmp_path / "twin")
+    if TWINS[name] == "hidream":  # as its repositories are: Llama is another one
+        without_llama(stock, tmp_path, monkeypatch)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    arguments, config = parse_arguments(["--config", str(tiny.ROOT / "examples" / "configs" / f"{name}.yaml")])
-    assert config.height == config.width == 512 and (config.lora_rank, config.lora_alpha) == (32, 64)
-    assert quantization_config(arguments.quantization, arguments.quantized_components) is None or name == "qwen_image"
-    monkeypatch.setattr(
-        arguments_module, "quantization_config", lambda name, components: None
-    )  # bitsandbytes isn't here
+    file = tiny.ROOT / "examples" / "configs" / f"{name}.yaml"
+    arguments, config = parse_arguments(["--config", str(file)])
+    assert (config.lora_rank, config.lora_alpha) == (32, 64)
+    # bitsandbytes isn't here
+    monkeypatch.setattr(arguments_module, "quantization_config", lambda name, components: None)
     monkeypatch.setattr(arguments_module, "require", lambda *needed: None)
     small = {
         "pretrained_model": tmp_path / "twin",
         "prompts": tmp_path / "prompts.txt",
         "reward": "jpeg_compressibility=1.0",
+        "eval_prompts": tmp_path / "prompts.txt",
+        "eval_reward": "jpeg_incompressibility=1.0",
+        "reward_options": "{}",
+        "metric_for_best_model": "eval/annealed_4/jpeg_incompressibility",
         "num_epochs": 1,
         "height": twin.size,
         "width": twin.size,
         "max_sequence_length": TWIN_LENGTHS.get(TWINS[name], families.LENGTH),
         "sample_batch_size": 2,
-        "sample_num_batches_per_epoch": 2,
+        "sample_num_batches_per_epoch": 4,
         "num_generations": 4,
         "train_batch_size": 2,
         "sample_grid_freq": 0,
@@ -757,10 +770,21 @@ def test_a_configuration_trains_its_tiny_twin(name, tmp_path, monkeypatch):
         "run_name": "run",
     }
     options = [str(word) for key, value in small.items() if value is not None for word in (f"--{key}", value)]
-    file = tiny.ROOT / "examples" / "configs" / f"{name}.yaml"
     assert main(["train", "--config", str(file), *options]) == 0
     weights, lora = read_adapter(tmp_path / "run" / "adapter")
     assert lora.r == 32 and any(weight.abs().sum() > 0 for key, weight in weights.items() if "lora_B" in key)
+
+
+def without_llama(stock, folder, monkeypatch):
+    """HiDream's twin as its repositories are, and its Llama beside it, where `examples/hidream_llama.py` looks."""
+    stock.text_encoder_4.save_pretrained(folder / "llama")
+    stock.tokenizer_4.save_pretrained(folder / "llama")
+    index = json.loads((folder / "twin" / "model_index.json").read_text())
+    for part in ("text_encoder_4", "tokenizer_4"):
+        shutil.rmtree(folder / "twin" / part)
+        del index[part]
+    (folder / "twin" / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setenv("HIDREAM_LLAMA", str(folder / "llama"))
 
 
 def test_a_quantization_is_diffusers_own_configuration():

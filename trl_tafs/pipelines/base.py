@@ -115,7 +115,7 @@ class TAFSPipelineMixin(ABC):
         The default reads the denoiser's configuration: text (L, C), and pooled (P,) where it takes one.
         """
         config = self.denoiser.config
-        names = ("joint_attention_dim", "caption_channels", "cap_feat_dim", "cross_attention_dim")
+        names = ("joint_attention_dim", "caption_channels", "cap_feat_dim", "cross_attention_dim", "text_embed_dim")
         channels = next(config[name] for name in names if config.get(name))
         pooled = config.get("pooled_projection_dim")
         return {"text": (length, channels)} | ({"pooled": (pooled,)} if pooled else {})

@@ -23,7 +23,7 @@ class TAFSHiDreamPipeline(TAFSPipelineMixin, HiDreamImagePipeline):
     the same function in another order of summation: the rollout is the stock pipeline's up to float rounding.
 
     HiDream's repositories come without Llama: `from_pretrained` is given `text_encoder_4` and `tokenizer_4`, as the
-    stock pipeline's is (docs/adapters.md). So the family is for Python, not for the command line.
+    stock pipeline's is (docs/adapters.md). On the command line, `examples/hidream_llama.py` does it.
     """
 
     lora_target_modules = (

@@ -38,6 +38,17 @@ class TAFSLumina2Pipeline(TAFSPipelineMixin, Lumina2Pipeline):
                 "tokens, so that nothing of a prompt would be left; use more, the default is 256"
             )
 
+    def embedding_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """With a mask, (L,)."""
+        return super().embedding_shapes(length) | {"mask": (length,)}
+
+    def stand_in_for_values(self, denoiser: nn.Module) -> str | None:
+        """Take every prompt as long as its mask."""
+        embedder = denoiser.rope_embedder
+        embed = embedder.forward
+        embedder.forward = lambda hidden_states, mask: embed(hidden_states, _Full(mask.shape))
+        return None
+
     def embed(self, prompts: list[str], max_sequence_length: int, negative: bool = False) -> Embeddings:
         """B prompts by Gemma 2: text (B, L, C) and its mask."""
         texts = prompts if negative else [self.templated(prompt) for prompt in prompts]
@@ -67,3 +78,16 @@ class TAFSLumina2Pipeline(TAFSPipelineMixin, Lumina2Pipeline):
             encoder_attention_mask=embeddings.mask,
             return_dict=False,
         )[0]
+
+
+class _Full:
+    """What the position embedding asks of a mask that leaves no token out."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+
+    def sum(self, dim: int) -> _Full:
+        return self
+
+    def tolist(self) -> list[int]:
+        return [self.shape[1]] * self.shape[0]

@@ -110,6 +110,8 @@ def give_fake_weights(module: nn.Module) -> list[Tensor]:
         for name, value in list(vars(part).items()):  # constants that are no buffers
             if isinstance(value, Tensor):
                 vars(part)[name] = made.setdefault(id(value), torch.empty(value.shape, dtype=value.dtype))
+            elif isinstance(value, list) and value and all(isinstance(item, Tensor) for item in value):
+                vars(part)[name] = [made.setdefault(id(v), torch.empty(v.shape, dtype=v.dtype)) for v in value]
     return list(made.values())
 
 
