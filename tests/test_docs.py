@@ -29,6 +29,7 @@ from trl_tafs.hub.push import PUSHED
 from trl_tafs.method.credit import CREDITS
 from trl_tafs.method.kernels import KERNELS
 from trl_tafs.method.objectives import OBJECTIVES
+from trl_tafs.options import decode_dict
 from trl_tafs.rewards.loading import reward_label
 from trl_tafs.training.checkpoint_files import checkpoints
 
@@ -216,9 +217,10 @@ def check_command(words):
         parse_sampling(words[2:])
     elif words[:2] == ["trl-tafs", "evaluate"]:
         options = evaluation_parser().parse_args(words[2:])
-        assert {reward_label(item) for item in options.reward} and json.loads(options.reward_options) is not None
+        assert {reward_label(item) for item in options.reward}
+        decode_dict("reward_options", options.reward_options)
     elif words[:2] == ["trl-tafs", "serve-reward"]:
-        assert json.loads(serving_parser().parse_args(words[2:]).options) is not None
+        decode_dict("options", serving_parser().parse_args(words[2:]).options)
     else:
         assert words[0] == "trl-tafs" and words[1] in SUBCOMMANDS, f"how is {words} to be checked?"
 

@@ -35,7 +35,7 @@ COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # shares of the captions: that tell only a part, that are another scene's, that are empty
-VAGUE, WRONG, EMPTY = 0.15, 0.08, 0.1
+VAGUE, WRONG, EMPTY = 0.1, 0.04, 0.1
 
 Row = dict[str, Any]  # as GenEval's: tag, include, exclude
 
@@ -198,6 +198,27 @@ def relation_of(first: int, second: int) -> list[str]:
     x, y = first % GRID - second % GRID, first // GRID - second // GRID
     length = math.hypot(x, y)
     return [name for name, (dx, dy) in RELATIONS.items() if (x * dx + y * dy) / length > 0.6]
+
+
+QUESTIONS = (len(KINDS), len(COLOURS) + 1, 4, len(KINDS) + 1, len(COLOURS) + 1, len(RELATIONS) + 1)  # answers of each
+
+
+def answers(row: Row) -> list[int]:
+    """What a caption says, one number for each of QUESTIONS: kind, colour, number, other kind, its colour, where it is.
+
+    The last of each is that nothing is said, but for the first kind and the number.
+    """
+    first, *others = row["include"]
+    other = others[0] if others else {}
+    kinds, colours, relations = list(KINDS), list(COLOURS), list(RELATIONS)
+    return [
+        kinds.index(first["class"]),
+        colours.index(first["color"]) if "color" in first else len(colours),
+        first["count"] - 1,
+        kinds.index(other["class"]) if other else len(kinds),
+        colours.index(other["color"]) if "color" in other else len(colours),
+        relations.index(other["position"][0]) if "position" in other else len(relations),
+    ]
 
 
 def draw_scene(tag: str, rng: random.Random) -> tuple[list[Icon], str, Row]:
