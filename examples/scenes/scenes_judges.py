@@ -85,14 +85,14 @@ def object_mask(large: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 @cache
-def signatures() -> tuple[tuple[str, np.ndarray], ...]:
-    """Each kind's signatures at its three sizes, of true images."""
+def signatures() -> np.ndarray:
+    """Each kind's signatures at its three sizes, of true images: (24, 2, SAMPLES), kind by kind."""
     found = []
     for kind in KINDS:
         for radius in RADII:
             image = to_uint8(render([Icon(kind, "black", 0, radius)], (0.95, 0.95, 0.95))[None])[0]
-            found.append((kind, signature(object_mask(enlarged(image), image))))
-    return tuple(found)
+            found.append(signature(object_mask(enlarged(image), image)))
+    return np.stack(found)
 
 
 def contours(image: np.ndarray) -> Found:
@@ -102,16 +102,18 @@ def contours(image: np.ndarray) -> Found:
     outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     found = []
     for outline in outlines:
+        x, y, width, height = cv2.boundingRect(outline)
+        if width * height < LEAST_AREA * SCALE**2:
+            continue
         filled = np.zeros_like(mask)
         cv2.drawContours(filled, [outline], -1, 1, cv2.FILLED)
         own = filled & mask
-        if own.sum() < LEAST_AREA * SCALE**2:
+        if cv2.countNonZero(own) < LEAST_AREA * SCALE**2:
             continue
-        mine = signature(own)
-        unlike, kind = min((float(np.abs(mine - other).mean()), kind) for kind, other in signatures())
+        differences = np.abs(signatures() - signature(own)).mean((1, 2))
+        unlike, kind = float(differences.min()), KINDS[int(differences.argmin()) // len(RADII)]
         colour, off = mean_colour(large, own)
         confidence = float(np.exp(-((unlike / UNLIKE) ** 4) * np.log(2)) * (off < OFF_COLOUR))
-        x, y, width, height = cv2.boundingRect(outline)
         box = (x / SCALE, y / SCALE, (x + width) / SCALE, (y + height) / SCALE)
         found.append((Detection(kind, confidence, box), colour))
     return found

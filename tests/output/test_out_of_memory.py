@@ -85,5 +85,5 @@ def test_a_run_goes_on_where_the_vae_had_no_room(pipeline, tmp_path, monkeypatch
         else:
             assert torch.allclose(trainer.collector.sampler.decode(latents), expected, atol=1e-6)
             trainer.train()
-    assert evaluated or trainer.collector.sampler.decode.batch.size == 2
+    assert evaluated or trainer.collector.sampler.decoder.batch.size == 2
     assert {1, 2, 4} >= set(sizes) >= {2, 4}
