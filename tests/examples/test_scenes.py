@@ -89,6 +89,31 @@ def test_stated_shares_of_the_captions_are_vague_wrong_or_empty(monkeypatch):
     assert data.WRONG <= 0.1 and 0.6 * most < sum(flawed) / 4000 < 1.05 * most
 
 
+def test_answers_are_what_a_caption_says():
+    kinds, colours, relations = len(KINDS), len(data.COLOURS), len(data.RELATIONS)
+    star, ring, red, blue = KINDS.index("star"), KINDS.index("ring"), 0, list(data.COLOURS).index("blue")
+    for (_, row), expected in (
+        (data.single("star"), [star, colours, 0, kinds, colours, relations]),
+        (data.counted("star", 3), [star, colours, 2, kinds, colours, relations]),
+        (data.coloured("star", "red"), [star, red, 0, kinds, colours, relations]),
+        (data.placed("star", "below", "ring"), [ring, colours, 0, star, colours, 3]),  # as GenEval's rows
+        (data.two_coloured(("star", "red"), ("ring", "blue")), [star, red, 0, ring, blue, relations]),
+    ):
+        assert data.answers(row) == expected
+    every = [data.answers(row) for _, row in PROMPTS]
+    assert len({(text, *told) for (text, _), told in zip(PROMPTS, every, strict=True)}) == len({t for t, _ in PROMPTS})
+    assert all(0 <= told < size for row in every for told, size in zip(row, data.QUESTIONS, strict=True))
+
+
+def test_text_encoders_learn_to_tell_what_captions_say():
+    """Also by the transformer's own inputs, which its weights don't change."""
+    pipeline = scenes_components.build_pipeline(num_layers=1, num_heads=2, head_dim=8, text_width=32, vae_channels=2)
+    before = [p.clone() for p in pipeline.transformer.parameters()]
+    told = [scenes_pretrain.train_text(pipeline, random.Random(0), steps, batch=32, rate=3e-3) for steps in (1, 150)]
+    assert told[1] > told[0] + 0.25
+    assert all(torch.equal(a, b) for a, b in zip(before, pipeline.transformer.parameters(), strict=True))
+
+
 def test_icons_lie_inside_their_cells_and_cells_on_the_patches():
     assert CELL % data.PATCH == 0 and GRID * CELL == data.SIDE
     for kind in KINDS:
@@ -339,7 +364,20 @@ def test_the_report_says_each_run_and_its_seeds(tmp_path, monkeypatch):
 
 
 def pretrain(folder, steps):
-    arguments = ("--vae_steps", "1", "--batch", "2", "--log_every", "100", "--save_every", "1", "--steps", str(steps))
+    arguments = (
+        "--vae_steps",
+        "1",
+        "--text_steps",
+        "1",
+        "--batch",
+        "2",
+        "--log_every",
+        "100",
+        "--save_every",
+        "1",
+        "--steps",
+        str(steps),
+    )
     made = tiny_pipeline()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes_components, "build_pipeline", lambda seed: made)
@@ -404,7 +442,7 @@ def test_a_settled_pre_training_lets_the_rate_fall_and_ends(tmp_path, monkeypatc
         patch.setattr(scenes_pretrain, "measure", lambda pipeline, names=(): {scenes_pretrain.FOLLOWED: 0.5})
         patch.setattr(scenes_pretrain, "settled", lambda rows: rows[-1]["step"] >= 6)
         patch.setattr(scenes_pretrain, "build_pipeline", lambda seed: tiny_pipeline())
-        options = {"vae_steps": 1, "steps": 100, "log_every": 2, "save_every": 3, "learning_rate": 1}
+        options = {"vae_steps": 1, "text_steps": 1, "steps": 100, "log_every": 2, "save_every": 3, "learning_rate": 1}
         paths = ["--state", str(tmp_path / "state.pt"), "--output", str(tmp_path / "pipeline")]
         given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         patch.setattr("sys.argv", ["scenes_pretrain.py", *given, *paths])
