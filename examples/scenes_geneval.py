@@ -227,7 +227,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     choice = Panel(training_prompts(16, seed=1), 1, CHOSEN)
-    panel = choice if args.choose else Panel(held_out_prompts(), args.images_per_prompt, REPORTED)
+    each = args.images_per_prompt
+    panel = Panel(training_prompts(16, seed=1), each, CHOSEN) if args.choose else Panel(held_out_prompts(), each, REPORTED)
     for detect in (contours, cells):
         found = ", ".join(f"{name} {share:.3f}" for name, share in accuracy(panel.real, panel.scenes, detect).items())
         print(f"true scenes by {detect.__name__}: {found}", flush=True)
