@@ -13,7 +13,7 @@ BASE ?= HEAD
 help:
 	@echo "make quickstart   train a 4-step generator on the embedded pipeline, with a before/after table"
 	@echo "make words        teach a model that writes words to be read by an OCR engine, with a before/after table"
-	@echo "make scenes       teach a model to draw what a caption asks, by GenEval's rules; pre-train it first, examples/scenes/README.md"
+	@echo "make scenes       teach a model to draw what a caption asks, by GenEval's rules, with a before/after table"
 	@echo "make bench-methods  every preset on both embedded tasks, into docs/benchmarks.md (an hour and a half on two cores)"
 	@echo "make bench-speed  an iteration over the evaluations that it asks for, methods against each other (15 minutes)"
 	@echo "make test         the tests (under 8 minutes on two cores)"

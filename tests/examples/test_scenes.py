@@ -485,14 +485,13 @@ def test_the_configuration_trains_and_evaluates_from_the_command_line(processes,
     assert "StrictReward" in (tmp_path / "judged" / "results.json").read_text()
 
 
-@pytest.mark.skipif(not scenes_components.FOLDER.exists(), reason="no weights")
 def test_the_shipped_weights_are_small_and_the_base_leaves_something_to_learn():
     files = list(scenes_components.FOLDER.rglob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) <= 12e6
     pipeline = scenes_components.load(TAFSStableDiffusion3Pipeline)
     panel = scenes_geneval.Panel(data.held_out_prompts()[::3], 1, 0)
     score = panel.row(pipeline, "annealed", 4)["geneval"]
-    assert 0.02 < score < 0.7
+    assert 0.2 < score < 0.6
 
 
 def test_the_configurations_prompts_are_the_scripts(tmp_path):
