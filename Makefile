@@ -26,6 +26,7 @@ help:
 	@echo "make notebooks    run the notebooks anew and keep what they show (a few minutes)"
 	@echo "make gauge BASE=COMMIT  whether this tree computes what that commit does, to the bit (3 minutes)"
 	@echo "make lint         ruff, and mypy: the mathematics strictly, signatures everywhere"
+	@echo "make format       repair what ruff can"
 	@echo "make docs         write docs/configuration.md anew"
 	@echo "make docs-site    the documentation as a site, in build/site; any broken link or name is an error"
 	@echo "make clean        remove .venv and runs"
@@ -92,7 +93,7 @@ dist: $(VENV)/.release
 
 # Needs nothing installed.
 check-release:
-	$(PYTHON) .ci/check_release.py $(TAG)
+	$(PYTHON) .ci/check_release.py '$(TAG)'
 
 notebooks: setup
 	$(ONE_THREAD) $(BIN)/python tests/notebooks.py
