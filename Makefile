@@ -8,7 +8,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MKL_NUM_THREADS=1
 
 BASE ?= HEAD
 
-.PHONY: help setup quickstart words scenes bench-methods bench-speed test test-method test-slow test-wheel gauge lint format docs docs-site clean
+.PHONY: help setup quickstart words scenes bench-methods bench-speed test test-method test-slow test-lowest test-wheel check-release dist notebooks gauge lint format docs docs-site clean
 
 help:
 	@echo "make quickstart   train a 4-step generator on the embedded pipeline, with a before/after table"
@@ -19,9 +19,14 @@ help:
 	@echo "make test         the tests (under 8 minutes on two cores)"
 	@echo "make test-method  those of the mathematics alone (under a minute)"
 	@echo "make test-slow    the slow ones"
-	@echo "make test-wheel   the wheel in a new environment of its own: train, evaluate, sample, serve-reward (gigabytes)"
+	@echo "make test-lowest  the tests of method, families and training with the lowest releases that setup.cfg allows (gigabytes)"
+	@echo "make test-wheel   wheel and sdist in new environments: quickstart, train, evaluate, sample, serve-reward (gigabytes)"
+	@echo "make dist         wheel and sdist into dist/, checked as PyPI would; make test-wheel DIST=dist tries these"
+	@echo "make check-release TAG=v0.1.0  whether version, CITATION.cff and CHANGELOG.md are the tag's"
+	@echo "make notebooks    run the notebooks anew and keep what they show (a few minutes)"
 	@echo "make gauge BASE=COMMIT  whether this tree computes what that commit does, to the bit (3 minutes)"
 	@echo "make lint         ruff, and mypy: the mathematics strictly, signatures everywhere"
+	@echo "make format       repair what ruff can"
 	@echo "make docs         write docs/configuration.md anew"
 	@echo "make docs-site    the documentation as a site, in build/site; any broken link or name is an error"
 	@echo "make clean        remove .venv and runs"
@@ -64,7 +69,34 @@ test-slow: setup
 
 # For a machine that may ask the package index; PIP_CONSTRAINT and UV_CONSTRAINT say which releases.
 test-wheel: setup
-	$(BIN)/python tests/wheel/run.py
+	$(BIN)/python tests/wheel/run.py $(if $(DIST),--dist $(DIST))
+
+# The lowest release of each requirement of setup.cfg, and the highest of what these require. Needs uv, which resolves so.
+LOWEST := runs/lowest
+test-lowest: setup
+	mkdir -p runs && rm -rf $(LOWEST)
+	$(BIN)/uv venv --quiet --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python $(BIN)/python --extra dev setup.cfg -o $(LOWEST)/requirements.txt
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/requirements.txt
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps -e .
+	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest tests/method tests/pipelines/test_families.py tests/training
+
+$(VENV)/.release: $(VENV)/.installed
+	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[release]' || $(BIN)/python -m pip install --quiet -e '.[release]'; \
+	else $(BIN)/python -m pip install --quiet -e '.[release]'; fi
+	touch $@
+
+dist: $(VENV)/.release
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+# Needs nothing installed.
+check-release:
+	$(PYTHON) .ci/check_release.py '$(TAG)'
+
+notebooks: setup
+	$(ONE_THREAD) $(BIN)/python tests/notebooks.py
 
 # Another commit beside this tree: the same small runs in both, compared. GAUGE_REMOVED names settings that only one has.
 gauge: setup
@@ -96,4 +128,4 @@ docs-site: $(VENV)/.docs
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs logs build *.egg-info
+	rm -rf $(VENV) runs logs build dist *.egg-info

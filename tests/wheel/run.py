@@ -1,6 +1,6 @@
-"""Does the wheel work where it is alone? Build it, install it into a new environment, and use it from there.
+"""Do wheel and sdist work where they are alone? Build them, install each into a new environment, use it from there.
 
-    python tests/wheel/run.py [--keep FOLDER]
+    python tests/wheel/run.py [--dist FOLDER] [--keep FOLDER]
 
 Asks the package index for the wheel's dependencies (gigabytes with torch; uv, where it is, takes them from its cache).
 Which releases: by pip's and uv's own variables, PIP_CONSTRAINT and UV_CONSTRAINT. No extras are installed but [server],
@@ -17,9 +17,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
+import zipfile
+from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from hub_stub import HubStub  # noqa: E402
 
-BUILT_FROM = ("trl_tafs", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+BUILT_FROM = ("trl_tafs", "examples/digits", "tests", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in")
+BUILT_FROM += ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
+QUICK = ("quickstart", "--epochs", "1", "--images_per_digit", "2", "--output_dir", "quick")
+UNKEPT = shutil.ignore_patterns("__pycache__", "runs", "logs")
 GENEVAL = "djghosh13/geneval/main/prompts/evaluation_metadata.jsonl"
 PARTI = b"Prompt\tCategory\tChallenge\tNote\na cat, asleep\tAnimals\tBasic\t\nthe digit two\tSigns\tBasic\t\n"
 TRAINING = ["--mixed_precision", "no", "--num_epochs", "1", "--sample_batch_size", "4", "--num_generations", "4"]
@@ -44,6 +50,7 @@ class Environment:
     """A new virtual environment, and the folder outside the checkout that its commands are run in."""
 
     def __init__(self, folder: Path, settings: dict[str, str]) -> None:
+        folder.mkdir()
         uv = Path(sys.executable).with_name("uv")
         self.uv = str(uv) if uv.exists() else shutil.which("uv")
         self.bin, self.work = folder / "venv" / "bin", folder / "work"
@@ -78,22 +85,55 @@ def check(condition: bool, what: str) -> None:
 
 
 def build(folder: Path) -> Path:
-    """The wheel of the present tree, whose own folder stays as it is."""
-    source = folder / "source"
-    source.mkdir()
+    """A folder with the sdist of the present tree, whose own folder stays as it is, and the wheel that it makes."""
+    source, dist = folder / "source", folder / "dist"
     for name in BUILT_FROM:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = partial(shutil.copytree, ignore=UNKEPT) if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     uv = Path(sys.executable).with_name("uv")
-    tool = [uv, "build", "--quiet", "--wheel", "--out-dir"] if uv.exists() else [
-        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"
-    ]  # fmt: skip
-    subprocess.run([*map(str, tool), str(folder / "dist"), str(source)], check=True)
-    return next((folder / "dist").glob("*.whl"))
+    if uv.exists():  # the sdist, and the wheel from it
+        subprocess.run([str(uv), "build", "--quiet", "--out-dir", str(dist), str(source)], check=True)
+        return dist
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(dist)!r})"
+    dist.mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, stdout=subprocess.DEVNULL)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist)]
+    subprocess.run([*pip, str(next(dist.glob("*.tar.gz")))], check=True)
+    return dist
+
+
+def contents(dist: Path) -> tuple[Path, Path, str]:
+    """The wheel and the sdist of a folder, which must have one of each, with what they need and nothing else."""
+    wheels, sdists = list(dist.glob("*.whl")), list(dist.glob("*.tar.gz"))
+    check((len(wheels), len(sdists)) == (1, 1), f"{dist} has {len(wheels)} wheels and {len(sdists)} sdists")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    with tarfile.open(sdists[0]) as archive:
+        files = {item.name.partition("/")[2] for item in archive.getmembers() if item.isfile()}
+    here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trl_tafs").rglob("*") if path.is_file()}
+    here = {name for name in here if "__pycache__" not in name and not name.startswith("trl_tafs/embedded/")}
+    own = {name for name in packed if not name.startswith("trl_tafs/embedded/")}
+    check(own == here, f"the wheel and the tree differ in {sorted(own ^ here)}")
+    check("trl_tafs/embedded/digits/quickstart.py" in packed, "the wheel has no digits example")
+    check(here <= files, f"the sdist lacks {sorted(here - files)}")
+    needed = {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "setup.py", "pyproject.toml"}
+    check(needed <= files, f"the sdist lacks {sorted(needed - files)}")
+    check(not [name for name in files if name.startswith(("tests/", "runs/", "logs/"))], "the sdist has tests or runs")
+    return wheels[0], sdists[0], f"{len(packed)} files in the wheel, {len(files)} in the sdist"
+
+
+def quickstart(env: Environment) -> str:
+    """The embedded example, an epoch of it, without what the extra brings."""
+    told = env.trl_tafs(*QUICK)
+    check("bit-equal to the trained policy" in told, f"quickstart ended with {told[-500:]}")
+    summary = json.loads((env.work / "quick" / "summary.json").read_text())
+    check(summary["epochs"] == 1 and (env.work / "quick" / "grid_after.png").is_file(), "quickstart left no pictures")
+    return str({name: row["annealed"]["4"]["reward"] for name, row in summary.items() if name in ("before", "after")})
 
 
 def installed(env: Environment, wheel: Path) -> str:
-    """The wheel and what it requires."""
+    """The wheel, or the sdist, and what it requires."""
     env.install(str(wheel))
     where = env.call(env.bin / "python", "-c", "import trl_tafs; print(trl_tafs.__file__)").strip()
     check(where.startswith(str(env.bin.parent)), f"trl_tafs is imported from {where}")
@@ -143,7 +183,7 @@ def serve(env: Environment, wheel: Path) -> tuple[subprocess.Popen, str]:
     raise Failed(f"serve-reward ended with {process.returncode}")
 
 
-def steps(folder: Path, hub: HubStub, mirror: str) -> None:
+def steps(folder: Path, hub: HubStub, mirror: str, dist: Path | None) -> None:
     """Each step in turn, with what it found and its seconds."""
     start = time.monotonic()
 
@@ -153,10 +193,15 @@ def steps(folder: Path, hub: HubStub, mirror: str) -> None:
         start = time.monotonic()
         return found
 
-    wheel = told("build", build(folder))
-    env = Environment(folder, hub.environment(folder / "home") | {"TRL_TAFS_PROMPT_SETS": mirror})
+    if dist is None:
+        dist = told("build", build(folder))
+    wheel, sdist, counted = contents(dist)
+    told("contents", counted)
+    settings = hub.environment(folder / "home") | {"TRL_TAFS_PROMPT_SETS": mirror}
+    env = Environment(folder / "of-wheel", settings)
     shutil.copytree(ROOT / "examples" / "digits" / "pipeline", env.work / "pipeline")
     told("install and env", installed(env, wheel))
+    told("quickstart", quickstart(env))
     adapter = told("train on the prompt set geneval", train(env, "jpeg_compressibility", "own"))
     told("evaluate on the prompt set parti", evaluate(env, adapter, "jpeg_compressibility"))
     told("sample", sample(env, adapter))
@@ -171,13 +216,18 @@ def steps(folder: Path, hub: HubStub, mirror: str) -> None:
     curves = [[v for line in map(json.loads, log) for k, v in line.items() if k == "reward"] for log in logs]
     check(curves[0] == curves[1] != [], f"rewards here and from the server differ: {curves}")
     told("the same rewards", curves[0])
+    other = Environment(folder / "of-sdist", settings)
+    told("install the sdist, and env", installed(other, sdist))
+    told("quickstart of the sdist", quickstart(other))
 
 
 def main() -> int:
     """Run the steps; 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="a new folder for all of it, kept; by default one that is removed")
-    keep = parser.parse_args().keep
+    parser.add_argument("--dist", type=Path, help="a folder with a wheel and an sdist; by default they are built")
+    args = parser.parse_args()
+    keep = args.keep
     folder = Path(tempfile.mkdtemp(prefix="wheel-")) if keep is None else keep.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mirror" / GENEVAL).parent.mkdir(parents=True)
@@ -195,7 +245,7 @@ def main() -> int:
             hub.commit("nateraw/parti-prompts", "main", {"PartiPrompts.tsv": PARTI})
             threading.Thread(target=mirror.serve_forever, daemon=True).start()
             try:
-                steps(folder, hub, f"http://127.0.0.1:{mirror.server_port}")
+                steps(folder, hub, f"http://127.0.0.1:{mirror.server_port}", args.dist and args.dist.resolve())
             finally:
                 mirror.shutdown()
     except Failed as fault:
@@ -204,7 +254,7 @@ def main() -> int:
     finally:
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
-    print("the wheel works on its own", flush=True)
+    print("wheel and sdist work on their own", flush=True)
     return 0
 
 
