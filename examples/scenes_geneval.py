@@ -229,7 +229,8 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     choice = Panel(training_prompts(16, seed=1), 1, CHOSEN)
     each = args.images_per_prompt
-    panel = Panel(training_prompts(16, seed=1), each, CHOSEN) if args.choose else Panel(held_out_prompts(), each, REPORTED)
+    judged = (training_prompts(16, seed=1), each, CHOSEN) if args.choose else (held_out_prompts(), each, REPORTED)
+    panel = Panel(*judged)
     for detect in (contours, cells):
         found = ", ".join(f"{name} {share:.3f}" for name, share in accuracy(panel.real, panel.scenes, detect).items())
         print(f"true scenes by {detect.__name__}: {found}", flush=True)
