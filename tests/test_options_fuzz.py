@@ -179,14 +179,14 @@ def test_any_values_for_some_fields_at_length(values):
 # Command lines and files: without --prompts, nothing is ever begun ------------------------------------------------
 
 FLAGS = [word for action in training_parser()._actions for word in action.option_strings]
-FLAGS = [flag for flag in FLAGS if flag not in ("-h", "--help", "--prompts", "--import", "--imports", "--config")]
+FLAGS = [flag for flag in FLAGS if flag not in ("-h", "--help", "--help-all", "--prompts", "--import", "--imports", "--config")]
 WORDS = st.sampled_from([*FLAGS, "0", "1", "-1", "nan", "x", "true", "{}", "--", "-x", "="]) | st.text(max_size=6)
 
 
 @settings(SMALL, max_examples=25)
 @given(st.lists(WORDS, max_size=6))
 def test_any_command_line_is_one_line(words):
-    assert main(["train", *words]) in (1, 2) or any(word.startswith("-h") for word in words)
+    assert main(["train", *words]) in (1, 2) or any(word.startswith(("-h", "--h")) for word in words)
 
 
 @settings(SMALL, max_examples=25)
@@ -200,4 +200,4 @@ def test_any_file_is_one_line(tmp_path, content):
 @settings(LARGE, max_examples=2000)
 @given(st.lists(WORDS, max_size=6))
 def test_any_command_line_is_one_line_at_length(words):
-    assert main(["train", *words]) in (1, 2) or any(word.startswith("-h") for word in words)
+    assert main(["train", *words]) in (1, 2) or any(word.startswith(("-h", "--h")) for word in words)
