@@ -179,7 +179,11 @@ def test_any_values_for_some_fields_at_length(values):
 # Command lines and files: without --prompts, nothing is ever begun ------------------------------------------------
 
 FLAGS = [word for action in training_parser()._actions for word in action.option_strings]
-FLAGS = [flag for flag in FLAGS if flag not in ("-h", "--help", "--help-all", "--prompts", "--import", "--imports", "--config")]
+FLAGS = [
+    flag
+    for flag in FLAGS
+    if flag not in ("-h", "--help", "--help-all", "--prompts", "--import", "--imports", "--config")
+]
 WORDS = st.sampled_from([*FLAGS, "0", "1", "-1", "nan", "x", "true", "{}", "--", "-x", "="]) | st.text(max_size=6)
 
 
